@@ -1,0 +1,166 @@
+"""Train the embedded Shapes pipeline: autoencoder, scorer, then the teacher, each once, into one directory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gdmd_lightning.schedules import LogitNormalLaw
+from gdmd_lightning.shapes import pipeline as parts
+from gdmd_lightning.shapes.pretraining import (
+    AutoencoderTraining,
+    Pictures,
+    ScorerTraining,
+    TeacherTraining,
+    loader,
+    make_pictures,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long one part is trained, on how many pictures a step, and how fast."""
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """What ``pretrain`` does.
+
+    Args:
+        out: Directory of the finished pipeline; a part that is there already is kept.
+        autoencoder, scorer, teacher: The three stages.
+        pictures: Number of training pictures.
+        caption_noise: Share of captions that get one class, colour, count or relation wrong, in [0, 1].
+        num_layers, num_heads: Size of the transformer; heads are 32 wide.
+        ema_decay: Decay of the teacher's averaged weights, which are the ones saved.
+        threads: CPU threads of torch; 0 keeps torch's choice.
+        seed: Of pictures, weights and noise.
+    """
+
+    out: Path = Path("runs/shapes_teacher")
+    autoencoder: Stage = Stage(steps=1500, batch_size=32, learning_rate=3e-3)
+    scorer: Stage = Stage(steps=3000, batch_size=128)
+    teacher: Stage = Stage(steps=8000, batch_size=64)
+    pictures: int = 60_000
+    caption_noise: float = 0.5
+    num_layers: int = 6
+    num_heads: int = 4
+    ema_decay: float = 0.999
+    threads: int = 0
+    seed: int = 0
+
+
+def pretrain(settings: PretrainSettings) -> Path:
+    """Train what is missing in ``settings.out`` and return that directory."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    pl.seed_everything(settings.seed, verbose=False)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = parts.build_tokenizer()
+
+    def tokens(pictures: Pictures) -> Tensor:
+        texts = [caption.text for caption in pictures.captions]
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    if not (settings.out / "vae").is_dir():
+        vae = parts.build_autoencoder()
+        pictures = make_pictures(settings.pictures // 3, settings.seed, 0.0)
+        stage = settings.autoencoder
+        module = AutoencoderTraining(vae, stage.learning_rate)
+        _train(module, loader(pictures.images, batch_size=stage.batch_size), stage, settings, "vae")
+        latents = _encode(vae, pictures.images)
+        vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+        _save(vae, settings.out / "vae")
+    if not (settings.out / "scorer").is_dir():
+        scorer = parts.build_scorer(tokenizer)
+        pictures = make_pictures(settings.pictures, settings.seed + 1, 0.0)
+        stage = settings.scorer
+        module = ScorerTraining(scorer, stage.learning_rate)
+        _train(
+            module, loader(pictures.images, tokens(pictures), batch_size=stage.batch_size), stage, settings, "scorer"
+        )
+        _save(scorer, settings.out / "scorer")
+        tokenizer.save_pretrained(settings.out / "scorer")
+    if not (settings.out / "transformer").is_dir():
+        _train_teacher(settings, tokens)
+    return settings.out
+
+
+def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
+    vae = AutoencoderKL.from_pretrained(settings.out / "vae")
+    tokenizer = parts.build_tokenizer()
+    pictures = make_pictures(settings.pictures, settings.seed + 2, settings.caption_noise)
+    latents = (_encode(vae, pictures.images) - vae.config.shift_factor) * vae.config.scaling_factor
+    encoders = (parts.build_text_encoder(tokenizer), parts.build_text_encoder(tokenizer))
+    transformer = parts.build_transformer(settings.num_layers, settings.num_heads)
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
+    stage = settings.teacher
+    law = LogitNormalLaw(shift=parts.SHIFT, low=1e-3, high=1.0)
+    module = TeacherTraining(transformer, encoders, empty, law, stage.learning_rate, seed=settings.seed)
+    batches = loader(latents, tokens(pictures), batch_size=stage.batch_size)
+    _train(module, batches, stage, settings, "teacher", EMAWeightAveraging(decay=settings.ema_decay))
+    encoders = tuple(encoder.half() for encoder in encoders)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.half(),
+        scheduler=parts.build_scheduler(),
+        vae=vae.half(),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.save_pretrained(settings.out, safe_serialization=True)
+
+
+def _train(
+    module: pl.LightningModule,
+    batches: DataLoader[Any],
+    stage: Stage,
+    settings: PretrainSettings,
+    name: str,
+    *callbacks: pl.Callback,
+) -> None:
+    """Run one stage, resuming from its last checkpoint if an earlier run was cut off."""
+    checkpoints = settings.out / "checkpoints" / name
+    keep = ModelCheckpoint(checkpoints, every_n_train_steps=1000, save_last=True, save_top_k=0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=stage.steps,
+        logger=False,
+        callbacks=[keep, TQDMProgressBar(refresh_rate=100), *callbacks],
+        enable_model_summary=False,
+    )
+    last = checkpoints / "last.ckpt"
+    trainer.fit(module, batches, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    parts_of = images.split(500)
+    return torch.cat([vae.encode(part * 2 - 1).latent_dist.mode() for part in parts_of])
+
+
+def _save(model: Any, directory: Path) -> None:
+    """Save in half precision, into place only when whole, so that a cut-off run leaves no broken part."""
+    fresh = directory.with_name(directory.name + ".part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.half().save_pretrained(fresh, safe_serialization=True)
+    fresh.rename(directory)
+    model.float()
+
+

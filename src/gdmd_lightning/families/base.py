@@ -1,0 +1,193 @@
+"""What a family of models must say of itself, so that nothing above it asks which family it is.
+
+Above this door everything is ``x0``, ``sigma`` and a :class:`Conditioning`; networks, tokenizers, time
+embeddings and autoencoders stay behind it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.schedules import x0_from_velocity
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a network is told beside its input.
+
+    Args:
+        sequence: Token embeddings, ``[B, L, D]``.
+        pooled: One embedding a prompt, ``[B, P]``, where the family has one.
+        ids: Further tensors of the family's own (SDXL's time ids, FLUX.2's text positions), ``[B, ...]``.
+    """
+
+    sequence: Tensor
+    pooled: Tensor | None = None
+    ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(*(None if t is None else function(t) for t in (self.sequence, self.pooled, self.ids)))  # type: ignore[arg-type]
+
+    def repeat(self, times: int) -> Conditioning:
+        """Each row ``times`` in a row, ``[B * times, ...]``."""
+        return self._map(lambda t: t.repeat_interleave(times, dim=0))
+
+    def select(self, rows: Tensor) -> Conditioning:
+        """The given rows, in their order."""
+        return self._map(lambda t: t[rows])
+
+    def slice(self, start: int, stop: int) -> Conditioning:
+        """Rows ``start`` to ``stop``, as a view."""
+        return self._map(lambda t: t[start:stop])
+
+    def expand(self, batch: int) -> Conditioning:
+        """One row (``B = 1``) seen as ``batch`` rows."""
+        return self._map(lambda t: t.expand(batch, *t.shape[1:]))
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+        return self._map(lambda t: t.to(device))
+
+    @staticmethod
+    def concat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One batch of several; all must carry the same tensors."""
+        first = parts[0]
+
+        def joined(name: str) -> Tensor | None:
+            return None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
+
+        return replace(first, sequence=joined("sequence"), pooled=joined("pooled"), ids=joined("ids"))
+
+
+class ModelFamily(ABC):
+    """A pipeline on disk or on the hub, and how to use its network.
+
+    Args:
+        path: A directory written by ``DiffusionPipeline.save_pretrained``, or a hub id (``org/name``), which is
+            the one case in which the network is used.
+
+    Raises:
+        UserError: If the directory is missing, is no diffusers pipeline, or is of another family.
+    """
+
+    pipeline_class: ClassVar[str]
+
+    def __init__(self, path: str) -> None:
+        self.path = str(path)
+        check_pipeline(self.path, self.pipeline_class)
+        self.pipeline: DiffusionPipeline | None = None
+        self._empty: Conditioning | None = None
+
+    # What each family says of itself.
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Load all weights; returns the denoising network and keeps text encoders and autoencoder."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Embed prompts, ``B`` rows on the family's device. No gradient."""
+
+    @abstractmethod
+    def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's prediction as a flow velocity ``eps - x0``, ``[B, C, H, W]`` at levels ``sigma`` ``[B]``."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a picture's latent.
+
+        Raises:
+            UserError: If autoencoder and patches do not divide the resolution.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in [0, 1] of latents; carries gradient if asked to."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of pictures ``[B, 3, H, W]`` in [0, 1]. No gradient."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of the modules that get LoRA."""
+
+    @abstractmethod
+    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> DiffusionPipeline:
+        """A diffusers pipeline around ``network`` whose plain call with ``steps`` steps samples as ours does.
+
+        Args:
+            network: The generator.
+            steps: Its number of steps; the scheduler visits :meth:`few_step_sigmas`.
+            stochastic: Re-noise between the steps (DMD2) instead of Euler steps.
+        """
+
+    @abstractmethod
+    def few_step_sigmas(self, steps: int) -> Tensor:
+        """Levels of a few-step generator of this family, ``[steps + 1]``, from most noise to 0."""
+
+    @abstractmethod
+    def teacher_sigmas(self, steps: int) -> Tensor:
+        """Levels that the pipeline's own scheduler would visit in ``steps`` steps, ``[steps + 1]``."""
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Arguments beside prompt, steps and guidance that a call of the pipeline needs to repeat our pictures."""
+        return {}
+
+    # What follows from it.
+
+    def predict_velocity(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """The velocity, guided ``u + w (c - u)`` in one batched pass unless ``w`` is 1.
+
+        Source: Classifier-free guidance (2207.12598), Eq. 6, in the scale's usual form.
+        """
+        if guidance_scale == 1.0:
+            return self.velocity(network, x_sigma, sigma, conditioning)
+        both = Conditioning.concat([self.empty.expand(len(x_sigma)), conditioning])
+        v = self.velocity(network, torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
+        unconditional, conditional = v.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def predict_x0(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """The clean latent that the network sees in ``x_sigma``, guided as :meth:`predict_velocity`."""
+        v = self.predict_velocity(network, x_sigma, sigma, conditioning, guidance_scale)
+        return x0_from_velocity(x_sigma, v, sigma)
+
+    @property
+    def empty(self) -> Conditioning:
+        """The empty prompt's conditioning, one row, encoded once."""
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
+
+    @property
+    def loaded(self) -> DiffusionPipeline:
+        """The pipeline, after :meth:`load`."""
+        if self.pipeline is None:
+            raise RuntimeError(f"{type(self).__name__}.load() must run before the pipeline is used")
+        return self.pipeline
+
+    def to(self, device: torch.device) -> None:
+        """Move text encoders and autoencoder; the network moves with the module that owns it."""
+        for component in self.loaded.components.values():
+            if isinstance(component, nn.Module):
+                component.to(device)
+        self._empty = None if self._empty is None else self._empty.to(device)

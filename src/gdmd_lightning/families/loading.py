@@ -1,0 +1,87 @@
+"""Loading diffusers pipelines, with errors that name the part at fault."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gdmd_lightning.errors import UserError
+
+
+def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = (), drop: Sequence[str] = ()) -> Any:
+    """``cls.from_pretrained(path)`` from safetensors, its modules frozen and in evaluation mode.
+
+    Args:
+        cls: The pipeline's class.
+        path: Directory or hub id.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        may_lack: Components that the class demands but a directory may have saved as empty.
+        drop: Components not to load.
+
+    Raises:
+        UserError: If the dtype is unknown or any file of the pipeline is missing or corrupt.
+    """
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"unknown dtype {dtype!r}", where="family.dtype", remedy="use float32, bfloat16 or float16")
+    directory = Path(path).expanduser()
+    empty = set(drop)
+    if directory.is_dir():
+        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+        empty |= {part for part in may_lack if index.get(part, [None])[0] is None}
+    try:
+        pipeline = cls.from_pretrained(
+            str(directory) if directory.is_dir() else path,
+            torch_dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            low_cpu_mem_usage=True,
+            **dict.fromkeys(empty),
+        )
+    except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
+        raise UserError(
+            f"the pipeline {path!r} cannot be loaded: {error}",
+            where="family.path",
+            remedy="save or download it again",
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    return pipeline
+
+
+def check_pipeline(path: str, pipeline_class: str) -> None:
+    """See that ``path`` is a diffusers pipeline of the given class, reading nothing but its index.
+
+    Raises:
+        UserError: If it is missing, broken or of another class. A hub id is only checked for its form.
+    """
+    where = "family.path"
+    directory = Path(path).expanduser()
+    if not directory.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+            return
+        raise UserError(f"no directory {path!r}", where=where, remedy="give a diffusers directory or a hub id org/name")
+    index = directory / "model_index.json"
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path!r} has no readable model_index.json",
+            where=where,
+            remedy="give a directory written by save_pretrained",
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{index} is not JSON ({error})", where=where, remedy="save the pipeline again") from error
+    name = found.get("_class_name")
+    if name != pipeline_class:
+        raise UserError(
+            f"{path!r} holds a {name}, not a {pipeline_class}", where=where, remedy="choose the family that matches it"
+        )
+    for part, (library, _) in ((k, v) for k, v in found.items() if isinstance(v, list)):
+        if library is not None and not (directory / part).is_dir():
+            raise UserError(f"{path!r} lacks its component {part!r}", where=where, remedy="save the pipeline again")

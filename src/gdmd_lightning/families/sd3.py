@@ -1,0 +1,149 @@
+"""Stable Diffusion 3 and 3.5: rectified flow, an MMDiT, two CLIP text encoders and an optional T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import Conditioning, ModelFamily
+from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.schedules import few_step_sigmas
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+
+class SD3Family(ModelFamily):
+    """Stable Diffusion 3 or 3.5.
+
+    Args:
+        path: Directory or hub id of a ``StableDiffusion3Pipeline``.
+        max_sequence_length: T5 tokens, as in the pipeline's call; without T5 the pipeline feeds that many zero
+            tokens, so the length matters there too. Shapes uses 0.
+        use_t5: Load the T5 encoder if the pipeline has one.
+        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+
+    Source: Stable Diffusion 3 (2403.03206).
+    """
+
+    pipeline_class = "StableDiffusion3Pipeline"
+
+    def __init__(
+        self, path: str, max_sequence_length: int = 256, use_t5: bool = True, dtype: str = "float32"
+    ) -> None:
+        super().__init__(path)
+        self.max_sequence_length, self.use_t5, self.dtype = max_sequence_length, use_t5, dtype
+
+    def load(self) -> nn.Module:
+        """See :meth:`ModelFamily.load`."""
+        from diffusers import StableDiffusion3Pipeline
+
+        absent = ("text_encoder_3", "tokenizer_3")
+        self.pipeline = load_pipeline(
+            StableDiffusion3Pipeline, self.path, self.dtype, may_lack=absent, drop=() if self.use_t5 else absent
+        )
+        return self._sd3.transformer
+
+    @property
+    def _sd3(self) -> StableDiffusion3Pipeline:
+        return self.loaded  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """See :meth:`ModelFamily.encode`."""
+        sequence, _, pooled, _ = self._sd3.encode_prompt(
+            prompt=list(texts),
+            prompt_2=None,
+            prompt_3=None,
+            device=next(self._sd3.text_encoder.parameters()).device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return Conditioning(sequence, pooled)
+
+    def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :meth:`ModelFamily.velocity`; the network's time is ``1000 sigma``."""
+        return network(
+            hidden_states=x_sigma,
+            timestep=1000 * sigma,
+            encoder_hidden_states=conditioning.sequence,
+            pooled_projections=conditioning.pooled,
+            return_dict=False,
+        )[0]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """See :meth:`ModelFamily.latent_shape`."""
+        config = self._sd3.transformer.config
+        unit = self._sd3.vae_scale_factor * config.patch_size
+        if height % unit or width % unit or min(height, width) < unit:
+            raise UserError(
+                f"{height}x{width} is not a multiple of {unit} pixels",
+                where="resolution",
+                remedy=f"use a multiple of {unit} (autoencoder {self._sd3.vae_scale_factor} x patch {config.patch_size})",
+            )
+        factor = self._sd3.vae_scale_factor
+        return config.in_channels, height // factor, width // factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :meth:`ModelFamily.decode`."""
+        vae = self._sd3.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See :meth:`ModelFamily.encode_images`."""
+        vae = self._sd3.vae
+        latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Attention of both streams, as in RTDMD (2605.26108)."""
+        joint = ("to_q", "to_k", "to_v", "to_out.0")
+        return (*joint, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> StableDiffusion3Pipeline:
+        """See :meth:`ModelFamily.to_pipeline`.
+
+        ``FlowMatchEulerDiscreteScheduler`` spaces its levels evenly from 1 to 0.001, shifts them, and stretches the
+        result affinely to end at ``shift_terminal``. Ours are even from 1 to ``1/steps``, then shifted by the
+        teacher's ``s``. Writing ``w`` for the distance from 1 along the even grid, both have the form
+        ``1 - a w / (1 - b w)``, so another shift ``m`` and the terminal level make them equal:
+        ``0.999 (m - 1) / m = (1 - 1/steps) (s - 1) / s``.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+        config = self._sd3.scheduler.config
+        even = 1 - 1 / config.num_train_timesteps
+        m = 1 / (1 - (1 - 1 / steps) * (config.shift - 1) / config.shift / even)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            config,
+            use_dynamic_shifting=True,  # the static shift is applied twice to the last level, the dynamic one once
+            time_shift_type="linear",
+            base_shift=m,
+            max_shift=m,
+            shift_terminal=float(self.few_step_sigmas(steps)[-2]),
+            stochastic_sampling=stochastic,
+        )
+        return StableDiffusion3Pipeline(**dict(self._sd3.components, transformer=network, scheduler=scheduler))
+
+    def few_step_sigmas(self, steps: int) -> Tensor:
+        """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the scheduler's shift."""
+        return few_step_sigmas(steps, self._sd3.scheduler.config.shift)
+
+    def teacher_sigmas(self, steps: int) -> Tensor:
+        """See :meth:`ModelFamily.teacher_sigmas`."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._sd3.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return scheduler.sigmas.clone()
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """See :meth:`ModelFamily.sampling_arguments`."""
+        return {"max_sequence_length": self.max_sequence_length}

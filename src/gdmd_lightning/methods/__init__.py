@@ -1,0 +1,1 @@
+"""The methods: LightningModules that compose families, roles, samplers, objectives and rewards."""

@@ -1,0 +1,74 @@
+"""Whose checkpoint is it? Checked before anything is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gdmd_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from gdmd_lightning.methods.base import DistillationModule
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint of this project, tensors and plain values only.
+
+    Raises:
+        UserError: If there is no such file, or it is not a checkpoint.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path!r}", where="checkpoint", remedy="give the path of a .ckpt file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch raise a dozen unrelated types here
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path!r} is not a readable checkpoint: {reason}", where="checkpoint") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
+    return content
+
+
+def check_fits(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+    """See that a checkpoint holds this module's roles in their shapes.
+
+    Raises:
+        UserError: Naming the first thing that differs.
+    """
+    mine, theirs = module.state_dict(), checkpoint["state_dict"]
+    remedy = "use the configuration that the checkpoint was trained with, or model.start_from to start anew from it"
+    for name in [*mine, *theirs]:
+        if name not in theirs or name not in mine:
+            who = "the checkpoint" if name in mine else "this model"
+            raise UserError(f"it is of another model: {who} has no {name}", where="checkpoint", remedy=remedy)
+        if mine[name].shape != theirs[name].shape:
+            shapes = f"{tuple(theirs[name].shape)} there, {tuple(mine[name].shape)} here"
+            raise UserError(f"it is of another model: {name} is {shapes}", where="checkpoint", remedy=remedy)
+
+
+def take_over(module: DistillationModule, path: str) -> None:
+    """Start from another run's generator and fake score; averages and snapshots it lacks start as their present.
+
+    Raises:
+        UserError: If the checkpoint does not fit.
+    """
+    theirs = {
+        name.removeprefix("roles."): value
+        for name, value in read_checkpoint(path)["state_dict"].items()
+        if name.startswith("roles.")
+    }
+    roles = module.networks
+    for role, source in (("generator", "generator"), ("fake_score", "fake_score"), ("ema", "ema")):
+        own = getattr(roles, role)
+        part = {name.removeprefix(f"{source}."): v for name, v in theirs.items() if name.startswith(f"{source}.")}
+        if {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in own.state_dict().items()}:
+            raise UserError(
+                f"its {role} is not this model's", where=f"model.start_from {path!r}", remedy="use the same family and size"
+            )
+        own.load_state_dict(part)
+    if roles.old is not None:
+        roles.old.module.load_state_dict(roles.generator.state_dict())
+    for slot in range(len(roles.snapshots)):
+        roles.keep_snapshot(slot)

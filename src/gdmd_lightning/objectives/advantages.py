@@ -1,0 +1,47 @@
+"""Advantages: how much better one member of a group is than the others. One function for every method."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Spread = Literal["group", "batch", "none"]
+
+
+def group_mean(values: Tensor, groups: Tensor) -> Tensor:
+    """Each row replaced by the mean of its group; ``values`` and ``groups`` are ``[N]``."""
+    count = int(groups.max()) + 1
+    total = torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, groups, values)
+    size = torch.zeros_like(total).index_add(0, groups, torch.ones_like(values))
+    return (total / size.clamp(min=1))[groups]
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", floor: float = 1e-4) -> Tensor:
+    """``A = (r - mean of the group) / std``.
+
+    Args:
+        rewards: ``[N]``.
+        groups: Number of each row's group, ``[N]``, from 0 without gaps.
+        spread: Whose standard deviation divides: that of the ``group``, of all centred rewards of the ``batch``
+            (steadier when groups are small: with two members ``group`` makes every advantage +-1), or ``none``.
+        floor: Spread below which there is nothing to learn: advantages are then exactly 0.
+
+    Returns:
+        ``[N]``; zero for a group without spread. Adding a constant to all rewards, or permuting rows, changes
+        nothing but the order.
+
+    Source: GRPO (2402.03300), section 4.1.2; the batch's std as in Flow-GRPO (2505.05470).
+    """
+    centred = rewards - group_mean(rewards, groups)
+    if spread == "none":
+        return centred
+    variance = group_mean(centred.square(), groups) if spread == "group" else centred.square().mean().expand_as(centred)
+    std = variance.sqrt()
+    return torch.where(std > floor, centred / std.clamp(min=floor), torch.zeros_like(centred))
+
+
+def centre_within(values: Tensor, strata: Tensor) -> Tensor:
+    """Remove each stratum's mean, so that what all members of a stratum share is not rewarded. ``[N]``."""
+    return values - group_mean(values, strata)

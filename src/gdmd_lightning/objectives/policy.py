@@ -1,0 +1,49 @@
+"""Positive and negative velocity policies, and the first-order weight that they amount to.
+
+Source: DiffusionNFT (2509.16117), section 3; used on implicit targets by GDMD (2604.19009).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def optimality(advantage: Tensor, clip: float = 1.0) -> Tensor:
+    """``o = 1/2 + clip(A, -A_max, A_max) / (2 A_max)`` in [0, 1]: how surely a target is one to move towards."""
+    return 0.5 + advantage.clamp(-clip, clip) / (2 * clip)
+
+
+def policy_pair(v: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``v+ = (1 - b) v_old + b v`` and ``v- = (1 + b) v_old - b v``; only ``v`` carries gradient.
+
+    Linear, so it holds for ``x0`` as well as for velocities at the same input.
+    """
+    v_old = v_old.detach()
+    return (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
+
+
+def policy_loss(plus: Tensor, minus: Tensor, target: Tensor, o: Tensor, n: Tensor, beta: float) -> Tensor:
+    """``mean_B [ o |x+ - y|^2 + (1 - o) |x- - y|^2 ] / (b n)``, squares averaged over ``C, H, W``.
+
+    At ``x = x_old = x+ = x-`` its gradient in ``x`` is ``2 (2 o - 1) (x - y) / n`` before the mean.
+
+    Args:
+        plus, minus: ``x0`` of the two policies, ``[B, C, H, W]``.
+        target: What is judged, ``[B, C, H, W]``; detached here.
+        o: Optimality, ``[B]`` in [0, 1].
+        n: Normaliser, ``[B]``.
+        beta: Strength of the mixture, above 0.
+    """
+    y = target.detach()
+    towards = (plus - y).square().flatten(1).mean(1)
+    away = (minus - y).square().flatten(1).mean(1)
+    return ((o * towards + (1 - o) * away) / (beta * n)).mean()
+
+
+def gradient_weight(o: Tensor, strength: float) -> Tensor:
+    """``w = 1 + strength (2 o - 1)``, the signed weight that a verdict gives to one distillation gradient.
+
+    The full form's gradient at ``v = v_old``, ``2 lambda (2 o - 1) (x - y) / n``, beside that of distillation,
+    ``(x - y) / n``, is this weight with ``strength = 2 lambda``.
+    """
+    return 1 + strength * (2 * o - 1)

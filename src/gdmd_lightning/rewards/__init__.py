@@ -1,0 +1,1 @@
+"""What judges pictures: one file a reward."""

@@ -1,0 +1,68 @@
+"""What a reward is, and how its answers are checked before anything is learned from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import Prompt
+
+
+class Reward(ABC):
+    """A judge of pictures.
+
+    Attributes:
+        name: Under which it is logged.
+        differentiable: Whether ``score`` carries gradient to the pixels.
+    """
+
+    name: str = "reward"
+    differentiable: bool = False
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores ``[B]`` in float32 of pictures ``[B, 3, H, W]`` in [0, 1]."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """See that these prompts carry what the reward needs.
+
+        Raises:
+            UserError: If they do not.
+        """
+
+    def to(self, device: torch.device) -> None:
+        """Move what the reward computes with."""
+
+
+def judge(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """``reward.score``, checked: ``[B]`` finite float32 on the pictures' device.
+
+    Raises:
+        UserError: If the reward raises, or returns another shape or a value that is not finite.
+    """
+    where = f"reward {reward.name!r}"
+    try:
+        scores = reward.score(images, prompts)
+    except UserError:
+        raise
+    except Exception as error:  # a user's reward may raise anything
+        raise UserError(f"raised {type(error).__name__}: {error}", where=where) from error
+    shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if shape != (len(images),):
+        raise UserError(
+            f"returned {shape} for {len(images)} pictures", where=where, remedy=f"return a tensor of shape ({len(images)},)"
+        )
+    wrong = torch.nonzero(~torch.isfinite(scores.detach()))[:, 0]
+    if len(wrong):
+        first = int(wrong[0])
+        raise UserError(
+            f"returned {scores[first].item()} for {len(wrong)} of {len(images)} pictures, "
+            f"the first with prompt {prompts[first].text!r}",
+            where=where,
+            remedy="return finite scores",
+        )
+    return scores.to(images.device, torch.float32)

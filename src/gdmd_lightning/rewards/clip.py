@@ -1,0 +1,77 @@
+"""Contrastive text-image score of any ``CLIPModel`` directory; in the Shapes world it plays HPS's part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward
+
+
+class ContrastiveReward(Reward):
+    """Cosine of text and picture under a CLIP model, differentiable in the pixels.
+
+    Args:
+        path: Directory (or hub id) of a ``CLIPModel`` with its ``CLIPTokenizer``.
+        mean, std: Of the pixels, per channel; the Shapes scorer uses 0.5.
+        name: Under which the score is logged.
+
+    Raises:
+        UserError: If a local directory has no ``config.json``, or its files do not load.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        path: str,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        name: str = "contrastive",
+    ) -> None:
+        self.path, self.name = str(path), name
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        if Path(path).exists() and not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path!r} has no config.json", where=f"reward {name!r}", remedy="give a CLIPModel directory")
+        self._loaded: tuple[Any, Any] | None = None
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        """See :meth:`Reward.to`."""
+        self._device = device
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        if self._loaded:
+            self._loaded[0].to(device)
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """See :meth:`Reward.score`; cosines in [-1, 1]."""
+        model, tokenizer = self._model()
+        tokens = tokenizer([p.text for p in prompts], padding="max_length", truncation=True, return_tensors="pt")
+        size = model.config.vision_config.image_size
+        pixels = images
+        if images.shape[-2:] != (size, size):
+            pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+        with torch.no_grad():
+            texts = model.get_text_features(tokens.input_ids.to(pixels.device)).pooler_output
+        pictures = model.get_image_features(pixels).pooler_output
+        return F.cosine_similarity(pictures, texts, dim=-1).float()
+
+    def _model(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            from transformers import CLIPModel, CLIPTokenizer
+
+            try:
+                model = CLIPModel.from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
+                tokenizer = CLIPTokenizer.from_pretrained(self.path)
+            except Exception as error:  # transformers and safetensors raise a dozen unrelated types here
+                raise UserError(f"{self.path!r} cannot be loaded: {error}", where=f"reward {self.name!r}") from error
+            self._loaded = model.requires_grad_(False).eval().to(self._device), tokenizer
+        return self._loaded

@@ -1,0 +1,45 @@
+"""A weighted sum of rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward, judge
+
+
+class CombinedReward(Reward):
+    """``sum_i weight_i reward_i``; differentiable if all of its parts are.
+
+    Args:
+        rewards: At least one.
+        weights: As many.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float]) -> None:
+        if not rewards or len(rewards) != len(weights):
+            raise UserError(
+                f"{len(rewards)} rewards and {len(weights)} weights", where="reward", remedy="give one weight a reward"
+            )
+        self.rewards, self.weights = rewards, weights
+        self.name = "+".join(reward.name for reward in rewards)
+        self.differentiable = all(reward.differentiable for reward in rewards)
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """See :meth:`Reward.score`."""
+        scores = [w * judge(r, images, prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
+        return torch.stack(scores).sum(0)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """See :meth:`Reward.check`."""
+        for reward in self.rewards:
+            reward.check(prompts)
+
+    def to(self, device: torch.device) -> None:
+        """See :meth:`Reward.to`."""
+        for reward in self.rewards:
+            reward.to(device)

@@ -1,0 +1,114 @@
+"""Noise levels: one ``sigma`` in [0, 1] for every family, grids of it, its shifts, and laws to draw it from.
+
+Everything above a network works with ``x_sigma = (1 - sigma) x0 + sigma eps`` (rectified flow). A variance
+preserving network (``x_t = a_t x0 + s_t eps``, ``a_t^2 + s_t^2 = 1``) is mapped there exactly by
+``sigma = s_t / (a_t + s_t)`` and ``x_sigma = x_t / (a_t + s_t)``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
+    """``sigma`` ``[B]`` with trailing axes of length 1, to broadcast against ``like`` ``[B, ...]``."""
+    return sigma.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def renoise(x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    """``x_sigma = (1 - sigma) x0 + sigma eps`` for ``x0`` ``[B, ...]`` and ``sigma`` ``[B]``."""
+    sigma = per_sample(sigma, x0)
+    return (1 - sigma) * x0 + sigma * eps
+
+
+def x0_from_velocity(x_sigma: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """``x0 = x_sigma - sigma * velocity``, with ``velocity = eps - x0``."""
+    return x_sigma - per_sample(sigma, x_sigma) * velocity
+
+
+def velocity_from_x0(x_sigma: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """``velocity = (x_sigma - x0) / sigma``; ``sigma`` in (0, 1]."""
+    return (x_sigma - x0) / per_sample(sigma, x_sigma)
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """``s sigma / (1 + (s - 1) sigma)``: moves levels towards noise for ``s > 1``.
+
+    Source: Stable Diffusion 3 (2403.03206), Eq. 23.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sigma_from_vp(alpha: Tensor, noise: Tensor) -> Tensor:
+    """Flow level of a variance preserving state ``alpha x0 + noise eps``: ``noise / (alpha + noise)``."""
+    return noise / (alpha + noise)
+
+
+def vp_from_sigma(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """``(a, s)`` with ``a^2 + s^2 = 1`` of a flow level: the inverse of :func:`sigma_from_vp`."""
+    scale = torch.sqrt((1 - sigma) ** 2 + sigma**2)
+    return (1 - sigma) / scale, sigma / scale
+
+
+def few_step_sigmas(steps: int, shift: float = 1.0) -> Tensor:
+    """Levels of a ``steps``-step generator, ``[steps + 1]``: 1, ..., 1/steps (shifted), then 0.
+
+    Source: DMD2 (2405.14867), section 4.4: timesteps 1000, 750, 500, 250 for four steps.
+    """
+    return torch.cat([shift_sigma(torch.arange(steps, 0, -1) / steps, shift), torch.zeros(1)])
+
+
+class RenoiseLaw(ABC):
+    """A law of renoise levels, sampled as quantiles so that a group can be stratified."""
+
+    @abstractmethod
+    def quantile(self, u: Tensor) -> Tensor:
+        """Levels at the quantiles ``u`` in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class UniformLaw(RenoiseLaw):
+    """Uniform in ``[low, high]``, then shifted. Source: DMD2's ``[0.02, 0.98]``."""
+
+    low: float = 0.02
+    high: float = 0.98
+    shift: float = 1.0
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See :class:`RenoiseLaw`."""
+        return shift_sigma(self.low + (self.high - self.low) * u, self.shift)
+
+
+@dataclass(frozen=True)
+class LogitNormalLaw(RenoiseLaw):
+    """``sigmoid(mean + std z)``, then shifted, kept in ``[low, high]``. Source: SD3 (2403.03206), section 3.1."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    low: float = 0.02
+    high: float = 0.98
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See :class:`RenoiseLaw`."""
+        z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+        return shift_sigma(torch.sigmoid(self.mean + self.std * z), self.shift).clamp(self.low, self.high)
+
+
+def draw_levels(
+    law: RenoiseLaw, batch: int, group: int, generator: torch.Generator, *, stratify: bool = True
+) -> Tensor:
+    """Renoise levels ``[batch, group]`` on the CPU.
+
+    With ``stratify`` the ``j``-th level of a group falls into the ``j``-th of ``group`` equally likely intervals,
+    so each group spans the law; marginally over a random ``j`` the law is unchanged.
+    """
+    u = torch.rand(batch, group, generator=generator)
+    if stratify:
+        u = (torch.arange(group) + u) / group
+    return law.quantile(u)

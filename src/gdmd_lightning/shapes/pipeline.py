@@ -1,0 +1,90 @@
+"""The parts of the embedded pipeline: the real classes of Stable Diffusion 3, in a size that a CPU trains."""
+
+from __future__ import annotations
+
+import json
+import string
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from gdmd_lightning.shapes.captions import WORDS
+from gdmd_lightning.shapes.scenes import SIZE
+
+MAX_TOKENS = 12  # the longest caption has 9 words, with its two marks 11
+LATENT_CHANNELS = 8
+TEXT_WIDTH = 64
+SHIFT = 2.0
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A real CLIP tokenizer whose merges make every word of the world one token; other words fall into letters."""
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=[begin, end],
+        end_of_word_suffix="</w>",
+        initial_alphabet=list(string.ascii_lowercase),
+        show_progress=False,
+    )
+    trained.train_from_iterator([*WORDS, *string.ascii_lowercase], trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """A three-layer CLIP text encoder of width 64."""
+    return CLIPTextModelWithProjection(_text_config(tokenizer))
+
+
+def build_scorer(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A small CLIP over whole pictures, for the contrastive score."""
+    vision = {
+        "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
+        "image_size": SIZE, "patch_size": 4, "projection_dim": TEXT_WIDTH,
+    }  # fmt: skip
+    text = _text_config(tokenizer).to_dict()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT_WIDTH))
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=MAX_TOKENS, projection_dim=TEXT_WIDTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """32x32x3 pictures to 8x8x8 latents."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+        sample_size=SIZE, scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
+    )  # fmt: skip
+
+
+def build_transformer(num_layers: int = 6, num_heads: int = 4) -> SD3Transformer2DModel:
+    """An SD3 transformer with heads of 32 on 16 image tokens (2x2 patches of 8x8 latents)."""
+    return SD3Transformer2DModel(
+        sample_size=SIZE // 4, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        num_layers=num_layers, attention_head_dim=32, num_attention_heads=num_heads,
+        caption_projection_dim=32 * num_heads, joint_attention_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH, pos_embed_max_size=SIZE // 8, qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps on rectified flow."""
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
