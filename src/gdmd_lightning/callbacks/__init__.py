@@ -1,0 +1,1 @@
+"""What watches a training: evaluation, the record of gradient rewards, clean interruption."""

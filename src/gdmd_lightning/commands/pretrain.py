@@ -18,7 +18,6 @@ from gdmd_lightning.schedules import LogitNormalLaw
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (
     AutoencoderTraining,
-    Pictures,
     ScorerTraining,
     TeacherTraining,
     loader,
@@ -44,6 +43,7 @@ class PretrainSettings:
         autoencoder, scorer, teacher: The three stages.
         pictures: Number of training pictures.
         caption_noise: Share of captions that get one class, colour, count or relation wrong, in [0, 1].
+        noise_from: Share of the teacher's training after which captions err.
         num_layers, num_heads: Size of the transformer; heads are 32 wide.
         ema_decay: Decay of the teacher's averaged weights, which are the ones saved.
         threads: CPU threads of torch; 0 keeps torch's choice.
@@ -51,12 +51,13 @@ class PretrainSettings:
     """
 
     out: Path = Path("runs/shapes_teacher")
-    autoencoder: Stage = Stage(steps=1500, batch_size=32, learning_rate=3e-3)
+    autoencoder: Stage = Stage(steps=2000, batch_size=32, learning_rate=3e-3)
     scorer: Stage = Stage(steps=3000, batch_size=128)
-    teacher: Stage = Stage(steps=8000, batch_size=64)
+    teacher: Stage = Stage(steps=7000, batch_size=64)
     pictures: int = 60_000
     caption_noise: float = 0.5
-    num_layers: int = 6
+    noise_from: float = 0.75
+    num_layers: int = 5
     num_heads: int = 4
     ema_decay: float = 0.999
     threads: int = 0
@@ -71,13 +72,12 @@ def pretrain(settings: PretrainSettings) -> Path:
     settings.out.mkdir(parents=True, exist_ok=True)
     tokenizer = parts.build_tokenizer()
 
-    def tokens(pictures: Pictures) -> Tensor:
-        texts = [caption.text for caption in pictures.captions]
+    def tokens(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     if not (settings.out / "vae").is_dir():
         vae = parts.build_autoencoder()
-        pictures = make_pictures(settings.pictures // 3, settings.seed, 0.0)
+        pictures = make_pictures(settings.pictures // 3, settings.seed)
         stage = settings.autoencoder
         module = AutoencoderTraining(vae, stage.learning_rate)
         _train(module, loader(pictures.images, batch_size=stage.batch_size), stage, settings, "vae")
@@ -86,11 +86,11 @@ def pretrain(settings: PretrainSettings) -> Path:
         _save(vae, settings.out / "vae")
     if not (settings.out / "scorer").is_dir():
         scorer = parts.build_scorer(tokenizer)
-        pictures = make_pictures(settings.pictures, settings.seed + 1, 0.0)
+        pictures = make_pictures(settings.pictures, settings.seed + 1)
         stage = settings.scorer
         module = ScorerTraining(scorer, stage.learning_rate)
         _train(
-            module, loader(pictures.images, tokens(pictures), batch_size=stage.batch_size), stage, settings, "scorer"
+            module, loader(pictures.images, tokens(pictures.captions), batch_size=stage.batch_size), stage, settings, "scorer"
         )
         _save(scorer, settings.out / "scorer")
         tokenizer.save_pretrained(settings.out / "scorer")
@@ -102,15 +102,25 @@ def pretrain(settings: PretrainSettings) -> Path:
 def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
     vae = AutoencoderKL.from_pretrained(settings.out / "vae")
     tokenizer = parts.build_tokenizer()
-    pictures = make_pictures(settings.pictures, settings.seed + 2, settings.caption_noise)
+    pictures = make_pictures(settings.pictures, settings.seed + 2)
     latents = (_encode(vae, pictures.images) - vae.config.shift_factor) * vae.config.scaling_factor
     encoders = (parts.build_text_encoder(tokenizer), parts.build_text_encoder(tokenizer))
     transformer = parts.build_transformer(settings.num_layers, settings.num_heads)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
     stage = settings.teacher
     law = LogitNormalLaw(shift=parts.SHIFT, low=1e-3, high=1.0)
-    module = TeacherTraining(transformer, encoders, empty, law, stage.learning_rate, seed=settings.seed)
-    batches = loader(latents, tokens(pictures), batch_size=stage.batch_size)
+    module = TeacherTraining(
+        transformer,
+        encoders,
+        empty,
+        law,
+        stage.learning_rate,
+        caption_noise=settings.caption_noise,
+        noise_from=settings.noise_from,
+        seed=settings.seed,
+    )
+    captions, wrong = tokens(pictures.captions), tokens(pictures.wrong)
+    batches = loader(latents, captions, wrong, batch_size=stage.batch_size)
     _train(module, batches, stage, settings, "teacher", EMAWeightAveraging(decay=settings.ema_decay))
     encoders = tuple(encoder.half() for encoder in encoders)
     pipeline = StableDiffusion3Pipeline(

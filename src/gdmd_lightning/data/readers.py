@@ -1,15 +1,11 @@
-"""Streaming prompt sources: one small class a format, none of which holds a corpus in memory.
+"""Streaming prompt sources: files, Hugging Face data sets and the Shapes world, none of them held in memory.
 
-A *row* is one prompt; rows of a source are numbered from 0 in the order in which they stand. Lines that are empty
-or hold only ASCII white space are no rows in ``.txt``, ``.jsonl`` and ``.csv``; every other line that is not a
-prompt is an error that names it, never skipped. Errors count lines and rows from 1, as editors do.
+A *row* is one prompt; the rows of a source are numbered from 0 in the order in which they stand. Lines of ASCII white
+space alone are no rows in ``.txt`` and ``.jsonl``, nor are empty lines in ``.csv``.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import json
 import random
 import re
 import sys
@@ -17,20 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
+from gdmd_lightning.data.files import BATCH_ROWS, CsvTable, JsonLines, ParquetTable, TextFile
+from gdmd_lightning.data.rows import as_prompt, no_column
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.shapes.captions import TASK_WEIGHTS, Split, prompts
 
 if TYPE_CHECKING:
     import datasets
-    from pyarrow.parquet import ParquetFile
 
-# Rows decoded at once: large enough that decoding costs little, small enough that a first prompt comes quickly.
-BATCH_ROWS = 256
+FILES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 class PromptSource(Protocol):
@@ -61,13 +56,13 @@ def open_source(source: str, *, column: str = "prompt", split: str = "train", se
 
     Args:
         source: A ``.txt`` (a prompt a line), ``.jsonl``, ``.csv`` or ``.parquet`` file; a data set of Hugging Face
-            as ``organisation/name`` or a folder of one; or ``shapes``, the prompts of the Shapes world.
-        column: The key or column that holds the prompt.
-        split: The split of a Hugging Face data set or of the Shapes world.
+            as ``organisation/name``, or a local folder of one; or ``shapes``, the prompts of the Shapes world.
+        column: The key or column that holds the prompt; a ``.txt`` file and the Shapes world have none.
+        split: The split of a Hugging Face data set or of the Shapes world; a file has none.
         seed: Seed of the Shapes world's prompts.
 
     Raises:
-        UserError: There is no such source, it has no prompt, or its first row is not a prompt.
+        UserError: There is no such source, it has no prompt, or its first row is not one.
     """
     chosen = _choose(source, column, split, seed)
     if next(chosen.read(), None) is None:
@@ -82,13 +77,16 @@ def no_prompt(source: PromptSource) -> UserError:
 
 def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
     if source == "shapes":
-        if split not in get_args(Split):
-            raise UserError(f"no split {split!r}", where=source, remedy=f"choose of {', '.join(get_args(Split))}")
+        splits = get_args(Split)
+        if split not in splits:
+            raise UserError(f"no split {split!r}", where=source, remedy=f"its splits are {' and '.join(splits)}")
         return ShapesPrompts(cast(Split, split), seed)
     path = Path(source)
     suffix = path.suffix.lower()
-    if suffix in (".txt", ".jsonl", ".csv", ".parquet"):
-        if not path.is_file():
+    if path.is_dir():
+        return HubDataset(source, column, split)
+    if suffix in FILES:
+        if not path.exists():
             raise UserError("no such file", where=source, remedy="give the path of an existing prompt file")
         match suffix:
             case ".txt":
@@ -99,146 +97,15 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
                 return CsvTable(source, column)
             case _:
                 return ParquetTable(source, column)
-    # A suffix of letters is a file's; in a data set's name a dot stands before a number ("org/prompts-v1.5").
-    organisation_and_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not suffix[1:].isalpha()
-    if path.is_dir() or (organisation_and_name and not path.exists()):
+    # A suffix of letters is taken for a file's, so that a slip in a file's name never goes to the network; in a
+    # data set's name a dot stands before a number ("org/prompts-v1.5").
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not suffix[1:].isalpha() and not path.exists():
         return HubDataset(source, column, split)
     raise UserError(
         "unknown kind of prompt source",
         where=source,
-        remedy="give a .txt, .jsonl, .csv or .parquet file, a Hugging Face data set as organisation/name, or 'shapes'",
+        remedy=f"give a {', '.join(FILES)} file, a Hugging Face data set as organisation/name, or 'shapes'",
     )
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A prompt a line, without the white space around it."""
-
-    name: str
-
-    def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
-        for number, line in islice(_lines(self.name), start, None):
-            where = f"{self.name}:{number}"
-            yield _prompt(_decode(line, where), where)
-
-    def count(self) -> int:
-        """The number of lines that are not blank."""
-        return sum(1 for _ in _lines(self.name))
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """A JSON object a line; the whole object becomes the prompt's metadata, as GenEval's lines want it."""
-
-    name: str
-    column: str = "prompt"
-
-    def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
-        for number, line in islice(_lines(self.name), start, None):
-            where = f"{self.name}:{number}"
-            try:
-                row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise UserError(f"broken JSON at column {error.colno}: {error.msg}", where=where) from error
-            if not isinstance(row, dict):
-                raise UserError(f"a JSON {type(row).__name__}", where=where, remedy="each line must be an object")
-            if self.column not in row:
-                raise _no_column(self.column, row, where)
-            prompt = _prompt(row[self.column], where, row)
-            # JSON alone can spell half a surrogate pair, which no tokenizer takes.
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt.text):
-                raise UserError(f"{self.column!r} holds half a surrogate pair", where=where)
-            yield prompt
-
-    def count(self) -> int:
-        """The number of lines that are not blank."""
-        return sum(1 for _ in _lines(self.name))
-
-
-@dataclass(frozen=True)
-class CsvTable:
-    """One column of a comma-separated file whose first record names the columns."""
-
-    name: str
-    column: str = "prompt"
-
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """The line on which each record ends, and its fields."""
-        lines = (_decode(line, f"{self.name}:{number}") for number, line in _raw_lines(self.name))
-        # Strict, or an unclosed quote would swallow the rest of the file into one prompt.
-        records = csv.reader(lines, strict=True)
-        try:
-            for record in records:
-                if record:
-                    yield records.line_num, record
-        except csv.Error as error:
-            raise UserError(f"broken CSV: {error}", where=f"{self.name}:{records.line_num}") from error
-
-    def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
-        records = self._records()
-        for line, header in islice(records, 1):
-            if self.column not in header:
-                raise _no_column(self.column, header, f"{self.name}:{line}")
-            index = header.index(self.column)
-            for number, record in islice(records, start, None):
-                where = f"{self.name}:{number}"
-                if len(record) != len(header):
-                    raise UserError(
-                        f"{len(record)} fields where the header has {len(header)}",
-                        where=where,
-                        remedy='write a prompt that holds a comma in "quotes"',
-                    )
-                yield _prompt(record[index], where)
-
-    def count(self) -> int:
-        """The number of records below the header."""
-        return max(sum(1 for _ in self._records()) - 1, 0)
-
-
-@dataclass(frozen=True)
-class ParquetTable:
-    """One column of a parquet file; whole row groups are passed over through the file's metadata."""
-
-    name: str
-    column: str = "prompt"
-
-    @contextmanager
-    def _open(self) -> Iterator[ParquetFile]:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            # A buffer, so that a column is streamed rather than read a row group at a time.
-            with ParquetFile(self.name, buffer_size=1 << 20) as file:
-                yield file
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"not a readable parquet file: {error}", where=self.name) from error
-
-    def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
-        with self._open() as file:
-            columns = file.schema_arrow.names
-            if self.column not in columns:
-                raise _no_column(self.column, columns, self.name)
-            first, group, groups = 0, 0, file.num_row_groups
-            while group < groups and first + file.metadata.row_group(group).num_rows <= start:
-                first += file.metadata.row_group(group).num_rows
-                group += 1
-            # One thread: loader workers are forked, and threads do not survive a fork.
-            wanted = dict(row_groups=list(range(group, groups)), columns=[self.column], use_threads=False)
-            for batch in file.iter_batches(BATCH_ROWS, **wanted):
-                rows = batch.column(self.column)[max(start - first, 0) :]
-                for number, row in enumerate(rows, first + max(start - first, 0) + 1):
-                    yield _prompt(_text(row, self.name, number), f"{self.name}:row {number}")
-                first += batch.num_rows
-
-    def count(self) -> int:
-        """The number of rows in the file's metadata."""
-        with self._open() as file:
-            return int(file.metadata.num_rows)
 
 
 @dataclass(frozen=True)
@@ -253,11 +120,18 @@ class HubDataset:
     def _dataset(self) -> datasets.IterableDataset:
         import datasets
 
-        with self._told():
-            return datasets.load_dataset(self.name, split=self.split, streaming=True)
+        with self._explained():
+            rows = datasets.load_dataset(self.name, split=self.split, streaming=True)
+            columns = rows.column_names
+        if columns is None:
+            return rows
+        if self.column not in columns:
+            raise no_column(self.column, columns, self.name)
+        # Other columns may hold images, which would be fetched and decoded for nothing.
+        return rows.select_columns([self.column])
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         from datasets.exceptions import DatasetsError
 
         try:
@@ -269,31 +143,31 @@ class HubDataset:
                 remedy=f"give organisation/name of one that you may read, with a split {self.split!r}, or a file",
             ) from error
 
-    def _rows(self, start: int) -> Iterator[dict[str, Any]]:
-        with self._told():
-            # `iter(dataset)` would give each loader worker only a share of the rows; `iter(batch_size)` does not.
-            for batch in self._dataset.skip(start).iter(BATCH_ROWS):
-                columns = list(batch)
-                for values in zip(*batch.values(), strict=True):
-                    yield dict(zip(columns, values, strict=True))
+    def _batches(self, start: int) -> Iterator[dict[str, list[Any]]]:
+        with self._explained():
+            # `iter(dataset)` would give each loader's worker only a share of the rows; `.iter(size)` does not.
+            yield from self._dataset.skip(start).iter(BATCH_ROWS)
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
         """The prompts from row ``start`` on."""
-        for number, row in enumerate(self._rows(start), start + 1):
-            if self.column not in row:
-                raise _no_column(self.column, row, self.name)
-            yield _prompt(row[self.column], f"{self.name}:row {number}")
+        number = start
+        for batch in self._batches(start):
+            if self.column not in batch:
+                raise no_column(self.column, batch, self.name)
+            for text in batch[self.column]:
+                number += 1
+                yield as_prompt(text, f"{self.name}:row {number}")
 
     def count(self) -> int:
-        """The number of rows, for which they are all streamed once: a data set's card may be out of date."""
-        return sum(1 for _ in self._rows(0))
+        """The number of rows, for which all are streamed once: what a data set's card says may be out of date."""
+        return sum(len(next(iter(batch.values()))) for batch in self._batches(0))
 
 
 @dataclass(frozen=True)
 class ShapesPrompts:
-    """The Shapes world's own prompts, tasks drawn by ``TASK_WEIGHTS``; row ``i`` depends on seed and ``i`` alone.
+    """The Shapes world's own prompts, tasks drawn by ``TASK_WEIGHTS``; a row depends on the seed and its number alone.
 
-    A pass never ends in practice, and any row of it is reached at once.
+    So any row is reached at once, and a pass need never end.
     """
 
     split: Split = "train"
@@ -303,7 +177,7 @@ class ShapesPrompts:
     def read(self, start: int = 0) -> Iterator[Prompt]:
         """The prompts from row ``start`` on."""
         tasks, weights = list(TASK_WEIGHTS), list(TASK_WEIGHTS.values())
-        for row in range(start, sys.maxsize):
+        for row in range(start, self.count()):
             rng = random.Random(f"shapes {self.seed} {row}")
             (task,) = rng.choices(tasks, weights)
             yield rng.choice(prompts(task, self.split))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.locations import resolve
 from gdmd_lightning.schedules import x0_from_velocity
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class ModelFamily(ABC):
     """A pipeline on disk or on the hub, and how to use its network.
 
     Args:
-        path: A directory written by ``DiffusionPipeline.save_pretrained``, or a hub id (``org/name``), which is
-            the one case in which the network is used.
+        path: A directory written by ``DiffusionPipeline.save_pretrained``, ``package:`` and a path inside this
+            package, or a hub id (``org/name``), which is the one case in which the network is used.
 
     Raises:
         UserError: If the directory is missing, is no diffusers pipeline, or is of another family.
@@ -86,7 +87,7 @@ class ModelFamily(ABC):
     pipeline_class: ClassVar[str]
 
     def __init__(self, path: str) -> None:
-        self.path = str(path)
+        self.path = resolve(str(path))
         check_pipeline(self.path, self.pipeline_class)
         self.pipeline: DiffusionPipeline | None = None
         self._empty: Conditioning | None = None
@@ -146,6 +147,10 @@ class ModelFamily(ABC):
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments beside prompt, steps and guidance that a call of the pipeline needs to repeat our pictures."""
+        return {}
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """Arguments beside the path that ``from_pretrained`` needs for a pipeline saved by :meth:`to_pipeline`."""
         return {}
 
     # What follows from it.

@@ -36,7 +36,7 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
     try:
         pipeline = cls.from_pretrained(
             str(directory) if directory.is_dir() else path,
-            torch_dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             low_cpu_mem_usage=True,
             **dict.fromkeys(empty),

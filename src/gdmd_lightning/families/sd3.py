@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
 
+_T5 = ("text_encoder_3", "tokenizer_3")
+
+
 class SD3Family(ModelFamily):
     """Stable Diffusion 3 or 3.5.
 
@@ -42,9 +45,8 @@ class SD3Family(ModelFamily):
         """See :meth:`ModelFamily.load`."""
         from diffusers import StableDiffusion3Pipeline
 
-        absent = ("text_encoder_3", "tokenizer_3")
         self.pipeline = load_pipeline(
-            StableDiffusion3Pipeline, self.path, self.dtype, may_lack=absent, drop=() if self.use_t5 else absent
+            StableDiffusion3Pipeline, self.path, self.dtype, may_lack=_T5, drop=() if self.use_t5 else _T5
         )
         return self._sd3.transformer
 
@@ -147,3 +149,7 @@ class SD3Family(ModelFamily):
     def sampling_arguments(self) -> dict[str, Any]:
         """See :meth:`ModelFamily.sampling_arguments`."""
         return {"max_sequence_length": self.max_sequence_length}
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """See :meth:`ModelFamily.loading_arguments`: T5 must be named where it is absent."""
+        return {name: None for name in _T5 if self.loaded.components[name] is None}

@@ -124,6 +124,7 @@ class DistillationModule(pl.LightningModule):
         self.optimization = {"generator": generator, "fake_score": critic}
         self.ema_decay, self.start_from = ema_decay, start_from
         self.roles: Roles | None = None
+        self.configuration = ""
 
     # What a method answers.
 
@@ -317,6 +318,10 @@ class DistillationModule(pl.LightningModule):
         """All roles but the teacher."""
         whole = super().state_dict(*args, **kwargs)
         return {name: value for name, value in whole.items() if not name.startswith("roles.teacher.")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration that the command line built this module from, so that a checkpoint explains itself."""
+        checkpoint["configuration"] = self.configuration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that is not of this model before anything is overwritten, and add the teacher to it."""

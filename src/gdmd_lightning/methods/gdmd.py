@@ -125,7 +125,10 @@ class GDMD(DistillationModule):
             policy = policy_loss(plus, minus, y, o.flatten(), n, self.policy.beta)
             loss = dm_loss(each, y, n) + self.lambda_policy * policy
 
-        self.judged = Judged(state, x.detach(), targets, rewards, own, advantage, o, batch.prompts, self.lambda_policy)
+        gradient = (x.detach()[:, None] - targets.y).abs().flatten(2).mean(2) / targets.n
+        self.judged = Judged(
+            state, x.detach(), targets, rewards, own, advantage, o, batch.prompts, self.lambda_policy, gradient
+        )  # fmt: skip
         return loss, x, self._logs(self.judged)
 
     def draw_group(self, batch: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +174,7 @@ class GDMD(DistillationModule):
         logs = {
             "reward_target": judged.rewards.mean(),
             "reward_spread": judged.rewards.std(1).mean() if judged.rewards.shape[1] > 1 else judged.rewards.std(),
-            "gradient": judged.gradient_size().mean(),
+            "gradient": judged.gradient.mean(),
             "weight_negative": (judged.weight() < 0).float().mean(),
             "advantage_level_correlation": correlation(judged.advantage, judged.targets.level),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,8 +25,8 @@ class Verdict:
         compare: The targets of one ``state`` with each other (the paper's), all targets of a ``prompt``'s states,
             or each target with its own ``sample``.
         spread: Whose standard deviation divides, see :func:`group_advantages`.
-        strata: Into how many intervals of the renoise level's rank within a state the rewards are centred first, so
-            that directions are compared and not levels; 1 for none.
+        centre_levels: Remove the mean of each renoise level's rank within its group first, so that directions
+            are compared and not levels.
         clip: ``A_max``.
         score_samples: Judge the samples too, to log and record them; ``compare: sample`` does anyway.
     """
@@ -79,14 +79,17 @@ class Judged:
     optimality: Tensor  # [B, M]
     prompts: tuple[Prompt, ...]
     strength: float  # lambda_policy
+    gradient: Tensor  # [B, M], mean |g| of each target's normalised gradient
 
     def weight(self) -> Tensor:
         """The signed weight of each distillation gradient, to first order, ``[B, M]``."""
         return gradient_weight(self.optimality, 2 * self.strength)
 
-    def gradient_size(self) -> Tensor:
-        """``mean |g|`` of each target's normalised gradient, ``[B, M]``."""
-        return (self.x[:, None] - self.targets.y).abs().flatten(2).mean(2) / self.targets.n
+    def without_pictures(self) -> Judged:
+        """The same with its latents dropped, small enough to wait for the record to be written."""
+        nothing = self.x[:0]
+        state, targets = replace(self.state, x_sigma=nothing), replace(self.targets, y=nothing)
+        return replace(self, x=nothing, state=state, targets=targets)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
 
@@ -19,7 +20,7 @@ class ContrastiveReward(Reward):
     """Cosine of text and picture under a CLIP model, differentiable in the pixels.
 
     Args:
-        path: Directory (or hub id) of a ``CLIPModel`` with its ``CLIPTokenizer``.
+        path: Directory, ``package:`` path or hub id of a ``CLIPModel`` with its ``CLIPTokenizer``.
         mean, std: Of the pixels, per channel; the Shapes scorer uses 0.5.
         name: Under which the score is logged.
 
@@ -36,10 +37,13 @@ class ContrastiveReward(Reward):
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         name: str = "contrastive",
     ) -> None:
-        self.path, self.name = str(path), name
+        self.path, self.name = resolve(str(path)), name
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        if Path(path).exists() and not (Path(path) / "config.json").is_file():
-            raise UserError(f"{path!r} has no config.json", where=f"reward {name!r}", remedy="give a CLIPModel directory")
+        local = Path(self.path).is_absolute() or Path(self.path).exists()
+        if local and not (Path(self.path) / "config.json").is_file():
+            raise UserError(
+                f"{self.path!r} has no config.json", where=f"reward {name!r}", remedy="give a CLIPModel directory"
+            )
         self._loaded: tuple[Any, Any] | None = None
         self._device = torch.device("cpu")
 

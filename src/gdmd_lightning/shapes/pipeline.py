@@ -19,7 +19,7 @@ from gdmd_lightning.shapes.captions import WORDS
 from gdmd_lightning.shapes.scenes import SIZE
 
 MAX_TOKENS = 12  # the longest caption has 9 words, with its two marks 11
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
 SHIFT = 2.0
 
@@ -66,7 +66,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """32x32x3 pictures to 8x8x8 latents."""
+    """32x32x3 pictures to 8x8x4 latents."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
@@ -75,13 +75,13 @@ def build_autoencoder() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def build_transformer(num_layers: int = 6, num_heads: int = 4) -> SD3Transformer2DModel:
-    """An SD3 transformer with heads of 32 on 16 image tokens (2x2 patches of 8x8 latents)."""
+def build_transformer(num_layers: int, num_heads: int) -> SD3Transformer2DModel:
+    """An SD3 transformer with heads of 32 on 64 image tokens: a patch of one latent, since two by two learn slowly."""
     return SD3Transformer2DModel(
-        sample_size=SIZE // 4, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        sample_size=SIZE // 4, patch_size=1, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         num_layers=num_layers, attention_head_dim=32, num_attention_heads=num_heads,
         caption_projection_dim=32 * num_heads, joint_attention_dim=2 * TEXT_WIDTH,
-        pooled_projection_dim=2 * TEXT_WIDTH, pos_embed_max_size=SIZE // 8, qk_norm="rms_norm",
+        pooled_projection_dim=2 * TEXT_WIDTH, pos_embed_max_size=SIZE // 4, qk_norm="rms_norm",
     )  # fmt: skip
 
 

@@ -17,28 +17,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.schedules import LogitNormalLaw, draw_levels, renoise
-from gdmd_lightning.shapes.captions import corrupt, prompt_stream
+from gdmd_lightning.shapes.captions import corrupt, describe, prompt_stream
 from gdmd_lightning.shapes.scenes import render, sample_scenes
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Rendered pictures with their captions, some of which may be wrong."""
+    """Rendered pictures, each with its caption and with one that errs as web captions do."""
 
     images: Tensor  # [N, 3, 32, 32] in [0, 1]
-    captions: list[Prompt]
+    captions: list[str]
+    wrong: list[str]
 
 
-def make_pictures(count: int, seed: int, caption_noise: float) -> Pictures:
-    """Draw ``count`` training pictures; a share ``caption_noise`` shows a scene that its caption gets wrong once."""
+def make_pictures(count: int, seed: int) -> Pictures:
+    """Draw ``count`` training pictures with their true captions, and for each a caption wrong in one respect."""
     rng, stream = random.Random(seed), prompt_stream("train", seed)
     captions = [next(stream) for _ in range(count)]
-    shown = [corrupt(p.metadata, rng) if rng.random() < caption_noise else p.metadata for p in captions]
+    wrong = []
+    for caption in captions:
+        prefix = caption.text.removesuffix(describe(caption.metadata))
+        wrong.append(prefix + describe(corrupt(caption.metadata, rng)))
     numpy_rng = np.random.default_rng(seed)
-    parts = [render(sample_scenes(shown[i : i + 1000], numpy_rng)) for i in range(0, count, 1000)]
-    return Pictures(torch.cat(parts), captions)
+    parts = [
+        render(sample_scenes([c.metadata for c in captions[i : i + 1000]], numpy_rng)) for i in range(0, count, 1000)
+    ]
+    return Pictures(torch.cat(parts), [caption.text for caption in captions], wrong)
 
 
 def loader(*tensors: Tensor, batch_size: int) -> DataLoader[Any]:
@@ -64,7 +69,7 @@ class _OneCycle(pl.LightningModule):
 class AutoencoderTraining(_OneCycle):
     """Trains an ``AutoencoderKL`` on pictures; the KL weight only keeps the latents bounded."""
 
-    def __init__(self, vae: torch.nn.Module, learning_rate: float = 3e-3, kl_weight: float = 1e-5) -> None:
+    def __init__(self, vae: torch.nn.Module, learning_rate: float = 3e-3, kl_weight: float = 1e-6) -> None:
         super().__init__(learning_rate)
         self.vae, self.kl_weight = vae, kl_weight
 
@@ -104,6 +109,9 @@ class TeacherTraining(_OneCycle):
         empty: Token ids of the empty prompt, ``[L]``.
         law: Law of the noise level.
         dropout: Share of captions replaced by the empty prompt, for classifier-free guidance.
+        caption_noise: Share of captions replaced by wrong ones, in [0, 1].
+        noise_from: Share of the training after which captions err. The world is learned from true captions, then
+            the errors: a short way to a teacher that could draw what it is asked and often does not.
     """
 
     def __init__(
@@ -114,16 +122,22 @@ class TeacherTraining(_OneCycle):
         law: LogitNormalLaw,
         learning_rate: float = 1e-3,
         dropout: float = 0.1,
+        caption_noise: float = 0.5,
+        noise_from: float = 0.75,
         seed: int = 0,
     ) -> None:
         super().__init__(learning_rate)
         self.transformer, self.encoders = transformer, torch.nn.ModuleList(encoders)
         self.law, self.dropout = law, dropout
+        self.caption_noise, self.noise_from = caption_noise, noise_from
         self.register_buffer("empty", empty, persistent=False)
         self.random = torch.Generator().manual_seed(seed)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        latents, tokens = batch
+        latents, tokens, wrong = batch
+        if self.global_step >= self.noise_from * self.trainer.max_steps:
+            errs = torch.rand(len(tokens), generator=self.random) < self.caption_noise
+            tokens = torch.where(errs[:, None], wrong, tokens)
         dropped = torch.rand(len(tokens), generator=self.random) < self.dropout
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.encoders]

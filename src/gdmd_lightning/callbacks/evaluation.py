@@ -1,0 +1,114 @@
+"""Scores of the few-step generator's averaged weights on fixed test prompts, while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from gdmd_lightning.callbacks.pictures import picture_grid
+from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.metrics.evaluation import evaluate
+from gdmd_lightning.metrics.scores import TaskScore
+from gdmd_lightning.prompts import PromptBatch
+
+
+class GenerationEvaluation(pl.Callback):
+    """Every so many updates, and at the end, score the generator and draw it beside its teacher.
+
+    Scores are logged as ``eval/<score>/<task>``, so ``ModelCheckpoint`` can monitor them; the picture grid goes to
+    TensorBoard and to ``pictures/`` in the log directory.
+
+    Args:
+        scores: What to compute.
+        prompts: ``shapes``, or a prompt file as the data module reads it.
+        count: How many prompts; of Shapes an equal number for each task.
+        every_n_updates: Generator updates between two evaluations.
+        batch_size: Pictures generated at once.
+        columns: Pictures in the grid; 0 for no grid.
+        teacher_steps, teacher_guidance: How the grid's teacher samples.
+        seed: Of the noise.
+    """
+
+    def __init__(
+        self,
+        scores: list[TaskScore],
+        prompts: str = "shapes",
+        count: int = 600,
+        every_n_updates: int = 100,
+        batch_size: int = 100,
+        columns: int = 8,
+        teacher_steps: int = 30,
+        teacher_guidance: float = 3.0,
+        seed: int = 0,
+    ) -> None:
+        if min(count, every_n_updates, batch_size) < 1:
+            raise UserError(
+                f"count {count}, every_n_updates {every_n_updates} and batch_size {batch_size} must be at least 1",
+                where="GenerationEvaluation",
+            )
+        self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
+        self.prompts = read_test_prompts(prompts, count)
+        self.columns, self.seed = columns, seed
+        self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
+        self._teacher_pictures: Tensor | None = None
+        self._done_at = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Evaluate when it is due."""
+        last = trainer.global_step >= trainer.max_steps > 0
+        if trainer.global_step % self.every_n_updates == 0 or last:
+            assert isinstance(pl_module, DistillationModule)
+            self.run(trainer, pl_module)
+
+    def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
+        """Evaluate now."""
+        if self._done_at == trainer.global_step:
+            return
+        self._done_at = trainer.global_step
+        result = evaluate(
+            module.generate,
+            self.prompts,
+            self.scores,
+            module.latent_shape,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=module.device,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            keep=0,
+        )
+        values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
+        module.log_dict(values, batch_size=1)
+        module.log("eval/seconds_per_picture", result.seconds, batch_size=1)
+        if self.columns and trainer.is_global_zero:
+            self._draw(trainer, module)
+
+    @torch.no_grad()
+    def _draw(self, trainer: pl.Trainer, module: DistillationModule) -> None:
+        from gdmd_lightning.metrics.evaluation import fixed_noise
+
+        # Spread over the test set, so that every task is seen.
+        rows = [i * len(self.prompts) // self.columns for i in range(min(self.columns, len(self.prompts)))]
+        texts = [self.prompts[i].text for i in rows]
+        noise = torch.stack([fixed_noise(i, module.latent_shape, self.seed) for i in rows]).to(module.device)
+        if self._teacher_pictures is None:
+            pictures = module.generate_teacher(noise, texts, self.teacher_steps, self.teacher_guidance)
+            self._teacher_pictures = pictures.cpu()
+        figure = picture_grid(
+            {f"teacher, {self.teacher_steps}": self._teacher_pictures, f"ours, {module.sampler.steps}": module.generate(noise, texts).cpu()},
+            texts,
+        )  # fmt: skip
+        directory = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+        directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(directory / f"{trainer.global_step:06d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("teacher and generator", figure, trainer.global_step)

@@ -1,0 +1,65 @@
+"""The command line: finds the command, and tells a person's mistakes in one line.
+
+Nothing heavy is imported before a command is known, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gdmd_lightning import __version__
+from gdmd_lightning.errors import UserError
+
+COMMANDS = {
+    "fit": "train a generator: fit --config shapes.yaml [--trainer.max_steps 50 ...]",
+    "evaluate": "score teacher, checkpoints and exported pipelines on fixed prompts",
+    "export": "write a checkpoint's generator as a diffusers pipeline directory",
+    "demo": "distil the embedded teacher with DMD, then GDMD, and show the table",
+    "pretrain": "train the embedded Shapes teacher from nothing",
+    "results": "compare methods on Shapes over seeds, with intervals",
+}
+
+
+def usage() -> str:
+    """What ``--help`` prints."""
+    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: python -m gdmd_lightning COMMAND [options]\n\n"
+        "Distil text-to-image diffusion models into few-step generators, with gradient rewards.\n\n"
+        f"commands:\n{rows}\n\n"
+        "options:\n"
+        "  --help     this text; COMMAND --help for a command's own options\n"
+        "  --version  the version\n"
+        "  --debug    show the traceback of an error\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits with status 2 after a user's error, 128 + N after signal N."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"gdmd_lightning {__version__}")
+        return
+    name = arguments[0]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}", remedy=f"use one of: {', '.join(COMMANDS)}")
+        # Third parties' banners and progress of loading are no help to a reader of ours.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"gdmd_lightning: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if status:
+        sys.exit(status)

@@ -1,0 +1,137 @@
+"""Compare methods on Shapes over seeds: every arm starts from the same seed's DMD cold start."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from gdmd_lightning.commands.demo import train
+from gdmd_lightning.commands.evaluate import score, shapes_scores, student, teachers
+from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.base import DistillationModule
+
+GDMD = ("--config", "shapes.yaml")
+DMD = ("--config", "shapes.yaml", "--config", "shapes_dmd.yaml")
+ARMS: dict[str, tuple[str, ...]] = {
+    "DMD": DMD,
+    "GDMD": GDMD,
+    "GDMD, weighted": (*GDMD, "--model.policy.form=weighted"),
+    "GDMD, policies at the state": (*GDMD, "--model.policy.at=state"),
+    "GDMD, groups of a state": (*GDMD, "--model.verdict.compare=state"),
+    "GDMD, against the sample": (*GDMD, "--model.verdict.compare=sample"),
+    "GDMD, groups over snapshots": (*GDMD, "--model.targets.over=snapshot"),
+    "GDMD, levels centred": (*GDMD, "--model.verdict.centre_levels=true"),
+    "GDMD, lambda 0": (*GDMD, "--model.lambda_policy=0"),
+}
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=50")
+
+
+def run_arm(out: Path, name: str, updates: int, seed: int, start: Path | None, count: int, more: list[str]) -> None:
+    """Train and score one arm of one seed into ``out``; done already if its ``scores.json`` is there."""
+    if (out / "scores.json").is_file():
+        return
+    arguments = [*ARMS[name], f"--trainer.max_steps={updates}", f"--model.seed={seed}", f"--data.seed={seed}"]
+    if start is not None:
+        arguments.append(f"--model.start_from={start}")
+    began = time.perf_counter()
+    checkpoint, cli = train(out, *arguments, f"--seed_everything={seed}", *QUIET, *more)
+    seconds = time.perf_counter() - began
+    module = load_module(str(checkpoint))
+    result = _scores(module, name, count)
+    evaluations = sum(cli.model.networks.evaluations.values()) / updates
+    _write(out / "scores.json", {**result, "evaluations": evaluations, "seconds": seconds / updates})
+
+
+def _scores(module: DistillationModule, name: str, count: int) -> dict[str, float]:
+    prompts = read_test_prompts("shapes", count)
+    (row,) = score([student(name, module)], shapes_scores(), prompts, module.latent_shape)
+    return {key: value.mean for key, value in row.scores.items()}
+
+
+def _write(path: Path, content: object) -> None:
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    fresh.rename(path)
+
+
+def teacher_scores(out: Path, module: DistillationModule, count: int) -> dict[str, dict[str, float]]:
+    """The teacher's rows, computed once."""
+    path = out / "teacher.json"
+    if not path.is_file():
+        contestants = teachers(module, 30, module.matching.guidance_scale)
+        rows = score(contestants, shapes_scores(), read_test_prompts("shapes", count), module.latent_shape)
+        _write(path, {row.name: {key: value.mean for key, value in row.scores.items()} for row in rows})
+    loaded: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def summary(values: list[float]) -> str:
+    """Mean over seeds with a 95% t interval."""
+    from scipy import stats
+
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def report(out: Path, seeds: int, arms: list[str], teacher: dict[str, dict[str, float]]) -> str:
+    """A Markdown table: overall scores over seeds, and each arm's graded reward against DMD's of the same seed."""
+    runs = {arm: [json.loads((_place(out, arm, s) / "scores.json").read_text()) for s in range(seeds)] for arm in arms}
+    control = runs.get("DMD")
+    names = ["geneval/overall", "shapes/overall", "hps_like/overall"]
+    lines = [
+        "| generator | GenEval | graded reward | HPS-like | graded, minus DMD's | evaluations/update | s/update |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, scores in teacher.items():
+        lines.append(f"| {name} | " + " | ".join(f"{scores[key]:.3f}" for key in names) + " | | | |")
+    for arm, results in runs.items():
+        cells = [summary([r[key] for r in results]) for key in names]
+        paired = "" if control is None or arm == "DMD" else summary(
+            [mine["shapes/overall"] - theirs["shapes/overall"] for mine, theirs in zip(results, control, strict=True)]
+        )  # fmt: skip
+        cost = [f"{sum(r[key] for r in results) / len(results):.{digits}f}" for key, digits in (("evaluations", 0), ("seconds", 2))]
+        lines.append(f"| {arm}, 4 steps | " + " | ".join([*cells, paired, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def _place(out: Path, arm: str, seed: int) -> Path:
+    slug = "".join(c if c.isalnum() else "_" for c in arm.lower())
+    return out / f"seed{seed}" / slug
+
+
+def main(arguments: list[str]) -> int:
+    """``results [--seeds 3] [--arms ...]``; goes on where an earlier call was cut off."""
+    parser = ArgumentParser(prog="gdmd_lightning results", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", type=list[str], default=["DMD", "GDMD"], help=f"of: {'; '.join(ARMS)}")
+    parser.add_argument("--cold_start", type=int, default=120, help="DMD updates that all arms start from")
+    parser.add_argument("--updates", type=int, default=300, help="updates of each arm after it")
+    parser.add_argument("--count", type=int, default=1200, help="test prompts")
+    parser.add_argument("--fit", type=list[str], default=[], help="further arguments of all trainings")
+    options = parser.parse_args(arguments)
+    unknown = [arm for arm in options.arms if arm not in ARMS]
+    if unknown:
+        raise UserError(f"unknown arm {unknown[0]!r}", where="--arms", remedy=f"use: {'; '.join(ARMS)}")
+    out, count = options.out, options.count
+    for seed in range(options.seeds):
+        cold = _place(out, "cold start", seed)
+        if not (cold / "scores.json").is_file():
+            run_arm(cold, "DMD", options.cold_start, seed, None, count, options.fit)
+        start = cold / "checkpoints" / "last.ckpt"
+        for arm in options.arms:
+            run_arm(_place(out, arm, seed), arm, options.updates, seed + 1000, start, count, options.fit)
+            print(f"seed {seed}, {arm}: done", flush=True)
+    first = load_module(str(_place(out, "cold start", 0) / "checkpoints" / "last.ckpt"))
+    text = report(out, options.seeds, options.arms, teacher_scores(out, first, count))
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0

@@ -1,0 +1,27 @@
+"""Every class that a configuration can name by its bare name.
+
+Importing this makes jsonargparse know them; none of these modules imports diffusers or transformers until used.
+"""
+
+from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
+from gdmd_lightning.families.sd3 import SD3Family
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
+from gdmd_lightning.rewards.clip import ContrastiveReward
+from gdmd_lightning.rewards.combine import CombinedReward
+from gdmd_lightning.rewards.shapes import ShapesReward
+
+__all__ = [
+    "DMD",
+    "GDMD",
+    "CombinedReward",
+    "ContrastiveReward",
+    "GenEvalScore",
+    "GenerationEvaluation",
+    "GradientRewardRecord",
+    "RewardScore",
+    "SD3Family",
+    "ShapesReward",
+]

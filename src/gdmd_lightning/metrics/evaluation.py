@@ -1,0 +1,76 @@
+"""Generate pictures of fixed prompts from fixed noise and score them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdmd_lightning.metrics.scores import TaskScore
+from gdmd_lightning.prompts import Prompt
+
+Generate = Callable[[Tensor, list[str]], Tensor]
+"""``generate(noise [B, C, H, W], texts) -> pictures [B, 3, H, W] in [0, 1]``."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation took and showed; the scores are in the metrics.
+
+    Args:
+        seconds: Of generation, a picture.
+        pictures: The first ones, ``[N, 3, H, W]`` in [0, 1].
+    """
+
+    seconds: float
+    pictures: Tensor
+
+
+def fixed_noise(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Noise of the ``index``-th prompt; the same whatever the batch, the rank or the method."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+
+
+@torch.no_grad()
+def evaluate(
+    generate: Generate,
+    prompts: Sequence[Prompt],
+    scores: Sequence[TaskScore],
+    latent_shape: tuple[int, ...],
+    *,
+    seed: int = 0,
+    batch_size: int = 100,
+    device: torch.device = torch.device("cpu"),
+    rank: int = 0,
+    world_size: int = 1,
+    keep: int = 0,
+) -> Evaluated:
+    """Score one generator.
+
+    Args:
+        generate: The generator.
+        prompts: The whole test set; each rank takes every ``world_size``-th.
+        scores: Filled; call ``compute`` or ``intervals`` after.
+        latent_shape: Of one latent.
+        seed: Of the noise.
+        keep: How many of this rank's first pictures are returned.
+    """
+    for score in scores:
+        score.begin(prompts)
+        score.to(device)
+    mine = range(rank, len(prompts), world_size)
+    seconds, kept = 0.0, []
+    for start in range(0, len(mine), batch_size):
+        rows = mine[start : start + batch_size]
+        noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
+        began = time.perf_counter()
+        images = generate(noise, [prompts[i].text for i in rows])
+        seconds += time.perf_counter() - began
+        for score in scores:
+            score.update(images, [prompts[i] for i in rows])
+        if start < keep:
+            kept.append(images[: keep - start].cpu())
+    return Evaluated(seconds / max(len(mine), 1), torch.cat(kept) if kept else torch.empty(0))

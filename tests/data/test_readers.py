@@ -1,0 +1,277 @@
+"""Every kind of prompt source streams from any row, and says exactly where it is broken."""
+
+import csv
+import json
+import tracemalloc
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from gdmd_lightning.data.readers import HubDataset, open_source
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.shapes.captions import TASK_WEIGHTS, prompts
+
+TEXTS = ["a red circle", 'two "big" squares, both blue', "ein Fuß", "雨の中の猫", "a dog"]
+
+
+def write_txt(path: Path, texts: list[str]) -> None:
+    path.write_text("\n".join(texts), encoding="utf-8")
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"prompt": text, "tag": "t"}) + "\n" for text in texts), encoding="utf-8")
+
+
+def write_csv(path: Path, texts: list[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "prompt"], *([i, text] for i, text in enumerate(texts))])
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"id": list(range(len(texts))), "prompt": texts})
+    parquet.write_table(table, path, row_group_size=2)
+
+
+WRITERS = {"txt": write_txt, "jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+@pytest.fixture(params=WRITERS)
+def prompt_file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    path = tmp_path / f"prompts.{request.param}"
+    WRITERS[request.param](path, TEXTS)
+    return str(path)
+
+
+def texts(source: str, start: int = 0, **options: str) -> list[str]:
+    return [prompt.text for prompt in open_source(source, **options).read(start)]
+
+
+def complaint(path: Path, **options: str) -> str:
+    """What reading the whole file says, with the file's folder left out; it must be one line."""
+    with pytest.raises(UserError) as caught:
+        texts(str(path), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+@pytest.mark.parametrize("start", range(len(TEXTS) + 3))
+def test_every_format_reads_from_any_row(prompt_file: str, start: int) -> None:
+    assert texts(prompt_file, start) == TEXTS[start:]
+
+
+def test_every_format_counts_its_rows(prompt_file: str) -> None:
+    assert open_source(prompt_file).count() == len(TEXTS)
+
+
+def test_blank_lines_of_a_text_file_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf\r\none\r\n \t\r\n\r\n  two  \r\nthree\r\n\r\n")
+    assert texts(str(path)) == ["one", "two", "three"]
+    assert texts(str(path), 1) == ["two", "three"]
+    assert open_source(str(path)).count() == 3
+
+
+def test_a_byte_order_mark_is_not_part_of_a_header_or_an_object(tmp_path: Path) -> None:
+    for name, body in {"p.csv": "prompt\none\n", "p.jsonl": '{"prompt": "one"}\n'}.items():
+        (tmp_path / name).write_text(body, encoding="utf-8-sig")
+        assert texts(str(tmp_path / name)) == ["one"]
+
+
+def test_a_genevel_line_is_the_metadata_as_it_stands(tmp_path: Path) -> None:
+    line = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [], "prompt": "two dogs"}
+    path = tmp_path / "geneval.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    (prompt,) = open_source(str(path)).read(0)
+    assert (prompt.text, prompt.metadata) == ("two dogs", line)
+
+
+def test_another_column_can_hold_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("caption,id\none,1\n")
+    (tmp_path / "p.jsonl").write_text('{"caption": "one"}\n')
+    assert texts(str(tmp_path / "p.csv"), column="caption") == ["one"]
+    assert texts(str(tmp_path / "p.jsonl"), column="caption") == ["one"]
+
+
+def test_a_csv_record_may_span_lines(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('id,prompt\n1,"a cat,\non a mat"\n\n2,b\n')
+    assert texts(str(path)) == ["a cat,\non a mat", "b"]
+    assert texts(str(path), 1) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "says"),
+    [
+        ("p.txt", b"", "p.txt: there is no prompt in it"),
+        ("p.txt", b"\n \n\n", "p.txt: there is no prompt in it"),
+        ("p.txt", b"one\n\nFu\xdf\n", "p.txt:3: not UTF-8 (byte 0xdf at position 3 of the line)"),
+        ("p.txt", "one\n".encode("utf-16"), "p.txt:1: not UTF-8"),
+        ("p.txt", "one\n\u00a0\n".encode(), "p.txt:2: the prompt is empty"),
+        ("p.jsonl", b"", "p.jsonl: there is no prompt in it"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl:2: broken JSON at column 15: Expecting ','"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"text": "b", "id": 1}\n', "p.jsonl:3: no column 'prompt'; it has 'text', 'id'"),
+        ("p.jsonl", b'{"prompt": "a"}\n"b"\n', "p.jsonl:2: a JSON str; each line must be an object"),
+        ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl:1: the prompt is of type int"),
+        ("p.jsonl", b'{"prompt": null}\n', "p.jsonl:1: the prompt is missing"),
+        ("p.jsonl", b'{"prompt": "  "}\n', "p.jsonl:1: the prompt is empty"),
+        ("p.jsonl", b'{"prompt": "cat \\ud83d"}\n', "p.jsonl:1: half a surrogate pair at letter 5"),
+        ("p.csv", b"", "p.csv: there is no prompt in it"),
+        ("p.csv", b"id,prompt\n", "p.csv: there is no prompt in it"),
+        ("p.csv", b"id,text\n1,a\n", "p.csv:1: no column 'prompt'; it has 'id', 'text'"),
+        ("p.csv", b"id,prompt\n1,a\n2,b, c\n", "p.csv:3: 3 fields where the header has 2"),
+        ("p.csv", b"id,prompt\n1,a\n2\n", "p.csv:3: 1 fields where the header has 2"),
+        ("p.csv", b"id,prompt\n1,a\n2,\n", "p.csv:3: the prompt is empty"),
+        ("p.csv", b'prompt\na\n""\n', "p.csv:3: the prompt is empty"),
+        ("p.csv", b'id,prompt\n1,a\n2,"b\n3,c\n', "p.csv:4: broken CSV: unexpected end of data"),
+        ("p.csv", b"id,prompt\n1,a\n2,\xff\n", "p.csv:3: not UTF-8"),
+        ("p.parquet", b"PAR1 no, it is not PAR1", "p.parquet: not a readable parquet file"),
+        ("p.tsv", b"prompt\na\n", "p.tsv: unknown kind of prompt source; give a .txt, .jsonl, .csv, .parquet file"),
+    ],
+)
+def test_a_broken_file_is_told_with_its_place(tmp_path: Path, name: str, body: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(body)
+    assert complaint(tmp_path / name).startswith(says)
+
+
+def test_a_broken_parquet_table_is_told_with_its_row(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "p.parquet"
+    invalid = pyarrow.array([b"ok", b"Fu\xdf"], pyarrow.binary()).view(pyarrow.string())
+    for column, values, says in [
+        ("text", ["a"], "p.parquet: no column 'prompt'; it has 'text'"),
+        ("prompt", pyarrow.array([], pyarrow.string()), "p.parquet: there is no prompt in it"),
+        ("prompt", ["a", "b", None], "p.parquet:row 3: the prompt is missing (null)"),
+        ("prompt", [1, 2], "p.parquet:row 1: the prompt is of type int"),
+        ("prompt", invalid, "p.parquet:row 2: not UTF-8"),
+    ]:
+        parquet.write_table(pyarrow.table({column: values}), path, row_group_size=2)
+        assert complaint(path).startswith(says)
+
+
+def test_a_parquet_file_cut_short_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    write_parquet(path, TEXTS)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert complaint(path).startswith("p.parquet: not a readable parquet file")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
+def test_a_missing_file_is_told(tmp_path: Path, name: str) -> None:
+    assert complaint(tmp_path / name).startswith(f"{name}: no such file")
+
+
+@pytest.mark.parametrize("source", ["shape", "prompts", "data/prompts.tsv", "../data/prompts", "/data/prompts", ""])
+def test_a_slip_in_a_name_does_not_go_to_the_network(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the network"))
+    with pytest.raises(UserError, match="unknown kind of prompt source"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("write", [write_txt, write_jsonl, write_csv])
+def test_a_million_lines_stream_in_little_memory(tmp_path: Path, write: Callable[[Path, list[str]], None]) -> None:
+    path = tmp_path / f"prompts.{write.__name__.removeprefix('write_')}"
+    write(path, [f"prompt number {i} of a long corpus" for i in range(1_000)])
+    header, lines = (b"id,prompt\n", 1) if write is write_csv else (b"", 0)
+    block = b"".join(path.read_bytes().splitlines(keepends=True)[lines:]).rstrip() + b"\n"
+    with path.open("wb") as file:
+        file.write(header)
+        for _ in range(1_000):
+            file.write(block)
+    source = open_source(str(path))
+    tracemalloc.start()
+    try:
+        last = list(source.read(999_990))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(last) == 10
+    assert last[-1].text == "prompt number 999 of a long corpus"
+    assert peak < 1e6
+    assert path.stat().st_size > 30e6
+
+
+def test_parquet_passes_over_row_groups_without_reading_them(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "p.parquet"
+    texts_ = [f"prompt {i}" for i in range(1_000)]
+    parquet.write_table(pyarrow.table({"prompt": texts_}), path, row_group_size=100, use_dictionary=False)
+    groups = parquet.ParquetFile(path).metadata
+    first, last = (groups.row_group(i).column(0).data_page_offset for i in (0, 8))
+    source = open_source(str(path))
+    body = path.read_bytes()
+    path.write_bytes(body[:first] + b"\xff" * (last - first) + body[last:])
+    assert [prompt.text for prompt in source.read(850)] == texts_[850:]
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        list(source.read(750))
+
+
+def test_shapes_prompts_are_its_training_prompts_in_their_weights() -> None:
+    drawn = list(islice(open_source("shapes", seed=3).read(0), 3_000))
+    assert drawn == list(islice(open_source("shapes", seed=3).read(0), 3_000))
+    assert drawn[:50] != list(islice(open_source("shapes", seed=4).read(0), 50))
+    for task, weight in TASK_WEIGHTS.items():
+        of_task = [prompt for prompt in drawn if prompt.metadata["tag"] == task]
+        assert set(prompt.text for prompt in of_task) <= {prompt.text for prompt in prompts(task, "train")}
+        assert len(of_task) / 3_000 == pytest.approx(weight / sum(TASK_WEIGHTS.values()), abs=0.03)
+
+
+def test_any_row_of_shapes_is_reached_at_once() -> None:
+    source = open_source("shapes")
+    assert next(source.read(10**15)) == next(source.read(10**15))
+    assert list(islice(source.read(0), 10, 20)) == list(islice(source.read(10), 10))
+
+
+def test_shapes_has_no_other_splits() -> None:
+    with pytest.raises(UserError, match=r"shapes: no split 'validation'; its splits are train and test"):
+        open_source("shapes", split="validation")
+
+
+@pytest.fixture
+def dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local folder that ``datasets`` loads, with two files (two shards) in its split."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    write_jsonl(folder / "train-0.jsonl", TEXTS[:2])
+    write_jsonl(folder / "train-1.jsonl", TEXTS[2:])
+    return folder
+
+
+def test_a_hugging_face_folder_reads_from_any_row(dataset_folder: Path) -> None:
+    source = open_source(str(dataset_folder))
+    assert isinstance(source, HubDataset)
+    assert [[prompt.text for prompt in source.read(start)] for start in range(7)] == [TEXTS[i:] for i in range(7)]
+    assert source.count() == len(TEXTS)
+
+
+def test_a_hugging_face_data_set_is_asked_for_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, **options: object) -> datasets.IterableDataset:
+        asked.append((name, options))
+        return datasets.Dataset.from_dict({"prompt": TEXTS, "id": [0] * len(TEXTS)}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts("someone/prompts-v1.5", split="validation") == TEXTS
+    assert asked == [("someone/prompts-v1.5", {"split": "validation", "streaming": True})]
+
+
+def test_what_hugging_face_refuses_is_told(dataset_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"prompts: no column 'caption'; it has 'prompt', 'tag'"):
+        open_source(str(dataset_folder), column="caption")
+    with pytest.raises(UserError, match=r"prompts: cannot be read as a Hugging Face data set: .*split 'nowhere'"):
+        open_source(str(dataset_folder), split="nowhere")
+    write_jsonl(dataset_folder / "train-1.jsonl", ["a", " "])
+    with pytest.raises(UserError, match=r"prompts:row 4: the prompt is empty"):
+        list(open_source(str(dataset_folder)).read(0))
