@@ -83,7 +83,7 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
         return ShapesPrompts(cast(Split, split), seed)
     path = Path(source)
     suffix = path.suffix.lower()
-    if path.is_dir():
+    if source and path.is_dir():
         return HubDataset(source, column, split)
     if suffix in FILES:
         if not path.exists():
@@ -103,7 +103,7 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
         return HubDataset(source, column, split)
     raise UserError(
         "unknown kind of prompt source",
-        where=source,
+        where=source or "data.source",
         remedy=f"give a {', '.join(FILES)} file, a Hugging Face data set as organisation/name, or 'shapes'",
     )
 

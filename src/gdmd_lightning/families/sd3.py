@@ -129,7 +129,7 @@ class SD3Family(ModelFamily):
             time_shift_type="linear",
             base_shift=m,
             max_shift=m,
-            shift_terminal=float(self.few_step_sigmas(steps)[-2]),
+            shift_terminal=float(self.few_step_sigmas(steps)[-2]) if steps > 1 else None,
             stochastic_sampling=stochastic,
         )
         return StableDiffusion3Pipeline(**dict(self._sd3.components, transformer=network, scheduler=scheduler))

@@ -16,7 +16,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
 from gdmd_lightning.methods.base import DistillationModule, Matching, Optimization, Targets
 from gdmd_lightning.methods.verdicts import Judged, Verdict, correlation
-from gdmd_lightning.objectives.distribution_matching import dm_loss
+from gdmd_lightning.objectives.distribution_matching import dm_loss, normaliser
 from gdmd_lightning.objectives.policy import gradient_weight, optimality, policy_loss, policy_pair
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward, judge
@@ -51,11 +51,14 @@ class Policy:
         at: Where the policies are evaluated: at the student's ``state``, or at the ``target`` renoised to the
             state's level, as DiffusionNFT treats its samples.
         beta: Mixture strength, above 0.
+        normalise: What divides a squared error: distillation's ``n``, or the mean absolute ``error`` of each policy
+            itself, detached, as in DiffusionNFT; at the state and ``v = v_old`` the former gives the exact weights.
         old_decay: Of the average of the generator that is the old policy.
     """
 
     form: Literal["full", "weighted"] = "full"
     at: Literal["state", "target"] = "target"
+    normalise: Literal["distillation", "error"] = "error"
     beta: float = 1.0
     old_decay: float = 0.9
 
@@ -122,7 +125,8 @@ class GDMD(DistillationModule):
             loss = dm_loss(each, y, n, weight)
         else:
             plus, minus = self.policies(x, state, targets, conditioning)
-            policy = policy_loss(plus, minus, y, o.flatten(), n, self.policy.beta)
+            scales = (normaliser(plus, y), normaliser(minus, y)) if self.policy.normalise == "error" else (n, n)
+            policy = policy_loss(plus, minus, y, o.flatten(), *scales, self.policy.beta)
             loss = dm_loss(each, y, n) + self.lambda_policy * policy
 
         gradient = (x.detach()[:, None] - targets.y).abs().flatten(2).mean(2) / targets.n

@@ -22,22 +22,24 @@ def policy_pair(v: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
 
 
-def policy_loss(plus: Tensor, minus: Tensor, target: Tensor, o: Tensor, n: Tensor, beta: float) -> Tensor:
-    """``mean_B [ o |x+ - y|^2 + (1 - o) |x- - y|^2 ] / (b n)``, squares averaged over ``C, H, W``.
+def policy_loss(
+    plus: Tensor, minus: Tensor, target: Tensor, o: Tensor, n_plus: Tensor, n_minus: Tensor, beta: float
+) -> Tensor:
+    """``mean_B [ o |x+ - y|^2 / n+ + (1 - o) |x- - y|^2 / n- ] / b``, squares averaged over ``C, H, W``.
 
-    At ``x = x_old = x+ = x-`` its gradient in ``x`` is ``2 (2 o - 1) (x - y) / n`` before the mean.
+    At ``x = x_old = x+ = x-`` and with one ``n`` its gradient in ``x`` is ``2 (2 o - 1) (x - y) / n`` before the mean.
 
     Args:
         plus, minus: ``x0`` of the two policies, ``[B, C, H, W]``.
         target: What is judged, ``[B, C, H, W]``; detached here.
         o: Optimality, ``[B]`` in [0, 1].
-        n: Normaliser, ``[B]``.
+        n_plus, n_minus: Normalisers, ``[B]``; distillation's ``n`` for both, or each error's own size.
         beta: Strength of the mixture, above 0.
     """
     y = target.detach()
     towards = (plus - y).square().flatten(1).mean(1)
     away = (minus - y).square().flatten(1).mean(1)
-    return ((o * towards + (1 - o) * away) / (beta * n)).mean()
+    return ((o * towards / n_plus + (1 - o) * away / n_minus) / beta).mean()
 
 
 def gradient_weight(o: Tensor, strength: float) -> Tensor:

@@ -1,0 +1,225 @@
+"""PromptDataModule feeds a trainer groups of prompts, and a resumed run goes on exactly where training stood."""
+
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import PromptBatch
+
+ROWS = 10
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(GPU|worker|checkpoint|LeafSpec).*")
+
+
+class Recorder(LightningModule):
+    """Notes the prompts of every step; may save a checkpoint within or after a step."""
+
+    def __init__(self, save: dict[str, tuple[int, Path]] | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[str]] = []
+        self.save = save or {}
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> torch.Tensor:
+        assert isinstance(batch, PromptBatch)
+        self.seen.append([prompt.text for prompt in batch.prompts])
+        self._save("within")
+        return self.weight.sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        assert isinstance(batch, torch.Tensor)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._save("after")
+
+    def on_train_epoch_end(self) -> None:
+        self._save("epoch")
+
+    def _save(self, when: str) -> None:
+        step, path = self.save.get(when, (None, None))
+        if step == len(self.seen):
+            self.trainer.save_checkpoint(path)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    return Trainer(accelerator="cpu", devices=1, **{"max_epochs": -1, **quiet, **options})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {i}\n" for i in range(ROWS)))
+    return str(path)
+
+
+def data(source: str, **options: Any) -> PromptDataModule:
+    return PromptDataModule(source, **{"batch_size": 6, "group_size": 2, "shuffle_buffer": 4, **options})
+
+
+def by_hand(source: str, count: int, **options: Any) -> list[list[str]]:
+    """What the uninterrupted stream holds, without a trainer."""
+    return [
+        [prompt.text for prompt in batch.prompts] for batch in islice(data(source, **options).train_dataloader(), count)
+    ]
+
+
+def test_a_batch_holds_groups_of_equal_prompts(source: str) -> None:
+    batch = next(iter(data(source).train_dataloader()))
+    assert isinstance(batch, PromptBatch)
+    assert (len(batch), batch.group_size, batch.groups.tolist()) == (6, 2, [0, 0, 1, 1, 2, 2])
+    assert [prompt.text for prompt in batch.prompts[0::2]] == [prompt.text for prompt in batch.prompts[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"batch_size": 6, "group_size": 4},
+            "data.group_size: group_size 4 does not divide batch_size 6; .* such as 8",
+        ),
+        ({"batch_size": 0}, "data.batch_size: batch_size is 0; it must be at least 1"),
+        ({"group_size": -1}, "data.group_size: group_size is -1"),
+        ({"shuffle_buffer": -1}, "data.shuffle_buffer: shuffle_buffer is -1; it must be at least 0"),
+        ({"num_workers": -1}, "data.num_workers: num_workers is -1"),
+        ({"source": "nowhere.txt"}, "nowhere.txt: no such file"),
+    ],
+)
+def test_what_makes_no_sense_fails_in_the_constructor(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        PromptDataModule(**options)
+
+
+def test_shapes_are_the_default_source() -> None:
+    assert len(next(iter(PromptDataModule().train_dataloader()))) == 64
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_trainer_sees_the_stream_in_order(source: str, num_workers: int) -> None:
+    model = Recorder()
+    trainer(max_steps=9).fit(model, datamodule=data(source, num_workers=num_workers))
+    assert model.seen == by_hand(source, 9)
+
+
+def test_epochs_of_lightning_do_not_restart_the_stream(source: str) -> None:
+    model = Recorder()
+    trainer(max_epochs=3, limit_train_batches=3).fit(model, datamodule=data(source))
+    assert model.seen == by_hand(source, 9)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_trainer_that_converts_its_input_leaves_prompts_alone(source: str, precision: Any) -> None:
+    model = Recorder()
+    trainer(max_steps=2, precision=precision).fit(model, datamodule=data(source))
+    assert model.seen == by_hand(source, 2)
+
+
+# The last two differ in the number of workers, before and after: it has no say in the order.
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0), (0, 3)])
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    source: str, tmp_path: Path, before: int, after: int, stop: int
+) -> None:
+    path = tmp_path / "run.ckpt"
+    first = Recorder({"after": (stop, path)})
+    # One step more than saved, with more read ahead: neither may count.
+    trainer(max_steps=stop + 1).fit(first, datamodule=data(source, num_workers=before))
+    resumed = Recorder()
+    trainer(max_steps=9).fit(resumed, datamodule=data(source, num_workers=after), ckpt_path=path)
+    assert first.seen[:stop] + resumed.seen == by_hand(source, 9)
+
+
+def test_a_run_resumed_twice_equals_an_uninterrupted_one(source: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
+    models = [Recorder({"after": (2, paths[0])}), Recorder({"after": (3, paths[1])}), Recorder()]
+    for model, steps, path in zip(models, (2, 5, 9), [None, *paths], strict=True):
+        trainer(max_steps=steps).fit(model, datamodule=data(source), ckpt_path=path)
+    assert [len(model.seen) for model in models] == [2, 3, 4]
+    assert list(chain.from_iterable(model.seen for model in models)) == by_hand(source, 9)
+
+
+def test_a_step_that_was_cut_off_is_done_again(source: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
+    trainer(max_steps=3).fit(Recorder({"within": (3, paths[0])}), datamodule=data(source))
+    # The second cut finds Lightning's counters still askew from the first.
+    resumed = Recorder({"within": (2, paths[1])})
+    trainer(max_steps=6).fit(resumed, datamodule=data(source), ckpt_path=paths[0])
+    again = Recorder()
+    trainer(max_steps=6).fit(again, datamodule=data(source), ckpt_path=paths[1])
+    assert resumed.seen == by_hand(source, 6)[2:]
+    assert again.seen == by_hand(source, 6)[3:]
+
+
+def test_a_run_saved_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    options = dict(max_epochs=3, limit_train_batches=3)
+    trainer(**options).fit(Recorder({"epoch": (3, path)}), datamodule=data(source))
+    resumed = Recorder()
+    trainer(**options).fit(resumed, datamodule=data(source), ckpt_path=path)
+    assert resumed.seen == by_hand(source, 9)[3:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch_size": 4}, "batch_size 6 (now 4)"),
+        ({"group_size": 3}, "group_size 2 (now 3)"),
+        ({"shuffle_buffer": 5}, "shuffle_buffer 4 (now 5)"),
+        ({"seed": 1}, "seed 0 (now 1)"),
+        ({"batch_size": 2, "seed": 3}, "batch_size 6 (now 2), seed 0 (now 3)"),
+        ({"source": "shapes"}, "(now 'shapes')"),
+    ],
+)
+def test_a_position_that_lost_its_meaning_is_refused(source: str, changes: dict[str, Any], says: str) -> None:
+    state = data(source).state_dict()
+    with pytest.raises(UserError) as caught:
+        data(**{"source": source, **changes}).load_state_dict(state)
+    assert says in str(caught.value)
+
+
+def test_another_number_of_ranks_is_refused_by_the_trainer(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    trainer(max_steps=2).fit(Recorder({"after": (2, path)}), datamodule=data(source))
+    checkpoint = torch.load(path)
+    checkpoint["PromptDataModule"]["world_size"] = 8
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"data: the checkpoint counts its prompts with world_size 8 \(now 1\)"):
+        trainer(max_steps=4).fit(Recorder(), datamodule=data(source), ckpt_path=path)
+
+
+def test_a_checkpoint_of_other_prompts_can_still_be_evaluated(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    trainer(max_steps=2).fit(Recorder({"after": (2, path)}), datamodule=data(source))
+
+    class WithImages(PromptDataModule):
+        def val_dataloader(self) -> list[torch.Tensor]:
+            return [torch.zeros(2)]
+
+    WithImages.__qualname__ = PromptDataModule.__qualname__  # under which Lightning looks for a data module's state
+    trainer().validate(Recorder(), datamodule=WithImages("shapes"), ckpt_path=path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_row_ends_training_with_one_line_that_names_it(source: str, num_workers: int) -> None:
+    with open(source, "ab") as file:
+        file.write(b"Fu\xdf\n")
+    with pytest.raises(UserError) as caught:
+        trainer(max_steps=9).fit(Recorder(), datamodule=data(source, num_workers=num_workers))
+    assert str(caught.value).startswith(f"{source}:{ROWS + 1}: not UTF-8")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_reading_prompts_leaves_torchs_random_stream_alone(source: str) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(data(source).train_dataloader()))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,158 @@
+"""The order of prompts is a pure function of source and seed, and the ranks and workers share it exactly."""
+
+import pickle
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader
+
+from gdmd_lightning.data.readers import PromptSource, open_source
+from gdmd_lightning.data.stream import PromptStream, shuffled
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import Prompt
+
+ROWS = 24
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> PromptSource:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{i}\n" for i in range(ROWS)))
+    return open_source(str(path))
+
+
+def items(source: PromptSource, count: int, *, seed: int = 0, block: int = 7, start: int = 0) -> list[int]:
+    return [int(prompt.text) for prompt in islice(shuffled(source, seed=seed, block=block, start=start), count)]
+
+
+def unchanged(batch: object) -> object:
+    return batch
+
+
+def batches(stream: PromptStream, count: int, num_workers: int = 0) -> list[list[int]]:
+    loader = DataLoader(stream, batch_size=None, num_workers=num_workers, collate_fn=unchanged)
+    return [[int(prompt.text) for prompt in batch.prompts] for batch in islice(loader, count)]
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
+def test_every_pass_holds_every_row_once_in_another_order(source: PromptSource) -> None:
+    order = items(source, 3 * ROWS)
+    passes = [order[i * ROWS : (i + 1) * ROWS] for i in range(3)]
+    assert all(sorted(one) == list(range(ROWS)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+
+
+def test_the_order_is_a_function_of_the_seed(source: PromptSource) -> None:
+    assert items(source, 50, seed=1) == items(source, 50, seed=1) != items(source, 50, seed=2)
+
+
+def test_rows_are_shuffled_within_their_block(source: PromptSource) -> None:
+    order = items(source, ROWS, block=7)
+    assert [sorted(order[i : i + 7]) for i in range(0, ROWS, 7)] == [
+        list(range(i, min(i + 7, ROWS))) for i in range(0, ROWS, 7)
+    ]
+    assert order != sorted(order)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_buffer_of_one_row_or_none_keeps_the_sources_order(source: PromptSource, block: int) -> None:
+    assert items(source, 2 * ROWS, block=block) == 2 * list(range(ROWS))
+
+
+@pytest.mark.parametrize("block", [1, 5, 7, 8, ROWS, 100])
+def test_the_order_can_be_entered_at_any_item(source: PromptSource, block: int) -> None:
+    order = items(source, 5 * ROWS, block=block)
+    for start in range(4 * ROWS):
+        assert items(source, ROWS, block=block, start=start) == order[start : start + ROWS]
+
+
+class Counted:
+    """A source of rows 0, 1, ... that notes where it was read and how often it was counted."""
+
+    name = "counted"
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.reads, self.counts = rows, [], 0
+
+    def read(self, start: int = 0):
+        self.reads.append(start)
+        return (Prompt(str(row)) for row in range(start, self.rows))
+
+    def count(self) -> int:
+        self.counts += 1
+        return self.rows
+
+
+def test_a_late_start_passes_over_whole_passes_by_arithmetic() -> None:
+    source = Counted(ROWS)
+    late = items(source, 3, start=10**12 * ROWS + 13, block=7)
+    assert late == items(Counted(ROWS), 20, start=10**12 * ROWS, block=7)[13:16]
+    assert source.counts == 1
+    assert source.reads == [(10**12 * ROWS + 13) // 7 * 7, 7]
+
+
+def test_a_start_in_the_first_pass_needs_no_count() -> None:
+    source = Counted(ROWS)
+    items(source, 3, start=13, block=7)
+    assert (source.counts, source.reads) == (0, [7])
+
+
+def test_a_source_that_became_empty_is_told() -> None:
+    with pytest.raises(UserError, match="counted: there is no prompt in it"):
+        items(Counted(0), 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_two_ranks_and_their_workers_share_every_pass_without_overlap_or_loss(
+    source: PromptSource, num_workers: int
+) -> None:
+    # 3 prompts a batch and 2 ranks: 4 batches of each rank are a pass.
+    ranks = [PromptStream(source, 0, 7, prompts=3, group_size=1, rank=rank, world_size=2) for rank in range(2)]
+    of_rank = [flat(batches(stream, 12, num_workers)) for stream in ranks]
+    for i in range(0, 36, 12):
+        one_pass = Counter(of_rank[0][i : i + 12] + of_rank[1][i : i + 12])
+        assert one_pass == Counter(range(ROWS))
+
+
+def test_nothing_is_lost_where_a_batch_spans_two_passes(source: PromptSource) -> None:
+    # 5 prompts a batch and 2 ranks: 12 batches of each rank are 5 passes, and most passes end within a batch.
+    ranks = [PromptStream(source, 0, 7, prompts=5, group_size=1, rank=rank, world_size=2) for rank in range(2)]
+    of_rank = [flat(batches(stream, 12)) for stream in ranks]
+    assert Counter(of_rank[0] + of_rank[1]) == Counter({row: 5 for row in range(ROWS)})
+    assert of_rank[0] == items(source, 120)[0::2]
+
+
+def test_groups_stay_together(source: PromptSource) -> None:
+    stream = PromptStream(source, 0, 7, prompts=5, group_size=3)
+    for batch in islice(stream, 12):
+        assert (len(batch), batch.group_size) == (15, 3)
+        for i in range(0, 15, 3):
+            assert len({prompt.text for prompt in batch.prompts[i : i + 3]}) == 1
+    (first,) = batches(stream, 1)
+    assert first[::3] == items(source, 5)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 5])
+def test_the_number_of_workers_changes_nothing(source: PromptSource, num_workers: int, start: int) -> None:
+    stream = PromptStream(source, 0, 7, prompts=5, group_size=2, rank=1, world_size=2, start=start)
+    assert batches(stream, 9, num_workers) == batches(stream, 9)
+
+
+def test_workers_share_a_hugging_face_data_set_of_several_files(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"train-{i}.jsonl").write_text("".join(f'{{"prompt": "{8 * i + j}"}}\n' for j in range(8)))
+    stream = PromptStream(open_source(str(tmp_path)), 0, 1, prompts=4, group_size=1)
+    assert flat(batches(stream, 12, num_workers=2)) == 2 * list(range(ROWS))
+
+
+def test_a_stream_can_be_sent_to_a_spawned_worker(source: PromptSource) -> None:
+    stream = PromptStream(source, 0, 7, prompts=5, group_size=2)
+    assert batches(pickle.loads(pickle.dumps(stream)), 3) == batches(stream, 3)
