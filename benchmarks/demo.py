@@ -1,6 +1,6 @@
 """Run the demo as a user would and measure what it promises: time, first step, peak memory, cost of the command line.
 
-    .venv/bin/python benchmarks/demo.py [arguments of demo]
+.venv/bin/python benchmarks/demo.py [arguments of demo]
 """
 
 import re

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command is known, so that ``--help`` answers 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -56,10 +57,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])
-    except UserError as error:
+    except (UserError, argparse.ArgumentError) as error:
         if debug:
             raise
+        if not isinstance(error, UserError):
+            from gdmd_lightning.commands.complaints import complaint
+
+            error = complaint(error, name)
         print(f"gdmd_lightning: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if status:
         sys.exit(status)

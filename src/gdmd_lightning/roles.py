@@ -87,7 +87,9 @@ class Roles(nn.Module):
         snapshot: int = 0,
     ) -> Tensor:
         """A role's clean latent ``[B, C, H, W]``; arguments as in :meth:`velocity`."""
-        return x0_from_velocity(x_sigma, self.velocity(role, x_sigma, sigma, conditioning, guidance_scale, snapshot), sigma)
+        return x0_from_velocity(
+            x_sigma, self.velocity(role, x_sigma, sigma, conditioning, guidance_scale, snapshot), sigma
+        )
 
     @contextmanager
     def learning(self, role: Trainable) -> Iterator[None]:
@@ -118,12 +120,19 @@ class Roles(nn.Module):
     def _network(self, role: Role, snapshot: int) -> nn.Module:
         if role == "fake_score" and snapshot:
             return self.snapshots[snapshot - 1]
-        network = {"ema": lambda: self.ema.module, "old": lambda: self.old and self.old.module}.get(
-            role, lambda: getattr(self, role)
-        )()
-        if network is None:
-            raise RuntimeError("this method keeps no old policy; give Roles an old_decay")
-        return network
+        match role:
+            case "teacher":
+                return self.teacher
+            case "generator":
+                return self.generator
+            case "fake_score":
+                return self.fake_score
+            case "ema":
+                return self.ema.module
+            case "old":
+                if self.old is None:
+                    raise RuntimeError("this method keeps no old policy; give Roles an old_decay")
+                return self.old.module
 
 
 def _average(network: nn.Module, decay: float) -> AveragedModel:

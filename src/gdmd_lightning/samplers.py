@@ -169,8 +169,10 @@ def sample(
     x = sigmas[0].to(noise.dtype) * noise
     rows = torch.arange(len(noise), device=noise.device)
     for here, below in zip(sigmas[:-1].to(x), sigmas[1:].to(x), strict=True):
-        needed = generator is not None and sampler.kind != "ode"
-        fresh = draw_noise(tuple(noise.shape), generator, noise.device) if needed else torch.zeros_like(noise)
+        if generator is None or sampler.kind == "ode":
+            fresh = torch.zeros_like(noise)
+        else:
+            fresh = draw_noise(tuple(noise.shape), generator, noise.device)
         sigma, sigma_next = here.expand(len(x)), below.expand(len(x))
         x = sampler.step(x, predict(x, sigma, rows), sigma, sigma_next, fresh).sample
     return x

@@ -13,7 +13,7 @@ from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.data.test_prompts import read_test_prompts
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.metrics.evaluation import evaluate
+from gdmd_lightning.metrics.evaluation import evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 
@@ -93,19 +93,18 @@ class GenerationEvaluation(pl.Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: pl.Trainer, module: DistillationModule) -> None:
-        from gdmd_lightning.metrics.evaluation import fixed_noise
-
-        # Spread over the test set, so that every task is seen.
-        rows = [i * len(self.prompts) // self.columns for i in range(min(self.columns, len(self.prompts)))]
-        texts = [self.prompts[i].text for i in rows]
-        noise = torch.stack([fixed_noise(i, module.latent_shape, self.seed) for i in rows]).to(module.device)
+        texts, noise = shown(self.prompts, self.columns, module.latent_shape, self.seed)
+        noise = noise.to(module.device)
         if self._teacher_pictures is None:
             pictures = module.generate_teacher(noise, texts, self.teacher_steps, self.teacher_guidance)
             self._teacher_pictures = pictures.cpu()
         figure = picture_grid(
-            {f"teacher, {self.teacher_steps}": self._teacher_pictures, f"ours, {module.sampler.steps}": module.generate(noise, texts).cpu()},
+            {
+                f"teacher, {self.teacher_steps}": self._teacher_pictures,
+                f"ours, {module.sampler.steps}": module.generate(noise, texts).cpu(),
+            },
             texts,
-        )  # fmt: skip
+        )
         directory = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / f"{trainer.global_step:06d}.png")

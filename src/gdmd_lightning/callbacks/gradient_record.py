@@ -49,19 +49,24 @@ class GradientRewardRecord(pl.Callback):
         """Where the record of this run lies."""
         return Path(trainer.log_dir or trainer.default_root_dir) / "gradient_rewards"
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a method that judges nothing; drop what a resumed run will write again."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a method that judges nothing, before anything is loaded."""
         if not hasattr(pl_module, "judged"):
             raise UserError(
                 f"{type(pl_module).__name__} judges no targets",
                 where="GradientRewardRecord",
                 remedy="remove this callback or use GDMD",
             )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop what a resumed run will write again; earlier hooks do not yet know where it resumes."""
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
+        self._waiting.clear()
         for part in sorted(self.directory(trainer).glob(f"part-*-{trainer.global_rank}.parquet")):
             table = pq.read_table(part)
-            kept = table.filter([step < trainer.global_step for step in table["step"].to_pylist()])
+            kept = table.filter(pc.field("step") < trainer.global_step)
             if len(kept) == 0:
                 part.unlink()
             elif len(kept) < len(table):
@@ -72,7 +77,7 @@ class GradientRewardRecord(pl.Callback):
     ) -> None:
         """Keep this update's verdicts, on the device until they are written."""
         assert isinstance(pl_module, DistillationModule)
-        judged: Judged = pl_module.judged  # type: ignore[attr-defined]
+        judged: Any = pl_module.judged
         step = trainer.global_step - 1  # the update that has just been counted
         self._waiting.append((step, judged.without_pictures()))
         if self.pictures_every and step % self.pictures_every == 0 and trainer.is_global_zero:
@@ -139,7 +144,7 @@ def _rows(judged: Judged) -> dict[str, list[Any]]:
         "reward_target": flat(judged.rewards),
         "advantage": flat(judged.advantage),
         "weight": flat(judged.weight()),
-        "gradient": flat(judged.gradient_size()),
+        "gradient": flat(judged.gradient),
     }
 
 

@@ -20,6 +20,9 @@ def interrupted_checkpoint(trainer: pl.Trainer) -> Path:
 class StopOnSignal(pl.Callback):
     """On the first SIGINT or SIGTERM, finish the update, save ``interrupted.ckpt`` and stop; on a second, stop at once.
 
+    It listens between the hooks in which Lightning installs its own handler of SIGTERM and takes it away again: that
+    one would end the run without a checkpoint and, left in place, make the process deaf to SIGTERM after the run.
+
     Attributes:
         received: The signal's number, or 0. The command line exits with ``128 + received``.
     """
@@ -28,7 +31,7 @@ class StopOnSignal(pl.Callback):
         self.received = 0
         self._previous: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen; a run inside another program's thread leaves the signals to that program."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -36,7 +39,7 @@ class StopOnSignal(pl.Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self.received = number
         rank_zero_info(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
 
@@ -48,8 +51,15 @@ class StopOnSignal(pl.Callback):
             trainer.save_checkpoint(interrupted_checkpoint(trainer))
             trainer.should_stop = True
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

@@ -47,7 +47,13 @@ def demo(out: Path, cold_start: int, updates: int, count: int, more: list[str]) 
     shutil.rmtree(out, ignore_errors=True)
     print(f"1/3  DMD, {cold_start} updates: from the teacher to four steps")
     dmd, _ = train(
-        out / "dmd", "--config", "shapes.yaml", "--config", "shapes_dmd.yaml", f"--trainer.max_steps={cold_start}", *more
+        out / "dmd",
+        "--config",
+        "shapes.yaml",
+        "--config",
+        "shapes_dmd.yaml",
+        f"--trainer.max_steps={cold_start}",
+        *more,
     )
     print(f"2/3  GDMD, {updates} updates: the reward weighs where each distillation gradient leads")
     gdmd, _ = train(

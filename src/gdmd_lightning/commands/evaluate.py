@@ -16,7 +16,7 @@ from gdmd_lightning.data.test_prompts import read_test_prompts
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.metrics.evaluation import Generate, evaluate, fixed_noise
+from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
 from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -103,12 +103,14 @@ def table(rows: Sequence[Row]) -> str:
 
 @torch.no_grad()
 def draw(
-    contestants: Sequence[Contestant], prompts: Sequence[Prompt], latent_shape: tuple[int, ...], out: Path, columns: int = 9
+    contestants: Sequence[Contestant],
+    prompts: Sequence[Prompt],
+    latent_shape: tuple[int, ...],
+    out: Path,
+    columns: int = 9,
 ) -> None:
     """Save a picture grid: a row a contestant, a column a prompt and its noise."""
-    chosen = [i * len(prompts) // columns + i for i in range(columns)]
-    noise = torch.stack([fixed_noise(i, latent_shape, 0) for i in chosen])
-    texts = [prompts[i].text for i in chosen]
+    texts, noise = shown(prompts, columns, latent_shape, 0)
     figure = picture_grid({c.name.replace(", ", "\n"): c.generate(noise, texts) for c in contestants}, texts)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
@@ -128,7 +130,9 @@ def main(arguments: list[str]) -> int:
     """``evaluate [--checkpoint NAME=PATH ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=list[str], default=[], help="NAME=PATH of a run's .ckpt; may be repeated")
-    parser.add_argument("--teacher", type=str, default="package:assets/shapes", help="pipeline directory of the teacher")
+    parser.add_argument(
+        "--teacher", type=str, default="package:assets/shapes", help="pipeline directory of the teacher"
+    )
     parser.add_argument("--teacher_steps", type=int, default=30)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--prompts", type=str, default="shapes")
@@ -141,10 +145,7 @@ def main(arguments: list[str]) -> int:
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint")
         modules[name] = load_module(path)
-    if modules:
-        any_module = next(iter(modules.values()))
-    else:
-        any_module = bare_teacher(resolve(options.teacher))
+    any_module = next(iter(modules.values())) if modules else bare_teacher(resolve(options.teacher))
     prompts = read_test_prompts(options.prompts, options.count)
     contestants = teachers(any_module, options.teacher_steps, options.guidance_scale)
     contestants += [student(name, module) for name, module in modules.items()]

@@ -5,17 +5,27 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (makes every class known by its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal, interrupted_checkpoint
+from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
+from gdmd_lightning.commands.complaints import complaint, shortened
 from gdmd_lightning.commands.restore import describe_module
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import find_config
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 
 
 class DistillationCLI(LightningCLI):
@@ -26,14 +36,35 @@ class DistillationCLI(LightningCLI):
         """Training alone; scoring and sampling are commands of their own."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
-    def before_fit(self) -> None:
-        """Let checkpoints explain themselves; see that one to resume from is one, before any model is loaded."""
-        self.model.configuration = describe_module(self.config.fit.model)
-        path = self.config.fit.ckpt_path
+    def _parse_ckpt_path(self) -> None:
+        """See that a checkpoint to resume from is one; Lightning would take the model's arguments from it."""
+        path = self.config.fit.ckpt_path if "subcommand" in self.config else None
         if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
-            from gdmd_lightning.methods.checkpointing import read_checkpoint
+            read_checkpoint(str(path), in_memory=False)
 
-            read_checkpoint(str(path))
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor refuses is the configuration's mistake."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise complaint(error, "fit") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer whose checkpoints are written whole or not at all."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
+
+    def before_fit(self) -> None:
+        """Let checkpoints explain themselves; refuse what Lightning would misread or refuse less clearly."""
+        self.model.configuration = describe_module(self.config.fit.model)
+        if self.trainer.gradient_clip_val:
+            raise UserError(
+                "it has no meaning with two optimizers",
+                where="trainer.gradient_clip_val",
+                remedy="set model.generator.gradient_clip and model.critic.gradient_clip",
+            )
 
 
 def with_found_configs(arguments: Sequence[str]) -> list[str]:
@@ -41,11 +72,22 @@ def with_found_configs(arguments: Sequence[str]) -> list[str]:
     out: list[str] = []
     for argument in arguments:
         if out and out[-1] in ("--config", "-c"):
-            argument = find_config(argument)
+            argument = _readable(find_config(argument))
         elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+            argument = f"--config={_readable(find_config(argument.removeprefix('--config=')))}"
         out.append(argument)
     return out
+
+
+def _readable(path: str) -> str:
+    """The path, seen to hold YAML: the parser's own message names no file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"not a readable YAML file: {shortened(error)}", where=path) from error
+    if not isinstance(content, dict):
+        raise UserError("it holds no keys", where=path, remedy="write 'key: value' lines, as fit --print_config does")
+    return path
 
 
 def run(arguments: Sequence[str]) -> DistillationCLI:
@@ -64,16 +106,26 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
-            trainer_defaults={"callbacks": [StopOnSignal()]},
+            trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate()]},
             auto_configure_optimizers=False,
         )
-    except ArgumentError as error:
-        raise UserError(str(error), where="fit", remedy="see fit --help") from error
+    except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:
+        raise complaint(error, "fit") from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's own exit after Ctrl-C while loading
+            raise KeyboardInterrupt from error
+        raise
 
 
 def quiet() -> None:
     """Silence what Lightning and torch tell developers and a reader of ours cannot act on."""
-    for message in ("LeafSpec", "does not have many workers", "in eval mode", "args parameter is intended"):
+    for message in (
+        "LeafSpec",
+        "does not have many workers",
+        "in eval mode",
+        "args parameter is intended",
+        "with manual optimization",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(noisy).addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -53,11 +53,11 @@ class PretrainSettings:
     out: Path = Path("runs/shapes_teacher")
     autoencoder: Stage = Stage(steps=2000, batch_size=32, learning_rate=3e-3)
     scorer: Stage = Stage(steps=3000, batch_size=128)
-    teacher: Stage = Stage(steps=7000, batch_size=64)
+    teacher: Stage = Stage(steps=8000, batch_size=64, learning_rate=1.5e-3)
     pictures: int = 60_000
     caption_noise: float = 0.5
-    noise_from: float = 0.75
-    num_layers: int = 5
+    noise_from: float = 0.8
+    num_layers: int = 6
     num_heads: int = 4
     ema_decay: float = 0.999
     threads: int = 0
@@ -88,9 +88,13 @@ def pretrain(settings: PretrainSettings) -> Path:
         scorer = parts.build_scorer(tokenizer)
         pictures = make_pictures(settings.pictures, settings.seed + 1)
         stage = settings.scorer
-        module = ScorerTraining(scorer, stage.learning_rate)
+        training = ScorerTraining(scorer, stage.learning_rate)
         _train(
-            module, loader(pictures.images, tokens(pictures.captions), batch_size=stage.batch_size), stage, settings, "scorer"
+            training,
+            loader(pictures.images, tokens(pictures.captions), batch_size=stage.batch_size),
+            stage,
+            settings,
+            "scorer",
         )
         _save(scorer, settings.out / "scorer")
         tokenizer.save_pretrained(settings.out / "scorer")
@@ -172,5 +176,3 @@ def _save(model: Any, directory: Path) -> None:
     model.half().save_pretrained(fresh, safe_serialization=True)
     fresh.rename(directory)
     model.float()
-
-

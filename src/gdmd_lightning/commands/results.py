@@ -97,7 +97,10 @@ def report(out: Path, seeds: int, arms: list[str], teacher: dict[str, dict[str, 
         paired = "" if control is None or arm == "DMD" else summary(
             [mine["shapes/overall"] - theirs["shapes/overall"] for mine, theirs in zip(results, control, strict=True)]
         )  # fmt: skip
-        cost = [f"{sum(r[key] for r in results) / len(results):.{digits}f}" for key, digits in (("evaluations", 0), ("seconds", 2))]
+        cost = [
+            f"{sum(r[key] for r in results) / len(results):.{digits}f}"
+            for key, digits in (("evaluations", 0), ("seconds", 2))
+        ]
         lines.append(f"| {arm}, 4 steps | " + " | ".join([*cells, paired, *cost]) + " |")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -65,12 +65,16 @@ class Conditioning:
     @staticmethod
     def concat(parts: Sequence[Conditioning]) -> Conditioning:
         """One batch of several; all must carry the same tensors."""
-        first = parts[0]
 
-        def joined(name: str) -> Tensor | None:
-            return None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
+        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            present = [t for t in tensors if t is not None]
+            return torch.cat(present) if present else None
 
-        return replace(first, sequence=joined("sequence"), pooled=joined("pooled"), ids=joined("ids"))
+        return Conditioning(
+            torch.cat([part.sequence for part in parts]),
+            joined([part.pooled for part in parts]),
+            joined([part.ids for part in parts]),
+        )
 
 
 class ModelFamily(ABC):
@@ -156,7 +160,12 @@ class ModelFamily(ABC):
     # What follows from it.
 
     def predict_velocity(
-        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        network: nn.Module,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
     ) -> Tensor:
         """The velocity, guided ``u + w (c - u)`` in one batched pass unless ``w`` is 1.
 
@@ -170,7 +179,12 @@ class ModelFamily(ABC):
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def predict_x0(
-        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+        self,
+        network: nn.Module,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
     ) -> Tensor:
         """The clean latent that the network sees in ``x_sigma``, guided as :meth:`predict_velocity`."""
         v = self.predict_velocity(network, x_sigma, sigma, conditioning, guidance_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
         UserError: If the dtype is unknown or any file of the pipeline is missing or corrupt.
     """
     import torch
+    from diffusers.utils import logging
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"unknown dtype {dtype!r}", where="family.dtype", remedy="use float32, bfloat16 or float16")
@@ -33,6 +35,7 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
     if directory.is_dir():
         index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
         empty |= {part for part in may_lack if index.get(part, [None])[0] is None}
+    logging.disable_progress_bar()
     try:
         pipeline = cls.from_pretrained(
             str(directory) if directory.is_dir() else path,
@@ -43,15 +46,39 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
         )
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
         raise UserError(
-            f"the pipeline {path!r} cannot be loaded: {error}",
+            f"the pipeline {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}",
             where="family.path",
             remedy="save or download it again",
         ) from error
+    finally:
+        logging.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)
-    for component in pipeline.components.values():
+    for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
+            if directory.is_dir():
+                _check_complete(component, directory / name)
             component.requires_grad_(False).eval()
     return pipeline
+
+
+def _check_complete(component: Any, directory: Path) -> None:
+    """See that a component's files hold as many numbers as it has: what they lack is drawn at random, with a log line.
+
+    Numbers are counted and not names compared, since transformers renames weights as it loads them.
+    """
+    from safetensors import safe_open
+
+    held = 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            held += sum(math.prod(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118
+    needed = sum(parameter.numel() for parameter in component.parameters())
+    if held < needed:
+        raise UserError(
+            f"the pipeline cannot be loaded: {str(directory)!r} holds {held:,} of the {needed:,} weights of its config",
+            where="family.path",
+            remedy="save or download it again",
+        )
 
 
 def check_pipeline(path: str, pipeline_class: str) -> None:
@@ -77,7 +104,7 @@ def check_pipeline(path: str, pipeline_class: str) -> None:
         ) from error
     except ValueError as error:
         raise UserError(f"{index} is not JSON ({error})", where=where, remedy="save the pipeline again") from error
-    name = found.get("_class_name")
+    name = found.get("_class_name") if isinstance(found, dict) else None
     if name != pipeline_class:
         raise UserError(
             f"{path!r} holds a {name}, not a {pipeline_class}", where=where, remedy="choose the family that matches it"

@@ -35,9 +35,7 @@ class SD3Family(ModelFamily):
 
     pipeline_class = "StableDiffusion3Pipeline"
 
-    def __init__(
-        self, path: str, max_sequence_length: int = 256, use_t5: bool = True, dtype: str = "float32"
-    ) -> None:
+    def __init__(self, path: str, max_sequence_length: int = 256, use_t5: bool = True, dtype: str = "float32") -> None:
         super().__init__(path)
         self.max_sequence_length, self.use_t5, self.dtype = max_sequence_length, use_t5, dtype
 
@@ -85,7 +83,7 @@ class SD3Family(ModelFamily):
             raise UserError(
                 f"{height}x{width} is not a multiple of {unit} pixels",
                 where="resolution",
-                remedy=f"use a multiple of {unit} (autoencoder {self._sd3.vae_scale_factor} x patch {config.patch_size})",
+                remedy=f"use a multiple of {unit}: autoencoder {self._sd3.vae_scale_factor}, patch {config.patch_size}",
             )
         factor = self._sd3.vae_scale_factor
         return config.in_channels, height // factor, width // factor

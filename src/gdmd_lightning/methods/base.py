@@ -8,80 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from gdmd_lightning.data.embeddings import PromptEmbeddings
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
-from gdmd_lightning.data.embeddings import PromptEmbeddings
 from gdmd_lightning.methods.checkpointing import check_fits
-from gdmd_lightning.objectives.distribution_matching import dm_direction, normaliser
+from gdmd_lightning.methods.settings import Matching, Optimization
+from gdmd_lightning.methods.targets import Targets, implicit_targets
 from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.roles import Role, Roles, Trainable
 from gdmd_lightning.samplers import FewStepSampler, State, backward_simulation, draw_noise, sample
-from gdmd_lightning.schedules import RenoiseLaw, UniformLaw, draw_levels, renoise
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW of one role.
-
-    Args:
-        learning_rate: Constant.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
-        gradient_clip: Largest gradient norm.
-        warmup: Updates over which the learning rate rises linearly.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    warmup: int = 10
-
-
-@dataclass(frozen=True)
-class Matching:
-    """How the teacher's and the fake score's opinions are asked.
-
-    Args:
-        guidance_scale: Of the teacher; the fake score and the student have none.
-        law: Law of the renoise level.
-        critic_updates: Critic updates a generator update.
-        critic_samples: ``reused``: the critic learns from the samples that the generator's step has just made
-            (no further evaluation of the generator); ``fresh``: it simulates its own for each of its updates, as
-            DMD2's code does.
-        floor: Lower clamp of the normaliser ``n``.
-    """
-
-    guidance_scale: float = 3.0
-    law: RenoiseLaw = field(default_factory=UniformLaw)
-    critic_updates: int = 5
-    critic_samples: Literal["reused", "fresh"] = "reused"
-    floor: float = 1e-3
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Implicit targets of a batch of student samples, ``M`` a sample.
-
-    Args:
-        y: ``x - (fake - real)``, ``[B, M, C, H, W]``.
-        level: Renoise level of each, ``[B, M]``.
-        snapshot: Which fake score, ``[M]``; 0 is the present one.
-        n: Normaliser, ``[B, M]``.
-    """
-
-    y: Tensor
-    level: Tensor
-    snapshot: Tensor
-    n: Tensor
+from gdmd_lightning.schedules import draw_levels, renoise
 
 
 class DistillationModule(pl.LightningModule):
@@ -129,7 +72,9 @@ class DistillationModule(pl.LightningModule):
     # What a method answers.
 
     @abstractmethod
-    def generator_loss(self, batch: PromptBatch, conditioning: Conditioning) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def generator_loss(
+        self, batch: PromptBatch, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The generator's loss on a batch.
 
         Returns:
@@ -160,30 +105,8 @@ class DistillationModule(pl.LightningModule):
         return self.networks.x0("generator", state.x_sigma, state.sigma, conditioning)
 
     def implicit_targets(self, x: Tensor, conditioning: Conditioning, level: Tensor, snapshot: Tensor) -> Targets:
-        """``y = x - (fake - real)`` at renoise levels ``[B, M]``: one teacher pass and one pass a fake score for all.
-
-        Source: GDMD (2604.19009), section 3; un-normalised, so that it is a picture.
-        """
-        batch, group = level.shape
-        x = x.detach()
-        stream = self.stream("renoise")
-        eps = draw_noise((batch * group, *x.shape[1:]), stream, x.device)
-        sigma = level.reshape(-1).to(x)
-        many = conditioning.repeat(group)
-        x_t = renoise(x.repeat_interleave(group, dim=0), sigma, eps)
-        with torch.no_grad():
-            real = self.networks.x0("teacher", x_t, sigma, many, self.matching.guidance_scale)
-            fake = torch.empty_like(real)
-            which = snapshot.repeat(batch)
-            for s in snapshot.unique().tolist():
-                rows = torch.nonzero(which == s)[:, 0].to(x.device)
-                fake[rows] = self.networks.x0(
-                    "fake_score", x_t[rows], sigma[rows], many.select(rows), snapshot=s
-                ).to(fake.dtype)
-        repeated = x.repeat_interleave(group, dim=0)
-        n = normaliser(repeated, real, self.matching.floor)
-        y = repeated - dm_direction(real, fake)
-        return Targets(y.unflatten(0, (batch, group)), level.to(x), snapshot, n.unflatten(0, (batch, group)))
+        """Targets of student samples ``x`` at renoise levels ``[B, M]``, see :func:`implicit_targets`."""
+        return implicit_targets(self.networks, x, conditioning, level, snapshot, self.matching, self.stream("renoise"))
 
     def predictor(self, role: Role, conditioning: Conditioning, guidance_scale: float = 1.0) -> Any:
         """A role's velocity as samplers ask for it."""
@@ -274,8 +197,9 @@ class DistillationModule(pl.LightningModule):
                 betas=settings.betas,
                 weight_decay=settings.weight_decay,
             )
-            rise = max(settings.warmup, 1)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k, rise=rise: min((k + 1) / rise, 1.0))
+            schedule = torch.optim.lr_scheduler.LinearLR(
+                optimizer, 1 / max(settings.warmup, 1), total_iters=max(settings.warmup, 1) - 1
+            )
             out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
         return tuple(out)
 
@@ -301,7 +225,7 @@ class DistillationModule(pl.LightningModule):
         self.log_dict({f"train/{k}": v for k, v in logs.items()}, batch_size=len(batch))
 
     def _update(self, role: Trainable, loss: Tensor) -> None:
-        optimizer = self.optimizers()[("generator", "fake_score").index(role)]  # type: ignore[index]
+        optimizer: Any = self.optimizers()[("generator", "fake_score").index(role)]  # type: ignore[index]
         optimizer.zero_grad(set_to_none=True)
         self.manual_backward(loss)
         self.clip_gradients(optimizer, self.optimization[role].gradient_clip, "norm")
@@ -314,7 +238,7 @@ class DistillationModule(pl.LightningModule):
 
     # Checkpoints hold what was trained; the frozen teacher stays where it came from.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All roles but the teacher."""
         whole = super().state_dict(*args, **kwargs)
         return {name: value for name, value in whole.items() if not name.startswith("roles.teacher.")}

@@ -1,11 +1,13 @@
-"""Whose checkpoint is it? Checked before anything is overwritten."""
+"""Checkpoints: written whole or not at all, read as plain values, and only into the model that they are of."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from gdmd_lightning.errors import UserError
 
@@ -13,8 +15,39 @@ if TYPE_CHECKING:
     from gdmd_lightning.methods.base import DistillationModule
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, then moves it there, so that ``kill -9`` leaves the one before.
+
+    Lightning's own goes through the system's temporary directory, from which a move is a copy where that is another
+    file system, and through memory.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """See :class:`CheckpointIO`."""
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = place.with_name(place.name + ".part")
+        with fresh.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, place)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """See :class:`CheckpointIO`; onto the CPU, tensors and plain values only."""
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(str(path))
+
+
+def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     """A checkpoint of this project, tensors and plain values only.
+
+    Args:
+        path: The file.
+        in_memory: Read the tensors, instead of leaving them on the disk until they are used.
 
     Raises:
         UserError: If there is no such file, or it is not a checkpoint.
@@ -22,9 +55,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path!r}", where="checkpoint", remedy="give the path of a .ckpt file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not in_memory)
     except Exception as error:  # zip, pickle and torch raise a dozen unrelated types here
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise UserError(f"{path!r} is not a readable checkpoint: {reason}", where="checkpoint") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
@@ -65,7 +98,9 @@ def take_over(module: DistillationModule, path: str) -> None:
         part = {name.removeprefix(f"{source}."): v for name, v in theirs.items() if name.startswith(f"{source}.")}
         if {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in own.state_dict().items()}:
             raise UserError(
-                f"its {role} is not this model's", where=f"model.start_from {path!r}", remedy="use the same family and size"
+                f"its {role} is not this model's",
+                where=f"model.start_from {path!r}",
+                remedy="use the same family and size",
             )
         own.load_state_dict(part)
     if roles.old is not None:

@@ -18,7 +18,9 @@ from gdmd_lightning.schedules import draw_levels
 class DMD(DistillationModule):
     """Distribution matching distillation into a few-step generator."""
 
-    def generator_loss(self, batch: PromptBatch, conditioning: Conditioning) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def generator_loss(
+        self, batch: PromptBatch, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """See :meth:`DistillationModule.generator_loss`."""
         state = self.rollout_state(conditioning)
         x = self.student_x0(state, conditioning)

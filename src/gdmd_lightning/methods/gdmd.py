@@ -14,7 +14,9 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
-from gdmd_lightning.methods.base import DistillationModule, Matching, Optimization, Targets
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.settings import Matching, Optimization
+from gdmd_lightning.methods.targets import Targets
 from gdmd_lightning.methods.verdicts import Judged, Verdict, correlation
 from gdmd_lightning.objectives.distribution_matching import dm_loss, normaliser
 from gdmd_lightning.objectives.policy import gradient_weight, optimality, policy_loss, policy_pair
@@ -109,7 +111,9 @@ class GDMD(DistillationModule):
         self.snapshots = 0 if targets.over == "renoise" else targets.snapshots
         self.judged: Judged | None = None
 
-    def generator_loss(self, batch: PromptBatch, conditioning: Conditioning) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def generator_loss(
+        self, batch: PromptBatch, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """See :meth:`DistillationModule.generator_loss`."""
         state = self.rollout_state(conditioning)
         x = self.student_x0(state, conditioning)
@@ -139,7 +143,9 @@ class GDMD(DistillationModule):
         """Renoise levels ``[B, M]`` and fake-score snapshots ``[M]`` of the targets."""
         size, over = self.targets.size, self.targets.over
         drawn = draw_levels(self.matching.law, batch, 1 if over == "snapshot" else size, self.stream("level"))
-        snapshot = torch.zeros(size, dtype=torch.long) if over == "renoise" else torch.arange(size) % (self.snapshots + 1)
+        snapshot = (
+            torch.zeros(size, dtype=torch.long) if over == "renoise" else torch.arange(size) % (self.snapshots + 1)
+        )
         return drawn.expand(batch, size), snapshot
 
     @torch.no_grad()
@@ -164,7 +170,9 @@ class GDMD(DistillationModule):
         y, sigma, many = targets.y.flatten(0, 1), state.sigma.repeat_interleave(size), conditioning.repeat(size)
         x_sigma = renoise(y, sigma, draw_noise(tuple(y.shape), self.stream("policy"), y.device))
         pair = policy_pair(
-            roles.velocity("generator", x_sigma, sigma, many), roles.velocity("old", x_sigma, sigma, many), self.policy.beta
+            roles.velocity("generator", x_sigma, sigma, many),
+            roles.velocity("old", x_sigma, sigma, many),
+            self.policy.beta,
         )
         return x0_from_velocity(x_sigma, pair[0], sigma), x0_from_velocity(x_sigma, pair[1], sigma)
 

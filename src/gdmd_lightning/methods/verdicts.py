@@ -13,7 +13,7 @@ from gdmd_lightning.objectives.policy import gradient_weight
 from gdmd_lightning.prompts import Prompt
 
 if TYPE_CHECKING:
-    from gdmd_lightning.methods.base import Targets
+    from gdmd_lightning.methods.targets import Targets
     from gdmd_lightning.samplers import State
 
 

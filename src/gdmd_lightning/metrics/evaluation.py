@@ -34,6 +34,13 @@ def fixed_noise(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
 
 
+def shown(prompts: Sequence[Prompt], columns: int, shape: tuple[int, ...], seed: int) -> tuple[list[str], Tensor]:
+    """Texts and noise ``[N, C, H, W]`` of the pictures to look at, spread over the test set and so over its tasks."""
+    columns = min(columns, len(prompts))
+    rows = [i * len(prompts) // columns + i * len(prompts) // (columns * columns) for i in range(columns)]
+    return [prompts[i].text for i in rows], torch.stack([fixed_noise(i, shape, seed) for i in rows])
+
+
 @torch.no_grad()
 def evaluate(
     generate: Generate,

@@ -54,7 +54,9 @@ def judge(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if shape != (len(images),):
         raise UserError(
-            f"returned {shape} for {len(images)} pictures", where=where, remedy=f"return a tensor of shape ({len(images)},)"
+            f"returned {shape} for {len(images)} pictures",
+            where=where,
+            remedy=f"return a tensor of shape ({len(images)},)",
         )
     wrong = torch.nonzero(~torch.isfinite(scores.detach()))[:, 0]
     if len(wrong):

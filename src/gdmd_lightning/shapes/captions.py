@@ -22,7 +22,7 @@ COUNTS = {2: "two", 3: "three"}
 PREFIXES = ("", "photo of ", "picture of ", "drawing of ", "painting of ")
 
 # Relations and bindings are what a small model learns slowest, and have the most contents.
-TASK_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 1, "position": 3, "color_attr": 3}
+TASK_WEIGHTS = {"single_object": 2, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
 
 WORDS = tuple(
     sorted(
@@ -104,9 +104,7 @@ def prompts(task: str, split: Split) -> tuple[Prompt, ...]:
     held_out = set(random.Random(f"held out {task}").sample(distinct, len(distinct) // 4))
     chosen = [row for row, key in zip(rows, keys, strict=True) if (key in held_out) == (split == "test")]
     return tuple(
-        Prompt(text, {**content, "prompt": text})
-        for content, prefix in chosen
-        for text in [prefix + describe(content)]
+        Prompt(text, {**content, "prompt": text}) for content, prefix in chosen for text in [prefix + describe(content)]
     )
 
 

@@ -92,7 +92,9 @@ def detect(images: Tensor) -> Detections:
     background, paint = _COLORS[0], _COLORS[1:][torch.from_numpy(color)]
     # Coverage of each pixel: where it lies between the background's colour and the shape's.
     axis = paint - background
-    alpha = torch.einsum("kchw,kc->khw", picture - background[:, None, None], axis) / axis.square().sum(1)[:, None, None]
+    alpha = (
+        torch.einsum("kchw,kc->khw", picture - background[:, None, None], axis) / axis.square().sum(1)[:, None, None]
+    )
     alpha = alpha.clamp(0, 1) * region
     area = alpha.sum((1, 2))
     grid = torch.arange(SIZE) + 0.5
@@ -102,7 +104,9 @@ def detect(images: Tensor) -> Detections:
     extent = area.sqrt()[:, None] * _UNIT
     middle = centroid[:, None].expand(-1, len(SHAPES), -1)
     templates = coverage(kinds, middle, extent)
-    overlap = torch.minimum(alpha[:, None], templates).sum((2, 3)) / torch.maximum(alpha[:, None], templates).sum((2, 3))
+    overlap = torch.minimum(alpha[:, None], templates).sum((2, 3)) / torch.maximum(alpha[:, None], templates).sum(
+        (2, 3)
+    )
 
     weight = (alpha * own)[:, None]
     mean = (picture * weight).sum((2, 3)) / weight.sum((2, 3))
@@ -129,7 +133,7 @@ def _verdict(found: Detections, metadata: dict[str, Any]) -> bool:
     sure = (found.area >= MIN_AREA) & (found.overlap.max(1, initial=0) >= MIN_OVERLAP)
     kind = found.overlap.argmax(1) if len(found.area) else np.zeros(0, dtype=int)
     by_class = {
-        shape: sorted(np.flatnonzero(sure & (kind == s)), key=lambda k: -found.overlap[k].max())
+        shape: sorted(np.flatnonzero(sure & (kind == s)).tolist(), key=lambda k: -found.overlap[k].max())
         for s, shape in enumerate(SHAPES)
     }
     chosen: list[list[int]] = []

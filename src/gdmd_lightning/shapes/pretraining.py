@@ -71,7 +71,8 @@ class AutoencoderTraining(_OneCycle):
 
     def __init__(self, vae: torch.nn.Module, learning_rate: float = 3e-3, kl_weight: float = 1e-6) -> None:
         super().__init__(learning_rate)
-        self.vae, self.kl_weight = vae, kl_weight
+        self.vae: Any = vae
+        self.kl_weight = kl_weight
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         images = batch[0] * 2 - 1
@@ -130,7 +131,7 @@ class TeacherTraining(_OneCycle):
         self.transformer, self.encoders = transformer, torch.nn.ModuleList(encoders)
         self.law, self.dropout = law, dropout
         self.caption_noise, self.noise_from = caption_noise, noise_from
-        self.register_buffer("empty", empty, persistent=False)
+        self.empty = empty
         self.random = torch.Generator().manual_seed(seed)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:

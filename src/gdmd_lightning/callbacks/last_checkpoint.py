@@ -1,0 +1,32 @@
+"""``last.ckpt`` holds a run's last update, whatever ended it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class SaveLastUpdate(pl.Callback):
+    """Saves ``last.ckpt`` at the end of a run for every ``ModelCheckpoint(save_last=True)``.
+
+    ``ModelCheckpoint`` alone saves every so many updates, so the updates since would be lost.
+    """
+
+    def __init__(self) -> None:
+        self._saved_at = -1
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note that this update is saved, under whatever name."""
+        self._saved_at = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save unless the last update is saved already."""
+        if self._saved_at == trainer.global_step:
+            return
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, ModelCheckpoint) and keeper.save_last and keeper.dirpath:
+                name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
+                trainer.save_checkpoint(keeper.last_model_path or Path(keeper.dirpath) / name, keeper.save_weights_only)

@@ -1,0 +1,150 @@
+"""The command line finds commands and configurations, answers quickly, and lets later arguments win."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gdmd_lightning import __version__
+from gdmd_lightning.cli import COMMANDS, main
+
+HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse")
+
+
+def printed_config(capsys, *arguments: str) -> dict:
+    """What ``fit --print_config`` says of the arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--version"], 0), (["distil"], 2), ([], 2)])
+def test_trivial_answers_come_at_once_and_import_nothing_heavy(arguments, status):
+    code = (
+        "import atexit, sys\n"
+        "from gdmd_lightning.cli import main\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY} if m in sys.modules]))\n"
+        "main(sys.argv[1:])"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert time.perf_counter() - began < 1
+    assert done.returncode == status
+    assert "HEAVY []" in done.stdout
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+def test_version_is_the_packages(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.split() == ["gdmd_lightning", __version__]
+
+
+def cpu_seconds(code: str, *arguments: str) -> tuple[float, str]:
+    """CPU time of a Python process (the wall's depends on who else is running) and what it printed."""
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=write, stderr=subprocess.STDOUT)
+    os.close(write)
+    with os.fdopen(read) as out:
+        printed = out.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, printed
+    return usage.ru_utime + usage.ru_stime, printed
+
+
+FIT = (
+    "import atexit, sys\n"
+    "wrong = ('diffusers', 'transformers.models.clip.modeling_clip', 'transformers.modeling_utils', 'datasets')\n"
+    "atexit.register(lambda: print('\\n# IMPORTED', [m for m in wrong if m in sys.modules]))\n"
+    "from gdmd_lightning.cli import main\n"
+    "main(sys.argv[1:])"
+)
+
+
+def test_help_and_print_config_of_fit_cost_little_more_than_lightnings_cli():
+    best = {"import": float("inf"), "help": float("inf"), "print": float("inf")}
+    for _ in range(3):
+        for name, code, arguments in [
+            ("import", "import lightning.pytorch.cli", ()),
+            ("help", FIT, ("fit", "--help")),
+            ("print", FIT, ("fit", "--config", "shapes.yaml", "--print_config")),
+        ]:
+            seconds, printed = cpu_seconds(code, *arguments)
+            best[name] = min(best[name], seconds)
+            assert name == "import" or "# IMPORTED []" in printed, printed[-300:]
+        if max(best["help"], best["print"]) <= 1.3 * best["import"]:
+            return
+    pytest.fail(f"CPU seconds: {best}")
+
+
+def test_a_bare_name_is_looked_for_in_the_working_directory_before_the_shipped_configs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert printed_config(capsys, "--config", "shapes.yaml")["model"]["class_path"].endswith("GDMD")
+    Path("shapes.yaml").write_text("trainer: {max_steps: 77}\nmodel: {class_path: DMD}\n")
+    found = printed_config(capsys, "--config=shapes.yaml")
+    assert found["trainer"]["max_steps"] == 77
+    assert found["model"]["class_path"].endswith("DMD")
+
+
+def test_of_several_configs_the_later_wins_and_flags_win_over_both(capsys, tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("trainer: {max_steps: 11, log_every_n_steps: 12}\n")
+    two.write_text("trainer: {max_steps: 21}\nmodel: {init_args: {policy: {beta: 0.5}}}\n")
+    found = printed_config(
+        capsys, "--config", "shapes.yaml", "--config", str(one), "--config", str(two), "--model.lambda_policy", "0.25"
+    )
+    assert found["trainer"]["max_steps"] == 21
+    assert found["trainer"]["log_every_n_steps"] == 12
+    assert found["model"]["init_args"]["policy"]["beta"] == 0.5
+    assert found["model"]["init_args"]["lambda_policy"] == 0.25
+    assert found["model"]["init_args"]["reward"]["class_path"].endswith("ShapesReward")
+
+
+def test_shapes_dmd_over_shapes_is_dmd_on_the_same_family(capsys):
+    gdmd = printed_config(capsys, "--config", "shapes.yaml")["model"]
+    dmd = printed_config(capsys, "--config", "shapes.yaml", "--config", "shapes_dmd.yaml")["model"]
+    assert dmd["class_path"] == "gdmd_lightning.methods.dmd.DMD"
+    assert dmd["init_args"]["family"] == gdmd["init_args"]["family"]
+    assert "reward" not in dmd["init_args"]
+
+
+@pytest.mark.parametrize("name", ["shapes.yaml"])
+def test_a_printed_config_is_a_config(capsys, tmp_path, name):
+    first = printed_config(capsys, "--config", name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(first))
+    assert printed_config(capsys, "--config", str(copy)) == first
+
+
+def test_flags_are_seen_in_the_saved_config_and_obeyed(fast_fit, tmp_path):
+    main(["fit", *fast_fit, "--model.lambda_policy", "0.5", "--trainer.max_steps", "4"])
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["lambda_policy"] == 0.5
+    assert saved["trainer"]["max_steps"] == 4
+    import torch
+
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_dmd_trains_from_its_shipped_config(fast_fit, tmp_path):
+    main(["fit", *fast_fit, "--config", "shapes_dmd.yaml", "--trainer.callbacks+=ModelCheckpoint"])
+    assert list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_run_from_the_shell_ends_well_and_speaks_of_nothing_that_a_reader_cannot_act_on(run_cli, fast_fit, tmp_path):
+    done = run_cli("fit", *fast_fit, "--trainer.max_steps=2", check=True)
+    said = done.stdout + done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    for noise in ("Warning", "warn", "Loading pipeline", "Loading weights", "Tip", "optimization"):
+        assert noise not in said, said

@@ -1,0 +1,105 @@
+"""What the tests share: a tiny pipeline, a cheap ``fit``, one recorded run, and the command line as a process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch is imported: bits must not depend on how many threads a sum is split over, and two cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
+# The same words in every terminal.
+os.environ.update({"COLUMNS": "120", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"})
+
+import pytest
+import tiny
+import torch
+import yaml
+
+torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def cli_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "gdmd_lightning", *map(str, arguments)]
+
+
+def cli_environment() -> dict[str, str]:
+    """That of the command line as a process; modules of ``tests/`` and ``tests/faults`` can be named in configs."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "faults")])}
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> RunCli:
+    """``run_cli("fit", "--help")`` runs the command line in a process of its own, in the test's directory."""
+
+    def run(*arguments: object, cwd: Path = tmp_path, check: bool = False) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            cli_command(*arguments), cwd=cwd, env=cli_environment(), capture_output=True, text=True, timeout=250
+        )
+        if check and done.returncode:
+            raise AssertionError(f"status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``StableDiffusion3Pipeline`` directory with random weights, a second to load and milliseconds to train."""
+    return tiny.save_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+def write_fast_config(path: Path, pipeline: Path, save_dir: Path) -> list[str]:
+    """Write what makes ``--config shapes.yaml`` cheap; returns the arguments of ``fit``."""
+    family = {"class_path": "SD3Family", "init_args": {"path": str(pipeline), "max_sequence_length": 0}}
+    evaluation = {"scores": [{"class_path": "GenEvalScore"}], "count": 6, "columns": 3, "teacher_steps": 2}
+    config = {
+        "trainer": {
+            "max_steps": 3,
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "logger": {
+                "class_path": "TensorBoardLogger",
+                "init_args": {"save_dir": str(save_dir), "name": "run", "version": "."},
+            },
+            "callbacks": [
+                {
+                    "class_path": "ModelCheckpoint",
+                    "init_args": {"every_n_train_steps": 2, "save_last": True, "save_top_k": 0},
+                },
+                {"class_path": "GradientRewardRecord", "init_args": {"pictures_every": 4, "pictures": 3}},
+                {"class_path": "GenerationEvaluation", "init_args": {**evaluation, "every_n_updates": 1000}},
+            ],
+        },
+        "data": {"source": "shapes", "batch_size": 8, "group_size": 4, "shuffle_buffer": 100},
+        "model": {
+            "init_args": {
+                "family": family,
+                "reward": {"class_path": "tiny.Brightness"},
+                "targets": {"size": 2},
+                "matching": {"critic_updates": 2},
+            }
+        },
+    }
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", "shapes.yaml", "--config", str(path)]
+
+
+@pytest.fixture
+def fast_fit(tmp_path: Path, tiny_pipeline: Path) -> list[str]:
+    """Arguments that make ``fit`` on Shapes cheap: three updates of a tiny pipeline, logs in ``tmp_path / "run"``."""
+    return write_fast_config(tmp_path / "fast.yaml", tiny_pipeline, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def recorded_run(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
+    """The log directory of one finished run of GDMD, six updates, that tests may read but not change."""
+    from gdmd_lightning.commands import fit
+
+    directory = tmp_path_factory.mktemp("recorded")
+    arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
+    fit.run([*arguments, "--trainer.max_steps=6", "--model.verdict.score_samples=true", "--model.targets.size=3"])
+    return directory / "run"

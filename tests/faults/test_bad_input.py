@@ -1,0 +1,309 @@
+"""Every mistake ends in one line that says what and where, a status that is not 0, and nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd_lightning.cli import main
+
+PREFIX = "gdmd_lightning: error: "
+
+
+@pytest.fixture
+def complaint(capsys, tmp_path, monkeypatch):
+    """``complaint("fit", ...)`` is the one line with which the command line refuses its arguments."""
+
+    def refused(*arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        before = set(tmp_path.rglob("*.ckpt"))
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        assert stop.value.code == 2
+        told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        lines = [line for line in told if line.startswith(PREFIX)]
+        assert len(lines) == 1, told
+        assert told[-1] == lines[0]
+        assert len(lines[0]) < 600
+        assert not any(line.startswith(("Traceback", "usage:")) for line in told)
+        assert set(tmp_path.rglob("*.ckpt")) == before, "a checkpoint of a run that never was"
+        assert not list(tmp_path.rglob("*.part"))
+        return lines[0].removeprefix(PREFIX)
+
+    return refused
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# Configurations: the key, the value, and what would be right.
+
+
+def test_an_unknown_config_is_told_with_those_that_ship(complaint):
+    assert complaint("fit", "--config", "shapse.yaml").startswith("--config: no configuration 'shapse.yaml'; ")
+    assert "shapes.yaml" in complaint("fit", "--config", "shapse.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("trainer: {max_steps: 3\nmodel: [\n", "broken.yaml: not a readable YAML file: "),
+        (b"trainer: caf\xe9\n", "broken.yaml: not a readable YAML file: "),
+        ("- a\n- b\n", "broken.yaml: it holds no keys; "),
+        ("", "broken.yaml: it holds no keys; "),
+        ("trainer: {max_stepps: 3}\n", "unknown key 'trainer.max_stepps'"),
+        ("model: {init_args: {lambda_polciy: 3}}\n", "model: unknown key 'lambda_polciy'"),
+        ("data: {batch_size: '${nowhere}'}\n", "'nowhere' not found full_key: data.batch_size"),
+    ],
+)
+def test_a_broken_config_file_is_named_or_its_key_is(complaint, fast_fit, tmp_path, content, told):
+    assert told in complaint("fit", *fast_fit, "--config", written(tmp_path / "broken.yaml", content))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--trainer.max_stepps", "3"], "fit: unrecognized arguments: --trainer.max_stepps 3; "),
+        (["--model.lambda_polciy", "3"], "model: unknown key 'lambda_polciy'; "),
+        (["--model.policy.bta", "3"], "model: unrecognized arguments: --policy.bta=3; "),
+        (["--trainer.max_steps", "three"], "trainer.max_steps: expected int, got 'three'; "),
+        (["--model.lambda_policy", "high"], "model.lambda_policy: expected float, got 'high'; "),
+        (["--model.policy.form", "half"], "model.policy.form: expected one of 'full', 'weighted', got 'half'; "),
+        (["--model.targets.size", "four"], "model.targets.size: expected int, got 'four'; "),
+        (["--trainer.precision", "7"], "trainer.precision: expected one of 64, 32, 16 or "),
+        (["--model", "GDDM"], "model: no class 'GDDM' is known; "),
+        (["--model.reward", "NoReward"], "model.reward: no class 'NoReward' is known; "),
+        (["--model.reward.class_path", "no.such.Reward"], "model.reward: Problem with given class_path 'no.such.Reward': "),
+        (["--trainer.callbacks+=Nope"], "trainer.callbacks: no class 'Nope' is known; "),
+        (["--trainer.strategy", "dpd"], "invalid strategy name: `strategy='dpd'`"),
+        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val: it has no meaning with two optimizers; "),
+        (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
+        (["--model.sampler.steps", "0"], "sampler.steps is 0"),
+        (["--model.policy.beta", "0"], "policy.beta is 0"),
+        (["--model.family.init_args.dtype", "float31"], "family.dtype: unknown dtype 'float31'; "),
+        (["--model.height", "33"], "resolution: 33x32 is not a multiple of 4 pixels; "),
+    ],
+)
+def test_a_wrong_argument_is_told_by_key_and_value(complaint, fast_fit, arguments, told):
+    assert told in complaint("fit", *fast_fit, *arguments)
+
+
+def test_a_missing_model_is_told(complaint):
+    assert "required: fit.model" in complaint("fit")
+
+
+# Pipelines.
+
+
+@pytest.fixture
+def pipeline(tiny_pipeline, tmp_path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+
+
+def on(pipeline: Path) -> list[str]:
+    return ["--model.family.init_args.path", str(pipeline)]
+
+
+def test_a_missing_pipeline_directory_is_told(complaint, fast_fit):
+    told = complaint("fit", *fast_fit, *on(Path("/nowhere/pipeline")))
+    assert told.startswith("family.path: no directory '/nowhere/pipeline'; ")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edited(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("breakage", "told"),
+    [
+        (lambda p: truncated(p / "transformer/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
+        (lambda p: truncated(p / "vae/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
+        (lambda p: truncated(p / "text_encoder/model.safetensors"), "cannot be loaded"),
+        (lambda p: (p / "text_encoder_2/model.safetensors").unlink(), "cannot be loaded"),
+        (lambda p: (p / "tokenizer/tokenizer.json").write_text("{"), "cannot be loaded"),
+        (lambda p: (p / "transformer/config.json").write_text("{"), "cannot be loaded"),
+        (lambda p: edited(p / "transformer/config.json", num_layers=2), "cannot be loaded"),
+        (lambda p: edited(p / "transformer/config.json", num_attention_heads=2), "cannot be loaded"),
+        (lambda p: edited(p / "text_encoder/config.json", num_hidden_layers=4), "cannot be loaded"),
+        (lambda p: shutil.rmtree(p / "transformer"), "lacks its component 'transformer'"),
+        (lambda p: shutil.rmtree(p / "tokenizer_2"), "lacks its component 'tokenizer_2'"),
+        (lambda p: edited(p / "model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not a "),
+        (lambda p: (p / "model_index.json").write_text("{"), "model_index.json is not JSON"),
+        (lambda p: (p / "model_index.json").write_text("[]"), "holds a None, not a "),
+        (lambda p: (p / "model_index.json").unlink(), "has no readable model_index.json"),
+    ],
+)
+def test_a_corrupt_pipeline_is_told_with_its_path(complaint, fast_fit, pipeline, breakage, told):
+    breakage(pipeline)
+    line = complaint("fit", *fast_fit, *on(pipeline))
+    assert line.startswith("family.path: ")
+    assert told in line
+    assert str(pipeline) in line
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("p.txt", "", "p.txt: there is no prompt in it"),
+        ("p.txt", "\n  \n", "p.txt: there is no prompt in it"),
+        ("p.txt", "a circle\n".encode() + "a caf\xe9\n".encode("latin-1"), "p.txt:2: not UTF-8"),
+        ("p.jsonl", '{"prompt": "a circle"}\n{"text": "a"}\n', "p.jsonl:2: no column 'prompt'; it has 'text'"),
+        ("p.jsonl", '{"prompt": "a circle"}\n{"prompt": \n', "p.jsonl:2: broken JSON"),
+        ("p.csv", "text\na circle\n", "p.csv:1: no column 'prompt'"),
+        ("p.parquet", "not parquet", "p.parquet: not a readable parquet file"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_prompts_are_told_with_file_and_line(complaint, fast_fit, tmp_path, name, content, told, workers):
+    source = written(tmp_path / name, content)
+    assert told in complaint("fit", *fast_fit, "--data.source", source, "--data.num_workers", workers)
+
+
+def test_a_missing_prompt_file_is_told(complaint, fast_fit):
+    assert complaint("fit", *fast_fit, "--data.source", "prompts.txt").startswith("prompts.txt: no such file")
+
+
+def test_a_group_that_does_not_divide_the_batch_is_told(complaint, fast_fit):
+    told = complaint("fit", *fast_fit, "--data.batch_size", 8, "--data.group_size", 3)
+    assert told.startswith("data.group_size: group_size 3 does not divide batch_size 8; ")
+
+
+def test_prompts_without_the_metadata_that_the_reward_needs_are_told(complaint, fast_fit, tmp_path):
+    source = written(tmp_path / "p.txt", "a red circle\n")
+    assert "'a red circle'" in complaint("fit", *fast_fit, "--data.source", source, "--model.reward", "ShapesReward")
+
+
+# Rewards.
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("NotANumber", "reward 'not_a_number': returned nan for 1 of 16 pictures, the first with prompt "),
+        ("WrongShape", "reward 'wrong_shape': returned (16, 1) for 16 pictures; return a tensor of shape (16,)"),
+        ("NoTensor", "reward 'no_tensor': returned list for 16 pictures"),
+        ("Raising", "reward 'raising': raised KeyError: 'no such"),
+        ("Unfinished", "abstract"),
+    ],
+)
+def test_a_bad_reward_is_told_by_its_name(complaint, fast_fit, name, told):
+    assert told in complaint("fit", *fast_fit, "--model.reward", f"bad_rewards.{name}")
+
+
+# Checkpoints.
+
+
+@pytest.fixture
+def checkpoint(recorded_run) -> Path:
+    return recorded_run / "checkpoints" / "last.ckpt"
+
+
+def test_a_missing_checkpoint_is_told(complaint, fast_fit, tmp_path):
+    for arguments in (["fit", *fast_fit, "--ckpt_path", "no.ckpt"], ["export", "no.ckpt", "out"]):
+        assert complaint(*arguments).startswith("checkpoint: no checkpoint 'no.ckpt'; ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 and garbage"])
+def test_a_file_that_is_no_checkpoint_is_told(complaint, fast_fit, tmp_path, content):
+    path = written(tmp_path / "bad.ckpt", content)
+    for arguments in (["fit", *fast_fit, "--ckpt_path", path], ["export", path, "out"]):
+        assert complaint(*arguments).startswith(f"checkpoint: '{path}' is not a readable checkpoint: ")
+    told = complaint("fit", *fast_fit, "--model.start_from", path)
+    assert f"'{path}' is not a readable checkpoint: " in told
+
+
+def test_a_truncated_checkpoint_is_told(complaint, fast_fit, checkpoint, tmp_path):
+    path = written(tmp_path / "half.ckpt", checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    assert "half.ckpt' is not a readable checkpoint: " in complaint("fit", *fast_fit, "--ckpt_path", path)
+    path.unlink()
+
+
+class Sneaky:
+    def __reduce__(self):
+        return (Path.touch, (Path("sneaked"),))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(complaint, fast_fit, tmp_path):
+    torch.save({"state_dict": Sneaky()}, tmp_path / "sneaky.ckpt")
+    told = complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "sneaky.ckpt")
+    assert "is not a readable checkpoint" in told
+    assert not (tmp_path / "sneaked").exists()
+
+
+def test_a_file_of_mere_weights_is_told(complaint, fast_fit, tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.ckpt")
+    assert "is not a Lightning checkpoint" in complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "weights.ckpt")
+
+
+@pytest.mark.parametrize("size", [{"layers": 2}, {"heads": 2}])
+def test_a_checkpoint_of_another_network_is_told(complaint, fast_fit, checkpoint, tmp_path, size):
+    import tiny
+
+    other = tiny.save_pipeline(tmp_path / "other", **size)
+    for key, told in (("ckpt_path", "it is of another model"), ("model.start_from", "is not this model's")):
+        line = complaint("fit", *fast_fit, *on(other), f"--{key}", checkpoint)
+        assert told in line
+        assert "checkpoint" in line or str(checkpoint) in line
+
+
+def test_a_checkpoint_of_another_method_is_told(complaint, fast_fit, checkpoint, tmp_path):
+    told = complaint("fit", *fast_fit, "--config", "shapes_dmd.yaml", "--ckpt_path", checkpoint)
+    assert "it is of another model: this model has no roles.old." in told
+    told = complaint("fit", *fast_fit, "--model.policy.form=weighted", "--ckpt_path", checkpoint)
+    assert "it is of another model: this model has no roles.old." in told
+
+
+def test_a_checkpoint_that_counts_its_prompts_otherwise_is_told(complaint, fast_fit, checkpoint):
+    told = complaint("fit", *fast_fit, "--data.batch_size", 16, "--ckpt_path", checkpoint)
+    assert "data: the checkpoint counts its prompts with batch_size 8 (now 16); " in told
+
+
+# Export.
+
+
+def test_export_refuses_a_directory_that_exists(complaint, checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert complaint("export", checkpoint, "out").startswith("export: 'out' exists; ")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_unknown_option_of_any_command_is_told(complaint):
+    for command in ("demo", "evaluate", "export", "pretrain", "results"):
+        assert complaint(command, "--no_such_option", "1").startswith(f"{command}: ")
+
+
+# As a process.
+
+
+def test_as_a_process_a_mistake_has_status_2_and_one_line_and_debug_shows_where(run_cli, fast_fit):
+    arguments = ["fit", *fast_fit, "--model.reward", "bad_rewards.NotANumber"]
+    plain = run_cli(*arguments)
+    assert plain.returncode == 2
+    told = [line for line in plain.stderr.splitlines() if line.startswith(PREFIX)]
+    assert len(told) == 1
+    assert "Traceback" not in plain.stderr
+    shown = run_cli(*arguments, "--debug")
+    assert shown.returncode != 0
+    assert "Traceback" in shown.stderr
+    assert told[0].removeprefix(PREFIX) in shown.stderr
+
+
+def test_as_a_process_a_wrong_config_says_one_line_and_nothing_else(run_cli):
+    done = run_cli("fit", "--config", "nothing.yaml")
+    assert done.returncode == 2
+    assert not done.stdout
+    assert done.stderr.startswith(PREFIX)
+    assert done.stderr.count("\n") == 1

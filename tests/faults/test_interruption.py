@@ -1,0 +1,170 @@
+"""A run that is stopped, killed or extended ends where one that was left alone does, to the bit."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import cli_command, cli_environment
+
+from gdmd_lightning.commands import fit
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
+
+# What tells two runs' checkpoints apart without a difference in the runs: where they were written, what was passed
+# on the way, and the version.
+CONTENTS = ("state_dict", "optimizer_states", "lr_schedulers", "PromptDataModule", "global_step")
+
+
+def train(fast_fit: list[str], directory: Path, *arguments: str) -> Path:
+    """Run ``fit`` in this process, its logs in ``directory / "run"``; returns the last checkpoint."""
+    fit.run([*fast_fit, f"--trainer.logger.init_args.save_dir={directory}", *arguments])
+    return directory / "run" / "checkpoints" / "last.ckpt"
+
+
+def step_of(path: Path) -> int:
+    return read_checkpoint(str(path))["global_step"]
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    a, b = read_checkpoint(str(one)), read_checkpoint(str(other))
+    return tiny.differing({k: a[k] for k in CONTENTS}, {k: b[k] for k in CONTENTS})
+
+
+def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tuple[int, str, Path]:
+    """Start ``fit`` as a process, send it a signal in mid-training; status, output and the checkpoints' directory."""
+    endless = ["--trainer.max_steps=100000", f"--trainer.logger.init_args.save_dir={directory}"]
+    process = subprocess.Popen(
+        cli_command("fit", *fast_fit, *endless),
+        cwd=directory,
+        env=cli_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    last = directory / "run" / "checkpoints" / "last.ckpt"
+    try:
+        limit = time.monotonic() + 120
+        while not last.exists() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        time.sleep(0.2)  # somewhere within an update, or within a checkpoint
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, said, last.parent
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_as_if_nothing_had_been(
+    fast_fit, tmp_path, number, status
+):
+    code, said, checkpoints = stopped(fast_fit, tmp_path, number)
+    assert code == status, said
+    assert "Traceback" not in said
+    interrupted = checkpoints / "interrupted.ckpt"
+    assert f"--ckpt_path {interrupted}" in said
+    step = step_of(interrupted)
+    until = f"--trainer.max_steps={step + 3}"
+    resumed = train(fast_fit, tmp_path / "resumed", until, f"--ckpt_path={interrupted}")
+    left_alone = train(fast_fit, tmp_path / "alone", until)
+    assert step_of(resumed) == step + 3
+    assert differing(resumed, left_alone) == []
+
+
+def test_kill_9_loses_nothing_before_the_last_checkpoint_and_the_run_goes_on_to_the_bit(fast_fit, tmp_path):
+    code, said, checkpoints = stopped(fast_fit, tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    last = checkpoints / "last.ckpt"
+    step = step_of(last)
+    assert step >= 2
+    assert step % 2 == 0
+    until = f"--trainer.max_steps={step + 3}"
+    # In the same directory, as one does: the record drops what the killed run wrote after its last checkpoint.
+    resumed = train(fast_fit, tmp_path, until, f"--ckpt_path={last}")
+    left_alone = train(fast_fit, tmp_path / "alone", until)
+    assert resumed == last
+    assert differing(resumed, left_alone) == []
+    assert rows(tmp_path / "run") == rows(tmp_path / "alone" / "run")
+
+
+def rows(run: Path) -> list[dict]:
+    import pyarrow.dataset as ds
+
+    table = ds.dataset(sorted(map(str, (run / "gradient_rewards").glob("part-*.parquet")))).to_table()
+    return table.sort_by([(name, "ascending") for name in ("step", "state", "target")]).to_pylist()
+
+
+VARIANTS = {
+    "snapshots": ["--model.targets.over=both", "--model.targets.snapshot_every=2", "--model.targets.size=3"],
+    "renoise, fresh": ["--model.sampler.kind=renoise", "--model.matching.critic_samples=fresh"],
+    "DMD": ["--config", "shapes_dmd.yaml", "--config", "{saving}"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_finished_run_that_is_extended_equals_a_longer_one(fast_fit, tmp_path, name):
+    saving = tmp_path / "saving.yaml"
+    keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
+    saving.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
+    variant = [argument.format(saving=saving) for argument in VARIANTS[name]]
+    # One end where ModelCheckpoint saves, within Lightning's epoch; one where the run's end does.
+    for end in (2, 3):
+        first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
+        assert step_of(first) == end
+        resumed = train(
+            fast_fit, tmp_path / f"resumed{end}", *variant, "--trainer.max_steps=5", f"--ckpt_path={first}"
+        )
+        alone = train(fast_fit, tmp_path / "alone", *variant, "--trainer.max_steps=5")
+        assert differing(resumed, alone) == []
+
+
+def test_updates_and_not_optimizer_steps_count(fast_fit, tmp_path):
+    last = train(fast_fit, tmp_path, "--trainer.max_steps=5", "--model.matching.critic_updates=3")
+    content = read_checkpoint(str(last))
+    steps = [int(state["state"][0]["step"]) for state in content["optimizer_states"]]
+    assert content["global_step"] == 5
+    assert steps == [5, 15]
+
+
+def test_every_n_train_steps_counts_updates(fast_fit, tmp_path):
+    config = tmp_path / "all.yaml"
+    keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_top_k: -1, filename: '{step}'}}"
+    config.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
+    train(fast_fit, tmp_path, "--config", str(config), "--trainer.max_steps=5")
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step=2.ckpt", "step=4.ckpt"}
+
+
+def test_the_last_checkpoint_holds_the_last_update_also_between_two_savings(fast_fit, tmp_path):
+    assert step_of(train(fast_fit, tmp_path, "--trainer.max_steps=3")) == 3
+
+
+def test_the_signals_are_the_processs_own_again_after_a_run(fast_fit, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(fast_fit, tmp_path, "--trainer.max_steps=1")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Unsavable:
+    """Fails in the middle of being written, as a full disk does."""
+
+    def __reduce__(self):
+        raise OSError("no space left on device")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    place = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"state_dict": {"x": torch.ones(1)}}, place)
+    with pytest.raises(OSError, match="no space"):
+        WholeCheckpoints().save_checkpoint({"state_dict": {"x": torch.zeros(1000), "y": Unsavable()}}, place)
+    assert read_checkpoint(str(place))["state_dict"]["x"].item() == 1
+
+
+def test_checkpoints_are_written_beside_their_place_whatever_the_temporary_directory(fast_fit, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.mkstemp", None)
+    cli = fit.run([*fast_fit, "--trainer.max_steps=1"])
+    assert type(cli.trainer.strategy.checkpoint_io) is WholeCheckpoints
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt"}

@@ -1,0 +1,108 @@
+"""Scores are means of the tasks' means, whatever the batches, with intervals that cover."""
+
+import numpy as np
+import pytest
+import torch
+
+from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
+from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.shapes.captions import TASKS, evaluation_prompts
+from gdmd_lightning.shapes.scenes import render, sample_scenes
+
+
+class Brightness(Reward):
+    name = "brightness"
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def with_task(task):
+    return Prompt("text", {"tag": task})
+
+
+def filled(values, tasks):
+    score = RewardScore(Brightness())
+    prompts = [with_task(t) for t in tasks]
+    score.begin(prompts)
+    score.update(torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), prompts)
+    return score
+
+
+def test_overall_is_the_mean_of_task_means():
+    result = filled([1.0, 0.0, 0.0, 0.0, 1.0], ["a", "b", "b", "b", "b"]).compute()
+    assert result["a"] == 1
+    assert result["b"] == 0.25
+    assert result["overall"] == pytest.approx(0.625)
+
+
+def test_prompts_without_task_have_one_overall_score():
+    assert set(filled([0.2, 0.4], ["all", "all"]).compute()) == {"overall"}
+
+
+def test_batches_do_not_matter():
+    values, tasks = torch.rand(10).tolist(), ["a", "b"] * 5
+    whole = filled(values, tasks).compute()
+    parts = RewardScore(Brightness())
+    parts.begin([with_task(t) for t in tasks])
+    for i in range(0, 10, 3):
+        images = torch.tensor(values[i : i + 3]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        parts.update(images, [with_task(t) for t in tasks[i : i + 3]])
+    assert parts.compute()["overall"] == pytest.approx(whole["overall"])
+
+
+def test_interval_covers_the_mean_at_its_stated_rate():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        values = (rng.random(80) < 0.7).astype(float)
+        interval = filled(values.tolist(), ["a"] * 40 + ["b"] * 40).intervals()["overall"]
+        covered += interval.low <= 0.7 <= interval.high
+    assert 50 <= covered <= 60
+
+
+def test_interval_of_equal_values_is_a_point():
+    assert filled([0.5, 0.5], ["a", "b"]).intervals()["overall"] == Interval(0.5, 0.5, 0.5)
+
+
+def test_rendered_truth_scores_one_in_every_task():
+    prompts = evaluation_prompts(10)
+    pictures = render(sample_scenes([p.metadata for p in prompts], np.random.default_rng(0)))
+    score = GenEvalScore()
+    score.begin(prompts)
+    score.update(pictures, prompts)
+    assert {name: float(v) for name, v in score.compute().items()} == dict.fromkeys(("overall", *TASKS), 1.0)
+
+
+def test_evaluation_gives_each_prompt_its_own_noise_whatever_batch_and_rank():
+    seen = {}
+
+    def generate(noise, texts):
+        for row, text in zip(noise, texts, strict=True):
+            seen.setdefault(text, []).append(row)
+        return noise.mean((1, 2, 3), keepdim=True).expand(-1, 3, 2, 2)
+
+    prompts = [Prompt(str(i)) for i in range(7)]
+    results = []
+    for size, world in ((7, 1), (2, 1), (3, 2)):
+        scores: list[TaskScore] = [RewardScore(Brightness())]
+        for rank in range(world):
+            result = evaluate(
+                generate, prompts, scores, (1, 2, 2), batch_size=size, rank=rank, world_size=world, keep=2
+            )
+            assert len(result.pictures) == 2
+        results.append(scores)
+    for index, rows in enumerate(seen[str(i)] for i in range(7)):
+        assert len(rows) == 3
+        for row in rows:
+            assert torch.equal(row, fixed_noise(index, (1, 2, 2), 0))
+
+
+def test_pictures_shown_cover_every_task():
+    prompts = evaluation_prompts(100)
+    texts, noise = shown(prompts, 9, (1, 2, 2), 0)
+    by_text = {p.text: p.metadata["tag"] for p in prompts}
+    assert {by_text[text] for text in texts} == set(TASKS)
+    assert len(noise) == 9

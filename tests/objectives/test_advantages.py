@@ -1,0 +1,124 @@
+"""Advantages: what a group makes of its rewards, and what must not matter."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd_lightning.objectives.advantages import Spread, centre_within, group_advantages, group_mean
+from gdmd_lightning.objectives.policy import gradient_weight, optimality
+
+SPREADS = get_args(Spread)
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+
+
+def rewards(seed: int = 0) -> Tensor:
+    return torch.randn(len(GROUPS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_every_group_averages_zero(spread: Spread) -> None:
+    mean = group_mean(group_advantages(rewards(), GROUPS, spread), GROUPS)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_constant_added_to_all_rewards_changes_nothing(spread: Spread) -> None:
+    torch.testing.assert_close(
+        group_advantages(rewards() + 17.0, GROUPS, spread), group_advantages(rewards(), GROUPS, spread)
+    )
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_constant_added_to_one_groups_rewards_changes_nothing(spread: Spread) -> None:
+    shifted = rewards() + torch.tensor([0.0, 5.0, -3.0], dtype=torch.float64)[GROUPS]
+    torch.testing.assert_close(group_advantages(shifted, GROUPS, spread), group_advantages(rewards(), GROUPS, spread))
+
+
+@pytest.mark.parametrize("spread", ["group", "batch"])
+def test_a_scale_of_all_rewards_changes_nothing_once_a_spread_divides(spread: Spread) -> None:
+    torch.testing.assert_close(
+        group_advantages(3 * rewards(), GROUPS, spread), group_advantages(rewards(), GROUPS, spread)
+    )
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_permutation_of_rows_permutes_the_advantages(spread: Spread) -> None:
+    order = torch.randperm(len(GROUPS), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        group_advantages(rewards()[order], GROUPS[order], spread), group_advantages(rewards(), GROUPS, spread)[order]
+    )
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_without_spread_anywhere_gdmd_is_dmd(spread: Spread) -> None:
+    flat = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)[GROUPS]
+    advantage = group_advantages(flat, GROUPS, spread)
+    assert torch.equal(advantage, torch.zeros_like(flat))
+    o = optimality(advantage)
+    assert torch.equal(o, torch.full_like(flat, 0.5))
+    assert torch.equal(gradient_weight(o, 5.0), torch.ones_like(flat))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_a_group_without_spread_gets_nothing_beside_one_with_spread(spread: Spread) -> None:
+    mixed = rewards()
+    mixed[GROUPS == 1] = 0.25
+    advantage = group_advantages(mixed, GROUPS, spread)
+    assert torch.equal(advantage[GROUPS == 1], torch.zeros(4, dtype=torch.float64))
+    assert (advantage[GROUPS != 1] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        2,
+        4,
+        pytest.param(3, marks=pytest.mark.xfail(strict=True, reason="(r + r + r) / 3 is not r in float32")),
+        pytest.param(7, marks=pytest.mark.xfail(strict=True, reason="a mean of equal floats is rounded")),
+    ],
+)
+def test_rounding_gives_a_group_without_spread_no_advantage(size: int) -> None:
+    groups = torch.arange(2).repeat_interleave(size)
+    values = torch.cat([torch.full((size,), 0.9), torch.rand(size, generator=torch.Generator().manual_seed(0))])
+    assert torch.equal(group_advantages(values, groups, "batch")[:size], torch.zeros(size))
+
+
+@pytest.mark.parametrize("difference", [1e-3, 0.1, 100.0])
+def test_two_members_and_their_own_spread_hide_the_difference(difference: float) -> None:
+    values = torch.tensor([1.0, 1.0 + difference], dtype=torch.float64)
+    advantage = group_advantages(values, torch.zeros(2, dtype=torch.long), "group")
+    torch.testing.assert_close(advantage, torch.tensor([-1.0, 1.0], dtype=torch.float64))
+
+
+def test_two_members_and_the_batchs_spread_keep_the_difference() -> None:
+    values = torch.tensor([0.0, 0.1, 0.0, 1.0], dtype=torch.float64)
+    advantage = group_advantages(values, torch.tensor([0, 0, 1, 1]), "batch")
+    assert advantage[3] == pytest.approx(10 * advantage[1].item())
+
+
+@pytest.mark.parametrize("spread", ["group", "batch"])
+def test_the_divided_advantages_have_unit_size(spread: Spread) -> None:
+    advantage = group_advantages(rewards(), GROUPS, spread)
+    assert advantage.square().mean().sqrt() == pytest.approx(1.0)
+
+
+def test_a_spread_below_the_floor_is_noise() -> None:
+    values = torch.tensor([1.0, 1.0 + 1e-6], dtype=torch.float64)
+    one = torch.zeros(2, dtype=torch.long)
+    assert (group_advantages(values, one, "group", floor=1e-4) == 0).all()
+    assert (group_advantages(values, one, "group", floor=1e-8) != 0).all()
+
+
+def test_what_a_stratum_shares_is_removed() -> None:
+    strata = torch.arange(3).repeat(3)
+    shared = torch.tensor([0.0, 10.0, -4.0], dtype=torch.float64)[strata]
+    values = rewards()
+    torch.testing.assert_close(centre_within(values + shared, strata), centre_within(values, strata))
+
+
+def test_centred_strata_average_zero() -> None:
+    strata = torch.arange(3).repeat(3)
+    mean = group_mean(centre_within(rewards(), strata), strata)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-15)

@@ -1,0 +1,143 @@
+"""Positive and negative policies, and the signed weight that they amount to where ``v = v_old``."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd_lightning.objectives.distribution_matching import dm_loss
+from gdmd_lightning.objectives.policy import gradient_weight, optimality, policy_loss, policy_pair
+from gdmd_lightning.schedules import x0_from_velocity
+
+BATCH, GROUP = 3, 4
+BETAS = (0.1, 0.5, 1.0, 2.0)
+SHAPE = (BATCH, 2, 3, 3)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def targets() -> tuple[Tensor, Tensor, Tensor]:
+    """Targets ``[B * M, ...]``, optimalities and normalisers ``[B * M]``."""
+    count = BATCH * GROUP
+    return random(count, *SHAPE[1:], seed=1), random(count, seed=2).sigmoid(), 0.5 + random(count, seed=3).abs()
+
+
+def policy_at_old(x: Tensor, y: Tensor, o: Tensor, n: Tensor, beta: float) -> Tensor:
+    plus, minus = policy_pair(x, x.detach().clone(), beta)
+    return policy_loss(plus, minus, y, o, n, n, beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_at_the_old_policy_is_signed_distillation_whatever_beta(beta: float) -> None:
+    y, o, n = targets()
+    x = random(*y.shape).requires_grad_()
+    (gradient,) = torch.autograd.grad(policy_at_old(x, y, o, n, beta), x)
+    sign, n = (2 * o - 1).view(-1, 1, 1, 1), n.view(-1, 1, 1, 1)
+    torch.testing.assert_close(gradient * x.numel(), 2 * sign * (x.detach() - y) / n, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 4.0])
+def test_weighted_form_is_the_full_forms_gradient_at_the_old_policy(beta: float, strength: float) -> None:
+    y, o, n = targets()
+    x = random(*SHAPE).requires_grad_()
+    each = x.repeat_interleave(GROUP, dim=0)
+    full = dm_loss(each, y, n) + strength * policy_at_old(each, y, o, n, beta)
+    weighted = dm_loss(each, y, n, gradient_weight(o, 2 * strength))
+    torch.testing.assert_close(
+        torch.autograd.grad(weighted, x, retain_graph=True)[0],
+        torch.autograd.grad(full, x)[0],
+        rtol=1e-10,
+        atol=1e-14,
+    )
+
+
+def test_full_form_leaves_the_weighted_one_as_the_policy_leaves_the_old_one() -> None:
+    y, o, n = targets()
+    x = random(*y.shape).requires_grad_()
+
+    def gap(distance: float) -> float:
+        plus, minus = policy_pair(x, x.detach() + distance * random(*y.shape, seed=5), beta=1.0)
+        full = dm_loss(x, y, n) + policy_loss(plus, minus, y, o, n, n, 1.0)
+        weighted = dm_loss(x, y, n, gradient_weight(o, 2.0))
+        return float((torch.autograd.grad(full, x)[0] - torch.autograd.grad(weighted, x)[0]).norm())
+
+    assert gap(0.01) > 0
+    assert gap(0.01) == pytest.approx(10 * gap(0.001), rel=1e-6)
+
+
+def test_no_preference_leaves_distillation_alone() -> None:
+    y, _, n = targets()
+    x = random(*y.shape).requires_grad_()
+    (gradient,) = torch.autograd.grad(policy_at_old(x, y, torch.full_like(n, 0.5), n, 1.0), x)
+    assert gradient.abs().max() == 0
+
+
+def test_a_good_target_attracts_and_a_bad_one_repels() -> None:
+    y, _, n = targets()
+    x = random(*y.shape).requires_grad_()
+    for o, sign in ((1.0, -1), (0.0, 1)):
+        (gradient,) = torch.autograd.grad(policy_at_old(x, y, torch.full_like(n, o), n, 1.0), x)
+        moved = (x.detach() - 1e-3 * gradient - y).norm() - (x.detach() - y).norm()
+        assert torch.sign(moved) == sign
+
+
+def test_no_gradient_reaches_the_old_policy_or_the_target() -> None:
+    y, o, n = targets()
+    v, v_old, target = random(*y.shape).requires_grad_(), random(*y.shape).requires_grad_(), y.requires_grad_()
+    plus, minus = policy_pair(v, v_old, 0.5)
+    policy_loss(plus, minus, target, o, n, n, 0.5).backward()
+    assert v.grad is not None
+    assert v_old.grad is None
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_pair_mirrors_the_policy_in_the_old_one(beta: float) -> None:
+    v, v_old = random(*SHAPE), random(*SHAPE, seed=1)
+    plus, minus = policy_pair(v, v_old, beta)
+    torch.testing.assert_close((plus + minus) / 2, v_old)
+    torch.testing.assert_close((plus - minus) / 2, beta * (v - v_old))
+
+
+def test_at_beta_one_the_positive_policy_is_the_policy() -> None:
+    v, v_old = random(*SHAPE), random(*SHAPE, seed=1)
+    torch.testing.assert_close(policy_pair(v, v_old, 1.0)[0], v)
+
+
+def test_at_the_old_policy_both_are_the_policy() -> None:
+    v = random(*SHAPE)
+    for side in policy_pair(v, v.clone(), 0.3):
+        torch.testing.assert_close(side, v)
+
+
+def test_the_pair_of_velocities_and_the_pair_of_x0_agree() -> None:
+    x_sigma, v, v_old = random(*SHAPE), random(*SHAPE, seed=1), random(*SHAPE, seed=2)
+    sigma = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    of_x0 = policy_pair(x0_from_velocity(x_sigma, v, sigma), x0_from_velocity(x_sigma, v_old, sigma), 0.7)
+    for side, x0 in zip(policy_pair(v, v_old, 0.7), of_x0):
+        torch.testing.assert_close(x0_from_velocity(x_sigma, side, sigma), x0)
+
+
+def test_optimality_is_a_half_for_no_advantage_and_stays_in_the_unit_interval() -> None:
+    advantage = torch.tensor([-9.0, -2.0, -1.0, 0.0, 1.0, 2.0, 9.0], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0], dtype=torch.float64)
+    assert torch.equal(optimality(advantage, clip=2.0), expected)
+
+
+def test_no_preference_weighs_exactly_one() -> None:
+    o = optimality(torch.zeros(4, dtype=torch.float64), clip=3.0)
+    assert torch.equal(gradient_weight(o, 7.0), torch.ones(4, dtype=torch.float64))
+
+
+def test_weights_of_mirrored_advantages_average_one() -> None:
+    advantage = random(50)
+    weight = gradient_weight(optimality(advantage), 2.0) + gradient_weight(optimality(-advantage), 2.0)
+    torch.testing.assert_close(weight / 2, torch.ones(50, dtype=torch.float64))
+
+
+def test_a_weight_turns_negative_only_beyond_strength_one() -> None:
+    o = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert (gradient_weight(o, 1.0) >= 0).all()
+    assert (gradient_weight(o, 1.5) < 0).any()

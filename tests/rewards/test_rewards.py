@@ -1,0 +1,118 @@
+"""Rewards are checked where they are used, and the shipped ones judge as they should."""
+
+import pytest
+import torch
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward, judge
+from gdmd_lightning.rewards.clip import ContrastiveReward
+from gdmd_lightning.rewards.combine import CombinedReward
+from gdmd_lightning.rewards.shapes import ShapesReward
+
+PICTURES = torch.rand(4, 3, 8, 8)
+PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
+
+
+class Answer(Reward):
+    name = "answer"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def score(self, images, prompts):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_finite_scores_pass_as_float32():
+    scores = judge(Answer(torch.arange(4, dtype=torch.float64)), PICTURES, PROMPTS)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (torch.zeros(3), r"'answer'.*\(3,\) for 4 pictures"),
+        (torch.zeros(4, 1), r"\(4, 1\) for 4 pictures"),
+        ([1.0, 2.0, 3.0, 4.0], "list for 4 pictures"),
+        (torch.tensor([0, torch.nan, 0, torch.nan]), "nan for 2 of 4 pictures, the first with prompt 'prompt 1'"),
+        (torch.tensor([0, 0, 0, torch.inf]), "inf for 1 of 4"),
+        (ValueError("no such word"), "raised ValueError: no such word"),
+    ],
+)
+def test_a_wrong_answer_is_told_in_one_line(answer, said):
+    with pytest.raises(UserError, match=said) as caught:
+        judge(Answer(answer), PICTURES, PROMPTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_combination_is_the_weighted_sum():
+    parts = [Answer(torch.tensor([1.0, 2, 3, 4])), Answer(torch.ones(4))]
+    assert judge(CombinedReward(parts, [2.0, -1.0]), PICTURES, PROMPTS).tolist() == [1, 3, 5, 7]
+
+
+def test_combination_names_the_part_at_fault():
+    with pytest.raises(UserError, match="'answer'"):
+        judge(CombinedReward([Answer(torch.zeros(3))], [1.0]), PICTURES, PROMPTS)
+
+
+def test_combination_needs_a_weight_for_each_reward():
+    with pytest.raises(UserError, match="2 rewards and 1 weights"):
+        CombinedReward([ShapesReward(), ShapesReward()], [1.0])
+
+
+def test_shapes_reward_refuses_prompts_without_metadata():
+    with pytest.raises(UserError, match="no GenEval metadata"):
+        ShapesReward().check([Prompt("a red circle")])
+
+
+def test_contrastive_reward_refuses_a_missing_directory(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        ContrastiveReward(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def world():
+    import random
+
+    import numpy as np
+
+    from gdmd_lightning.shapes.captions import prompt_stream
+    from gdmd_lightning.shapes.scenes import render, sample_scenes
+
+    stream = prompt_stream("test", 3)
+    prompts = [next(stream) for _ in range(200)]
+    pictures = render(sample_scenes([p.metadata for p in prompts], np.random.default_rng(0)))
+    shuffled = prompts[:]
+    random.Random(0).shuffle(shuffled)
+    return pictures, prompts, shuffled
+
+
+def test_shipped_scorer_prefers_the_true_caption(world):
+    pictures, prompts, shuffled = world
+    scorer = ContrastiveReward("package:assets/shapes/scorer")
+    true, other = judge(scorer, pictures, prompts), judge(scorer, pictures, shuffled)
+    different = torch.tensor([a.text.split()[-3:] != b.text.split()[-3:] for a, b in zip(prompts, shuffled, strict=True)])
+    assert (true > other)[different].float().mean() > 0.9
+    assert true.abs().max() <= 1
+
+
+def test_shipped_scorer_is_differentiable_in_pixels(world):
+    pictures, prompts, _ = world
+    scorer = ContrastiveReward("package:assets/shapes/scorer")
+    pixels = pictures[:8].clone().requires_grad_()
+    before = scorer.score(pixels, prompts[:8])
+    before.sum().backward()
+    assert scorer.differentiable
+    stepped = scorer.score((pixels + 0.05 * pixels.grad / pixels.grad.flatten(1).norm(dim=1)[:, None, None, None]), prompts[:8])
+    assert (stepped > before).all()
+
+
+def test_shapes_reward_is_the_detectors_grade(world):
+    pictures, prompts, shuffled = world
+    true, other = judge(ShapesReward(), pictures, prompts), judge(ShapesReward(), pictures, shuffled)
+    assert true.mean() > 0.85
+    assert other.mean() < 0.4

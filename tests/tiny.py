@@ -1,0 +1,88 @@
+"""A pipeline of the real classes with random weights, and what is needed to train on it within a second or two."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.families.sd3 import SD3Family
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward
+
+
+class Brightness(Reward):
+    """The mean of the pixels, times 10 so that no group of pictures is without spread."""
+
+    name = "brightness"
+    differentiable = True
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return 10 * images.mean((1, 2, 3))
+
+
+def save_pipeline(path: Path, *, layers: int = 1, heads: int = 1, shift: float | None = None, seed: int = 0) -> Path:
+    """Write a ``StableDiffusion3Pipeline`` with random weights; heads are 32 wide."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    from gdmd_lightning.shapes import pipeline as parts
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = parts.build_tokenizer()
+        pipeline = StableDiffusion3Pipeline(
+            transformer=parts.build_transformer(layers, heads),
+            scheduler=parts.build_scheduler() if shift is None else FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=parts.build_autoencoder(),
+            text_encoder=parts.build_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=parts.build_text_encoder(tokenizer),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def family(path: Path) -> SD3Family:
+    return SD3Family(str(path), max_sequence_length=0)
+
+
+def module(path: Path, method: type[DistillationModule] = GDMD, **options: Any) -> DistillationModule:
+    """A method on a tiny pipeline; GDMD with :class:`Brightness` unless told."""
+    if issubclass(method, GDMD):
+        options = {"reward": Brightness(), **options}
+    return method(family(path), height=32, width=32, **options)
+
+
+def train(module: DistillationModule, updates: int, *, data: dict[str, Any] | None = None, **options: Any) -> pl.Trainer:
+    """Train for some generator updates and return the trainer; nothing is written unless told."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=updates,
+        max_epochs=-1,
+        **{"enable_model_summary": False, **quiet, **options},
+    )
+    trainer.fit(module, datamodule=PromptDataModule("shapes", **{"batch_size": 8, "group_size": 4, **(data or {})}))
+    return trainer
+
+
+def differing(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two nested structures of tensors and plain values differ; tensors to the bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [] if one.keys() == other.keys() else [f"{at}: keys {one.keys() ^ other.keys()}"]
+        return found + [d for key in one.keys() & other.keys() for d in differing(one[key], other[key], f"{at}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        found = [] if len(one) == len(other) else [f"{at}: lengths {len(one)}, {len(other)}"]
+        return found + [d for i, (a, b) in enumerate(zip(one, other)) for d in differing(a, b, f"{at}/{i}")]
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return [] if torch.equal(one, other) else [at]
+    return [] if type(one) is type(other) and one == other else [at]
