@@ -1,2 +1,119 @@
-def test_x(recorded_run):
-    print(sorted(p.name for p in recorded_run.rglob("*")))
+"""The record holds a row for every judged target, and the pictures beside it are what was judged."""
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from gdmd_lightning.callbacks.gradient_record import COLUMNS, GradientRewardRecord
+from gdmd_lightning.commands import fit
+from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.errors import UserError
+
+UPDATES, STATES, TARGETS = 6, 8, 3
+
+
+def table(run: Path):
+    return ds.dataset(sorted(map(str, (run / "gradient_rewards").glob("part-*.parquet")))).to_table()
+
+
+@pytest.fixture
+def rows(recorded_run) -> list[dict]:
+    return table(recorded_run).to_pylist()
+
+
+def test_the_columns_are_the_documented_ones(recorded_run):
+    schema = table(recorded_run).schema
+    types = {"int64": "int64", "int32": "int32", "string": "string", "float32": "float"}
+    assert {field.name: str(field.type) for field in schema} == {name: types[kind] for name, kind in COLUMNS.items()}
+    assert all(f"``{name}``" in GradientRewardRecord.__doc__ for name in COLUMNS)
+
+
+def test_every_judged_target_has_one_row(rows):
+    places = Counter((row["step"], row["rank"], row["state"], row["target"]) for row in rows)
+    assert set(places.values()) == {1}
+    assert set(places) == {(s, 0, i, j) for s in range(UPDATES) for i in range(STATES) for j in range(TARGETS)}
+
+
+def test_rows_hold_levels_and_rewards_of_their_state(rows):
+    for row in rows:
+        assert 0 < row["sigma"] <= 1
+        assert 0 < row["t"] < 1
+        assert row["snapshot"] == 0
+        assert row["gradient"] > 0
+        assert row["prompt"]
+    of_state = {}
+    for row in rows:
+        of_state.setdefault((row["step"], row["state"]), set()).add((row["sigma"], row["prompt"], row["reward_sample"]))
+    assert all(len(found) == 1 for found in of_state.values())
+
+
+def test_the_weight_is_the_first_order_of_the_advantage(rows, recorded_run):
+    module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
+    clip = module.verdict.clip
+    for row in rows:
+        o = 0.5 + max(-clip, min(clip, row["advantage"])) / (2 * clip)
+        assert row["weight"] == pytest.approx(1 + 2 * module.lambda_policy * (2 * o - 1), abs=1e-5)
+    assert len({row["weight"] for row in rows}) > len(rows) / 2
+
+
+def test_the_pictures_are_those_that_were_judged(rows, recorded_run):
+    for step in (0, 4):
+        pictures = load_file(recorded_run / "gradient_rewards" / f"pictures-{step:08d}.safetensors")
+        assert pictures["samples"].shape == (3, 3, 32, 32)
+        assert pictures["targets"].shape == (3, TARGETS, 3, 32, 32)
+        assert pictures["samples"].min() >= 0
+        assert pictures["samples"].max() <= 1
+        reward = tiny.Brightness()
+        for row in rows:
+            if row["step"] == step and row["state"] < 3:
+                target = pictures["targets"][row["state"], row["target"]]
+                sample = pictures["samples"][row["state"]]
+                assert row["reward_target"] == pytest.approx(reward.score(target[None], []).item(), abs=1e-4)
+                assert row["reward_sample"] == pytest.approx(reward.score(sample[None], []).item(), abs=1e-4)
+
+
+def test_samples_that_were_not_judged_have_no_reward(fast_fit, tmp_path):
+    fit.run([*fast_fit, "--trainer.max_steps=1"])
+    assert table(tmp_path / "run")["reward_sample"].null_count == STATES * 2
+
+
+def test_snapshots_are_told_apart(fast_fit, tmp_path):
+    many = ["--model.targets.over=snapshot", "--model.targets.size=3", "--model.targets.snapshots=2"]
+    fit.run([*fast_fit, "--trainer.max_steps=1", *many])
+    rows = table(tmp_path / "run").to_pylist()
+    assert {(row["target"], row["snapshot"]) for row in rows} == {(0, 0), (1, 1), (2, 2)}
+    # One level a state, whose targets differ by the fake score alone.
+    assert len({(row["state"], row["t"]) for row in rows}) == STATES
+
+
+def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(fast_fit, tmp_path):
+    fit.run([*fast_fit, "--trainer.max_steps=2"])
+    at_two = (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "two.ckpt")
+    fit.run([*fast_fit, "--trainer.max_steps=5", f"--ckpt_path={at_two}"])
+    before = table(tmp_path / "run").sort_by("step").to_pylist()
+    fit.run([*fast_fit, "--trainer.max_steps=4", f"--ckpt_path={at_two}"])
+    after = table(tmp_path / "run").sort_by("step").to_pylist()
+    assert Counter(row["step"] for row in after) == dict.fromkeys(range(4), STATES * 2)
+    assert [row for row in before if row["step"] < 2] == [row for row in after if row["step"] < 2]
+
+
+def test_a_method_that_judges_nothing_is_refused_before_anything_is_loaded(tiny_pipeline, monkeypatch):
+    from gdmd_lightning.methods.dmd import DMD
+
+    module = tiny.module(tiny_pipeline, DMD)
+    monkeypatch.setattr(type(module.family), "load", lambda family: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="DMD judges no targets"):
+        tiny.train(module, 1, callbacks=[GradientRewardRecord()])
+
+
+def test_recording_changes_nothing(tiny_pipeline, tmp_path):
+    alone, watched = tiny.module(tiny_pipeline), tiny.module(tiny_pipeline)
+    tiny.train(alone, 2)
+    tiny.train(watched, 2, callbacks=[GradientRewardRecord(pictures_every=1)], default_root_dir=tmp_path)
+    assert (tmp_path / "gradient_rewards" / "part-00000000-0.parquet").is_file()
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))

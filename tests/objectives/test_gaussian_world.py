@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from gaussian_world import TEACHER, Gaussian, Student, draw, opinions
 from torch import Tensor
 
-from gaussian_world import TEACHER, Gaussian, Student, draw, opinions
 from gdmd_lightning.objectives.advantages import group_advantages
 from gdmd_lightning.objectives.distribution_matching import dm_loss, normaliser
 from gdmd_lightning.objectives.policy import gradient_weight, optimality

@@ -1,9 +1,9 @@
 """The critic learns the right thing: flow matching's minimiser is the posterior mean of ``eps - x0``."""
 
 import torch
+from gaussian_world import Gaussian
 from torch import Tensor
 
-from gaussian_world import Gaussian
 from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.schedules import renoise
 
@@ -29,7 +29,7 @@ def best_linear(t: float) -> tuple[Tensor, Tensor]:
 
 def loss_of(slope: Tensor, offset: Tensor, t: float) -> Tensor:
     x0, eps = exact_pairs()
-    return velocity_loss(renoise(x0, torch.full((len(x0),), t), eps) @ slope + offset, x0, eps)
+    return velocity_loss(renoise(x0, torch.full((len(x0),), t, dtype=x0.dtype), eps) @ slope + offset, x0, eps)
 
 
 def test_the_posterior_mean_is_stationary() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +17,9 @@ class SaveLastUpdate(pl.Callback):
     def __init__(self) -> None:
         self._saved_at = -1
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Note that this update is saved, under whatever name."""
         self._saved_at = trainer.global_step
 
@@ -27,6 +28,6 @@ class SaveLastUpdate(pl.Callback):
         if self._saved_at == trainer.global_step:
             return
         for keeper in trainer.checkpoint_callbacks:
-            if isinstance(keeper, ModelCheckpoint) and keeper.save_last and keeper.dirpath:
-                name = f"{keeper.CHECKPOINT_NAME_LAST}{keeper.FILE_EXTENSION}"
-                trainer.save_checkpoint(keeper.last_model_path or Path(keeper.dirpath) / name, keeper.save_weights_only)
+            # One that has not saved yet does so itself, in a moment.
+            if isinstance(keeper, ModelCheckpoint) and keeper.save_last and keeper.last_model_path:
+                trainer.save_checkpoint(keeper.last_model_path, keeper.save_weights_only)

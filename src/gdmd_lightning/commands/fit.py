@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,11 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 import gdmd_lightning.components  # noqa: F401  (makes every class known by its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal, interrupted_checkpoint
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
-from gdmd_lightning.commands.complaints import complaint, shortened
+from gdmd_lightning.commands.complaints import complaint
+from gdmd_lightning.commands.configs import with_found_configs
 from gdmd_lightning.commands.restore import describe_module
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.locations import find_config
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 
@@ -65,29 +63,6 @@ class DistillationCLI(LightningCLI):
                 where="trainer.gradient_clip_val",
                 remedy="set model.generator.gradient_clip and model.critic.gradient_clip",
             )
-
-
-def with_found_configs(arguments: Sequence[str]) -> list[str]:
-    """The arguments with every ``--config NAME`` replaced by the path of that configuration."""
-    out: list[str] = []
-    for argument in arguments:
-        if out and out[-1] in ("--config", "-c"):
-            argument = _readable(find_config(argument))
-        elif argument.startswith("--config="):
-            argument = f"--config={_readable(find_config(argument.removeprefix('--config=')))}"
-        out.append(argument)
-    return out
-
-
-def _readable(path: str) -> str:
-    """The path, seen to hold YAML: the parser's own message names no file."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"not a readable YAML file: {shortened(error)}", where=path) from error
-    if not isinstance(content, dict):
-        raise UserError("it holds no keys", where=path, remedy="write 'key: value' lines, as fit --print_config does")
-    return path
 
 
 def run(arguments: Sequence[str]) -> DistillationCLI:

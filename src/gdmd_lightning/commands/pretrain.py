@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gdmd_lightning.commands.configs import with_found_configs
 from gdmd_lightning.schedules import LogitNormalLaw
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (
@@ -55,7 +57,7 @@ class PretrainSettings:
     scorer: Stage = Stage(steps=3000, batch_size=128)
     teacher: Stage = Stage(steps=8000, batch_size=64, learning_rate=1.5e-3)
     pictures: int = 60_000
-    caption_noise: float = 0.5
+    caption_noise: float = 0.3
     noise_from: float = 0.8
     num_layers: int = 6
     num_heads: int = 4
@@ -176,3 +178,15 @@ def _save(model: Any, directory: Path) -> None:
     model.half().save_pretrained(fresh, safe_serialization=True)
     fresh.rename(directory)
     model.float()
+
+
+def main(arguments: list[str]) -> int:
+    """``pretrain [--config shapes_teacher.yaml] [--out DIR] ...``."""
+    parser = ArgumentParser(prog="gdmd_lightning pretrain", description=__doc__)
+    parser.add_argument("--config", action="config", help="settings; a bare name is looked up among the shipped ones")
+    parser.add_class_arguments(PretrainSettings, as_group=False)
+    options = parser.parse_args(with_found_configs(arguments))
+    values = parser.instantiate_classes(options)
+    settings = PretrainSettings(**{field.name: values[field.name] for field in fields(PretrainSettings)})
+    print(f"the pipeline is in {pretrain(settings)}")
+    return 0

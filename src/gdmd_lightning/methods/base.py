@@ -91,12 +91,16 @@ class DistillationModule(pl.LightningModule):
 
     # Pieces that methods compose.
 
-    def rollout_state(self, conditioning: Conditioning, purpose: str = "rollout") -> State:
-        """Backward simulation to levels that the batch covers evenly, from this update's own noise."""
+    def rollout_state(self, batch: PromptBatch, conditioning: Conditioning, purpose: str = "rollout") -> State:
+        """Backward simulation to levels that the batch's prompts cover evenly, from this update's own noise.
+
+        All samples of a prompt stand at one level: a reward then compares them with their like, and not early
+        guesses with finished pictures.
+        """
         stream = self.stream(purpose)
         noise = draw_noise((len(conditioning), *self.latent_shape), stream, self.device)
         first = int(torch.randint(self.sampler.steps, (1,), generator=stream))
-        level = (torch.arange(len(conditioning)) + first) % self.sampler.steps
+        level = (batch.groups + first) % self.sampler.steps
         predict = self.predictor("generator", conditioning)
         return backward_simulation(predict, noise, self.sigmas, level, self.sampler, stream)
 
@@ -213,7 +217,9 @@ class DistillationModule(pl.LightningModule):
         for turn in range(self.matching.critic_updates):
             if self.matching.critic_samples == "fresh":
                 with torch.no_grad():
-                    x0 = self.student_x0(self.rollout_state(conditioning, f"critic rollout {turn}"), conditioning)
+                    x0 = self.student_x0(
+                        self.rollout_state(batch, conditioning, f"critic rollout {turn}"), conditioning
+                    )
             with self.networks.learning("fake_score"):
                 critic = self.critic_loss(x0, conditioning, turn)
                 self._update("fake_score", critic)

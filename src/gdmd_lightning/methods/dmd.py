@@ -22,7 +22,7 @@ class DMD(DistillationModule):
         self, batch: PromptBatch, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """See :meth:`DistillationModule.generator_loss`."""
-        state = self.rollout_state(conditioning)
+        state = self.rollout_state(batch, conditioning)
         x = self.student_x0(state, conditioning)
         level = draw_levels(self.matching.law, len(x), 1, self.stream("level"), stratify=False)
         targets = self.implicit_targets(x, conditioning, level, torch.zeros(1, dtype=torch.long))

@@ -115,7 +115,7 @@ class GDMD(DistillationModule):
         self, batch: PromptBatch, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """See :meth:`DistillationModule.generator_loss`."""
-        state = self.rollout_state(conditioning)
+        state = self.rollout_state(batch, conditioning)
         x = self.student_x0(state, conditioning)
         targets = self.implicit_targets(x, conditioning, *self.draw_group(len(x)))
         rewards, own = self.judge(targets, x, batch.prompts)

@@ -123,7 +123,7 @@ class TeacherTraining(_OneCycle):
         law: LogitNormalLaw,
         learning_rate: float = 1e-3,
         dropout: float = 0.1,
-        caption_noise: float = 0.5,
+        caption_noise: float = 0.3,
         noise_from: float = 0.75,
         seed: int = 0,
     ) -> None:

@@ -1,0 +1,89 @@
+"""Evaluation at checkpoints: scores by task, pictures beside the teacher's, and no trace in the training."""
+
+import pytest
+import tiny
+import torch
+from matplotlib.image import imread
+
+from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
+from gdmd_lightning.shapes.captions import TASKS
+
+
+@pytest.fixture(scope="module")
+def events(recorded_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(recorded_run)).Reload()
+
+
+def test_scores_are_logged_by_task_and_the_overall_is_their_mean(events):
+    tags = events.Tags()["scalars"]
+    tasks = [events.Scalars(f"eval/geneval/{task}")[-1] for task in TASKS]
+    overall = events.Scalars("eval/geneval/overall")[-1]
+    assert overall.value == pytest.approx(sum(task.value for task in tasks) / len(TASKS))
+    assert "eval/seconds_per_picture" in tags
+
+
+def test_pictures_of_teacher_and_generator_go_to_tensorboard_and_to_a_file(events, recorded_run):
+    assert events.Images("teacher and generator")[-1].step == 6
+    (png,) = (recorded_run / "pictures").iterdir()
+    assert png.name == "000006.png"
+    picture = imread(png)
+    assert picture.std() > 0.05, "blank"
+
+
+def evaluation(**options) -> GenerationEvaluation:
+    return GenerationEvaluation([RewardScore(tiny.Brightness())], count=6, columns=0, **options)
+
+
+def test_evaluating_changes_nothing_in_the_training(tiny_pipeline, tmp_path):
+    torch.manual_seed(0)
+    alone = tiny.module(tiny_pipeline)
+    tiny.train(alone, 3)
+    torch.manual_seed(1)
+    watched = tiny.module(tiny_pipeline)
+    tiny.train(watched, 3, callbacks=[evaluation(every_n_updates=1)], default_root_dir=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
+
+
+def test_the_averaged_weights_are_scored(tiny_pipeline, tmp_path):
+    module = tiny.module(tiny_pipeline, ema_decay=1.0)
+    trainer = tiny.train(module, 1, callbacks=[evaluation(every_n_updates=1)], default_root_dir=tmp_path)
+    logged = trainer.logged_metrics["eval/brightness/overall"]
+    fresh = tiny.module(tiny_pipeline)
+    fresh.configure_model()
+    tests = evaluation()
+    tests.scores[0].begin(tests.prompts)
+    from gdmd_lightning.metrics.evaluation import evaluate
+
+    # With a decay of 1 the average has not moved from the teacher's weights, though the generator has.
+    evaluate(fresh.generate, tests.prompts, tests.scores, fresh.latent_shape)
+    assert logged == pytest.approx(tests.scores[0].compute()["overall"].item(), abs=1e-6)
+    assert not torch.equal(module.networks.generator.proj_out.weight, module.networks.ema.module.proj_out.weight)
+
+
+def test_it_runs_when_due_and_at_the_end(tiny_pipeline, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(GenerationEvaluation, "run", lambda self, trainer, module: done.append(trainer.global_step))
+    tiny.train(tiny.module(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=2)], default_root_dir=tmp_path)
+    assert done == [2, 4, 5]
+
+
+def test_prompts_of_a_file_have_one_score(tiny_pipeline, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo squares\n")
+    tests = GenerationEvaluation([RewardScore(tiny.Brightness())], prompts=str(prompts), columns=2, teacher_steps=2)
+    trainer = tiny.train(tiny.module(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
+    assert [name for name in trainer.logged_metrics if name.startswith("eval/brightness")] == ["eval/brightness/overall"]
+    assert (tmp_path / "pictures" / "000001.png").is_file()
+
+
+def test_a_monitored_score_chooses_the_best_checkpoint(tiny_pipeline, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    keeper = ModelCheckpoint(tmp_path / "best", monitor="eval/geneval/overall", mode="max", every_n_train_steps=1)
+    scores = GenerationEvaluation([GenEvalScore()], count=6, columns=0, every_n_updates=1)
+    options = {"callbacks": [scores, keeper], "default_root_dir": tmp_path, "enable_checkpointing": True}
+    tiny.train(tiny.module(tiny_pipeline), 2, **options)
+    assert len(list((tmp_path / "best").iterdir())) == 1

@@ -1,0 +1,47 @@
+"""The embedded pipeline: small, safe to load, a real diffusers directory, good but beatable."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd_lightning.locations import resolve
+
+ASSETS = Path(resolve("package:assets/shapes"))
+
+
+def test_assets_hold_safetensors_and_text_in_at_most_twelve_megabytes():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+    assert sum(path.stat().st_size for path in files) <= 12e6
+
+
+def test_diffusers_loads_and_samples_the_embedded_pipeline():
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(ASSETS, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        ["a red circle"], num_inference_steps=2, guidance_scale=3.0, max_sequence_length=0, output_type="pt"
+    ).images
+    assert images.shape == (1, 3, 32, 32)
+    assert torch.isfinite(images).all()
+
+
+def test_every_word_of_the_world_is_one_token():
+    from transformers import CLIPTokenizer
+
+    from gdmd_lightning.shapes.captions import WORDS
+
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "tokenizer")
+    assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)  # the word between its two marks
+
+
+@pytest.mark.slow
+def test_teacher_is_good_but_beatable():
+    from gdmd_lightning.commands.evaluate import bare_teacher, score, shapes_scores, teachers
+    from gdmd_lightning.data.test_prompts import read_test_prompts
+
+    module = bare_teacher(str(ASSETS))
+    rows = score(teachers(module, 30, 3.0)[:1], shapes_scores(), read_test_prompts("shapes", 600), module.latent_shape)
+    assert 0.55 <= rows[0].scores["geneval/overall"].mean <= 0.85
