@@ -27,8 +27,10 @@ def cli_command(*arguments: object) -> list[str]:
 
 
 def cli_environment() -> dict[str, str]:
-    """That of the command line as a process; modules of ``tests/`` and ``tests/faults`` can be named in configs."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "faults")])}
+    """That of the command line as a process; classes of the tests' own modules can be named in configurations."""
+    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    places = [*before, *(str(HERE / name) for name in (".", "faults", "distributed"))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
 @pytest.fixture

@@ -61,18 +61,20 @@ def module(path: Path, method: type[DistillationModule] = GDMD, **options: Any) 
     return method(family(path), height=32, width=32, **options)
 
 
-def train(module: DistillationModule, updates: int, *, data: dict[str, Any] | None = None, **options: Any) -> pl.Trainer:
-    """Train for some generator updates and return the trainer; nothing is written unless told."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=updates,
-        max_epochs=-1,
-        **{"enable_model_summary": False, **quiet, **options},
-    )
-    trainer.fit(module, datamodule=PromptDataModule("shapes", **{"batch_size": 8, "group_size": 4, **(data or {})}))
-    return trainer
+def trainer(updates: int, **options: Any) -> pl.Trainer:
+    """A trainer of so many generator updates that writes nothing unless told."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    where = {"accelerator": "cpu", "devices": 1}
+    return pl.Trainer(max_steps=updates, max_epochs=-1, **{**where, **quiet, **options})
+
+
+def train(
+    module: DistillationModule, updates: int, *, data: dict[str, Any] | None = None, **options: Any
+) -> pl.Trainer:
+    """Train on Shapes' prompts and return the trainer."""
+    fitting = trainer(updates, **options)
+    fitting.fit(module, datamodule=PromptDataModule("shapes", **{"batch_size": 8, "group_size": 4, **(data or {})}))
+    return fitting
 
 
 def differing(one: Any, other: Any, at: str = "") -> list[str]:

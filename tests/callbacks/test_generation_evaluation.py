@@ -75,7 +75,8 @@ def test_prompts_of_a_file_have_one_score(tiny_pipeline, tmp_path):
     prompts.write_text("a red circle\ntwo squares\n")
     tests = GenerationEvaluation([RewardScore(tiny.Brightness())], prompts=str(prompts), columns=2, teacher_steps=2)
     trainer = tiny.train(tiny.module(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
-    assert [name for name in trainer.logged_metrics if name.startswith("eval/brightness")] == ["eval/brightness/overall"]
+    scores = [name for name in trainer.logged_metrics if name.startswith("eval/brightness")]
+    assert scores == ["eval/brightness/overall"]
     assert (tmp_path / "pictures" / "000001.png").is_file()
 
 

@@ -42,9 +42,7 @@ def test_the_exported_pipeline_gives_our_pictures_from_our_noise(recorded_run, t
     module.sampler = FewStepSampler(steps)
     module.sigmas = module.family.few_step_sigmas(steps)
     path = export(module, tmp_path / "pipeline")
-    torch.testing.assert_close(
-        pictures(load(path), noise, steps), module.generate(noise, TEXTS), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(pictures(load(path), noise, steps), module.generate(noise, TEXTS), atol=1e-4, rtol=0)
 
 
 def test_with_renoising_too_given_the_same_noise_on_the_way(module, tmp_path, noise):

@@ -114,9 +114,7 @@ def test_a_finished_run_that_is_extended_equals_a_longer_one(fast_fit, tmp_path,
     for end in (2, 3):
         first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
         assert step_of(first) == end
-        resumed = train(
-            fast_fit, tmp_path / f"resumed{end}", *variant, "--trainer.max_steps=5", f"--ckpt_path={first}"
-        )
+        resumed = train(fast_fit, tmp_path / f"resumed{end}", *variant, "--trainer.max_steps=5", f"--ckpt_path={first}")
         alone = train(fast_fit, tmp_path / "alone", *variant, "--trainer.max_steps=5")
         assert differing(resumed, alone) == []
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import CLIPTextModelWithProjection
 
 from gdmd_lightning.commands.configs import with_found_configs
 from gdmd_lightning.schedules import LogitNormalLaw
@@ -50,6 +51,7 @@ class PretrainSettings:
         ema_decay: Decay of the teacher's averaged weights, which are the ones saved.
         threads: CPU threads of torch; 0 keeps torch's choice.
         seed: Of pictures, weights and noise.
+        start_from: An earlier pipeline whose transformer and text encoders are trained on for another cycle.
     """
 
     out: Path = Path("runs/shapes_teacher")
@@ -64,6 +66,7 @@ class PretrainSettings:
     ema_decay: float = 0.999
     threads: int = 0
     seed: int = 0
+    start_from: Path | None = None
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -110,8 +113,16 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
     tokenizer = parts.build_tokenizer()
     pictures = make_pictures(settings.pictures, settings.seed + 2)
     latents = (_encode(vae, pictures.images) - vae.config.shift_factor) * vae.config.scaling_factor
-    encoders = (parts.build_text_encoder(tokenizer), parts.build_text_encoder(tokenizer))
-    transformer = parts.build_transformer(settings.num_layers, settings.num_heads)
+    if settings.start_from is None:
+        encoders = (parts.build_text_encoder(tokenizer), parts.build_text_encoder(tokenizer))
+        transformer = parts.build_transformer(settings.num_layers, settings.num_heads)
+    else:
+        earlier = settings.start_from
+        encoders = tuple(
+            CLIPTextModelWithProjection.from_pretrained(earlier / name, dtype=torch.float32)
+            for name in ("text_encoder", "text_encoder_2")
+        )
+        transformer = SD3Transformer2DModel.from_pretrained(earlier / "transformer", dtype=torch.float32)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
     stage = settings.teacher
     law = LogitNormalLaw(shift=parts.SHIFT, low=1e-3, high=1.0)

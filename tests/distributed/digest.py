@@ -1,0 +1,30 @@
+"""A callback that writes down what each rank ended with; configurations name it ``digest.Digest``."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+
+class Digest(pl.Callback):
+    """``digest-<rank>.json`` in the log directory: prompts seen, and a hash of each role's weights and moments."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.prompts: list[list[str]] = []
+        self.moved: list[str] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.prompts.append([prompt.text for prompt in batch.prompts])
+
+    def on_train_end(self, trainer, pl_module):
+        roles = pl_module.networks
+        digests = {
+            role: hashlib.sha256(
+                b"".join(p.detach().cpu().numpy().tobytes() for p in getattr(roles, role).parameters())
+            ).hexdigest()
+            for role in ("teacher", "generator", "fake_score", "ema", "old")
+        }
+        content = {"prompts": self.prompts, "digests": digests, "updates": trainer.global_step}
+        Path(self.directory, f"digest-{trainer.global_rank}.json").write_text(json.dumps(content))

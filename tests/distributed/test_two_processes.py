@@ -1,0 +1,61 @@
+"""Two processes under gloo train one generator on disjoint prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+UPDATES = 3
+
+
+@pytest.fixture
+def two_ranks(run_cli, fast_fit, tmp_path):
+    """The reports of both ranks of a run of the command line."""
+
+    def run(*arguments: str) -> list[dict]:
+        digest = tmp_path / "digest.yaml"
+        keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
+        mine = f"{{class_path: digest.Digest, init_args: {{directory: {tmp_path}}}}}"
+        digest.write_text(f"trainer: {{callbacks: [{keeper}, {{class_path: GradientRewardRecord}}, {mine}]}}\n")
+        two = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
+        run_cli("fit", *fast_fit, "--config", digest, f"--trainer.max_steps={UPDATES}", *two, *arguments, check=True)
+        return [json.loads((tmp_path / f"digest-{rank}.json").read_text()) for rank in (0, 1)]
+
+    return run
+
+
+def test_both_ranks_end_with_the_same_networks_and_saw_different_prompts(two_ranks, tmp_path):
+    one, other = two_ranks()
+    assert one["updates"] == other["updates"] == UPDATES
+    assert one["digests"] == other["digests"]
+    assert len(set(one["digests"].values())) == 5, "roles that have not moved apart"
+    assert [len(batch) for batch in one["prompts"]] == [len(batch) for batch in other["prompts"]] == [8] * UPDATES
+    import pyarrow.dataset as ds
+
+    parts = sorted((tmp_path / "run" / "gradient_rewards").glob("part-*.parquet"))
+    rows = ds.dataset(list(map(str, parts))).to_table().to_pylist()
+    assert {row["rank"] for row in rows} == {0, 1}
+    # Another rank, other noise: no two states share their reward.
+    rewards = [{row["reward_target"] for row in rows if row["rank"] == rank} for rank in (0, 1)]
+    assert not rewards[0] & rewards[1]
+
+
+def test_the_ranks_share_the_order_of_one_process(two_ranks, tmp_path):
+    """Together they see what one process with twice the batch sees, each prompt once."""
+    from gdmd_lightning.data.prompt_data import PromptDataModule
+
+    ranks = two_ranks()
+    data = PromptDataModule("shapes", batch_size=16, group_size=4, shuffle_buffer=100)
+    whole = [text for _, batch in zip(range(UPDATES), data.train_dataloader()) for text in groups(batch)]
+    shared = [
+        prompt
+        for batches in zip(*(rank["prompts"] for rank in ranks))
+        for pair in zip(*(batch[::4] for batch in batches))
+        for prompt in pair
+    ]
+    assert shared == whole
+
+
+def groups(batch) -> list[str]:
+    return [prompt.text for prompt in batch.prompts[:: batch.group_size]]

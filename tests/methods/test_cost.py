@@ -1,0 +1,75 @@
+"""What an update costs: network evaluations against the closed form of ``docs/performance.md``, text encoded once."""
+
+import pytest
+import tiny
+
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.gdmd import GDMD, Policy, TargetGroup
+from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.samplers import FewStepSampler
+
+B, K, C, UPDATES = 8, 4, 3, 2
+ROLLOUT = B * (K - 1) / 2 + B
+
+
+def cost(pipeline, method, critic_samples="reused", guidance_scale=3.0, **options) -> dict[str, float]:
+    matching = Matching(critic_updates=C, critic_samples=critic_samples, guidance_scale=guidance_scale)
+    module = tiny.module(pipeline, method, matching=matching, sampler=FewStepSampler(K), **options)
+    tiny.train(module, UPDATES, data={"batch_size": B, "group_size": 4})
+    return {role: count / UPDATES for role, count in module.networks.evaluations.items()}
+
+
+def test_dmd(tiny_pipeline):
+    assert cost(tiny_pipeline, DMD) == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": B + C * B}
+
+
+def test_an_unguided_teacher_costs_half(tiny_pipeline):
+    assert cost(tiny_pipeline, DMD, guidance_scale=1.0)["teacher"] == B
+
+
+def test_fresh_samples_for_the_critic_cost_a_rollout_each(tiny_pipeline):
+    found = cost(tiny_pipeline, DMD, critic_samples="fresh")
+    assert found == {"generator": ROLLOUT + C * ROLLOUT, "teacher": 2 * B, "fake_score": B + C * B}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("policy", "generator", "old"),
+    [
+        (Policy(form="weighted"), lambda m: 0, lambda m: 0),
+        (Policy(at="state"), lambda m: 0, lambda m: B),
+        (Policy(at="target"), lambda m: m * B, lambda m: m * B),
+    ],
+)
+def test_gdmd(tiny_pipeline, size, policy, generator, old):
+    found = cost(tiny_pipeline, GDMD, policy=policy, targets=TargetGroup(size))
+    expected = {
+        "generator": ROLLOUT + generator(size),
+        "teacher": 2 * size * B,
+        "fake_score": size * B + C * B,
+        "old": old(size),
+    }
+    assert found == {role: count for role, count in expected.items() if count}
+
+
+def test_groups_over_snapshots_cost_no_more(tiny_pipeline):
+    policy = Policy(form="weighted")
+    targets = TargetGroup(4, over="both", snapshots=2, snapshot_every=1)
+    found = cost(tiny_pipeline, GDMD, policy=policy, targets=targets)
+    assert found == {"generator": ROLLOUT, "teacher": 8 * B, "fake_score": 4 * B + C * B}
+
+
+def test_a_prompt_is_encoded_once_in_a_run(tiny_pipeline, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na green square\na blue triangle\n")
+    module = tiny.module(tiny_pipeline)
+    encoded = []
+    encode = module.family.encode
+    module.family.encode = lambda texts: encoded.extend(texts) or encode(texts)
+    from gdmd_lightning.data.prompt_data import PromptDataModule
+
+    data = PromptDataModule(str(prompts), batch_size=8, group_size=4, shuffle_buffer=0)
+    trainer = tiny.trainer(4)
+    trainer.fit(module, datamodule=data)
+    assert sorted(encoded) == ["", "a blue triangle", "a green square", "a red circle"]
+    assert module.embeddings.encoded == 3
