@@ -118,7 +118,7 @@ def test_everything_loaded_is_frozen(module):
 
 
 def test_resolutions_that_patches_do_not_divide_are_refused(module):
-    with pytest.raises(UserError, match="30x32 is not a multiple of 4"):
+    with pytest.raises(UserError, match="30x32 is not a multiple of"):
         module.family.latent_shape(30, 32)
     with pytest.raises(UserError, match="0x32"):
         module.family.latent_shape(0, 32)

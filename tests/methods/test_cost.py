@@ -15,7 +15,7 @@ ROLLOUT = B * (K - 1) / 2 + B
 def cost(pipeline, method, critic_samples="reused", guidance_scale=3.0, **options) -> dict[str, float]:
     matching = Matching(critic_updates=C, critic_samples=critic_samples, guidance_scale=guidance_scale)
     module = tiny.module(pipeline, method, matching=matching, sampler=FewStepSampler(K), **options)
-    tiny.train(module, UPDATES, data={"batch_size": B, "group_size": 4})
+    tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
     return {role: count / UPDATES for role, count in module.networks.evaluations.items()}
 
 
