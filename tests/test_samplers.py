@@ -289,7 +289,6 @@ def test_euler_rollouts_are_a_function_of_the_noise_alone() -> None:
     assert torch.equal(with_stream, sample(Counting(), noise, sigmas, KINDS[0]))
 
 
-@pytest.mark.xfail(strict=True, reason="without a generator the fresh noise is silently zero")
 @pytest.mark.parametrize("sampler", KINDS[1:], ids=lambda sampler: sampler.kind)
 def test_kinds_with_fresh_noise_refuse_to_run_without_a_stream(sampler: FewStepSampler) -> None:
     with pytest.raises(ValueError, match="generator"):

@@ -1,7 +1,7 @@
 """Who is who: teacher, fake score, generator, and the averages of the generator.
 
 Whether a role is a copy or something cleverer is decided here and nowhere else; methods say a role's name and get
-its ``x0`` or velocity. Every role but those being trained is without gradient, always.
+its ``x0`` or velocity. Every role but the one that is learning is without gradient, always.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,13 @@ class Roles(nn.Module):
         self.teacher = network.requires_grad_(False).eval()
         self.generator = copy.deepcopy(network)
         self.fake_score = copy.deepcopy(network)
+        self.learner: Trainable | None = None
         self.ema = _average(self.generator, ema_decay)
         self.old = None if old_decay is None else _average(self.generator, old_decay)
         self.snapshots = nn.ModuleList(copy.deepcopy(network) for _ in range(snapshots))
+        # Between updates too: wrappers such as DDP look once, at the start, for what they are to synchronise.
+        self.generator.requires_grad_(True)
+        self.fake_score.requires_grad_(True)
         self.evaluations: Counter[str] = Counter()
 
     def velocity(
@@ -74,7 +78,7 @@ class Roles(nn.Module):
         """
         network = self._network(role, snapshot)
         self.evaluations[role] += len(x_sigma) * (1 if guidance_scale == 1.0 else 2)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and role in get_args(Trainable)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and role == self.learner and not snapshot):
             return self.family.predict_velocity(network, x_sigma, sigma, conditioning, guidance_scale)
 
     def x0(
@@ -93,13 +97,14 @@ class Roles(nn.Module):
 
     @contextmanager
     def learning(self, role: Trainable) -> Iterator[None]:
-        """Inside, the named role alone has parameters that ask for gradient."""
-        network = self._network(role, 0)
-        network.requires_grad_(True).train()
+        """Inside, the named role alone carries gradient, and is in training mode."""
+        self.learner = role
+        self._network(role, 0).train()
         try:
             yield
         finally:
-            network.requires_grad_(False).eval()
+            self.learner = None
+            self._network(role, 0).eval()
 
     def parameters_of(self, role: Trainable) -> list[nn.Parameter]:
         """What the role's optimizer owns."""
@@ -137,4 +142,5 @@ class Roles(nn.Module):
 
 def _average(network: nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average.n_averaged.fill_(1)  # its first update would otherwise take the network over whole
     return average.requires_grad_(False).eval()

@@ -165,11 +165,17 @@ def backward_simulation(
 def sample(
     predict: Predict, noise: Tensor, sigmas: Tensor, sampler: FewStepSampler, generator: torch.Generator | None = None
 ) -> Tensor:
-    """All steps from pure noise to ``x0``, ``[B, C, H, W]``; ``generator`` is needed by the kinds with fresh noise."""
+    """All steps from pure noise to ``x0``, ``[B, C, H, W]``.
+
+    Raises:
+        ValueError: If the sampler's kind needs fresh noise and there is no ``generator`` to draw it from.
+    """
+    if generator is None and sampler.kind != "ode":
+        raise ValueError(f"the {sampler.kind} sampler needs a generator for its fresh noise")
     x = sigmas[0].to(noise.dtype) * noise
     rows = torch.arange(len(noise), device=noise.device)
     for here, below in zip(sigmas[:-1].to(x), sigmas[1:].to(x), strict=True):
-        if generator is None or sampler.kind == "ode":
+        if generator is None:
             fresh = torch.zeros_like(noise)
         else:
             fresh = draw_noise(tuple(noise.shape), generator, noise.device)

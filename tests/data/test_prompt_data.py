@@ -51,7 +51,12 @@ class Recorder(LightningModule):
 
 
 def trainer(**options: Any) -> Trainer:
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return Trainer(accelerator="cpu", devices=1, **{"max_epochs": -1, **quiet, **options})
 
 
@@ -161,7 +166,7 @@ def test_a_step_that_was_cut_off_is_done_again(source: str, tmp_path: Path) -> N
 
 def test_a_run_saved_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: str, tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
-    options = dict(max_epochs=3, limit_train_batches=3)
+    options = {"max_epochs": 3, "limit_train_batches": 3}
     trainer(**options).fit(Recorder({"epoch": (3, path)}), datamodule=data(source))
     resumed = Recorder()
     trainer(**options).fit(resumed, datamodule=data(source), ckpt_path=path)

@@ -225,7 +225,7 @@ def test_shapes_prompts_are_its_training_prompts_in_their_weights() -> None:
     assert drawn[:50] != list(islice(open_source("shapes", seed=4).read(0), 50))
     for task, weight in TASK_WEIGHTS.items():
         of_task = [prompt for prompt in drawn if prompt.metadata["tag"] == task]
-        assert set(prompt.text for prompt in of_task) <= {prompt.text for prompt in prompts(task, "train")}
+        assert {prompt.text for prompt in of_task} <= {prompt.text for prompt in prompts(task, "train")}
         assert len(of_task) / 3_000 == pytest.approx(weight / sum(TASK_WEIGHTS.values()), abs=0.03)
 
 

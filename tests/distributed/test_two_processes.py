@@ -17,16 +17,19 @@ def two_ranks(run_cli, fast_fit, tmp_path):
         digest = tmp_path / "digest.yaml"
         keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
         mine = f"{{class_path: digest.Digest, init_args: {{directory: {tmp_path}}}}}"
-        digest.write_text(f"trainer: {{callbacks: [{keeper}, {{class_path: GradientRewardRecord}}, {mine}]}}\n")
-        two = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
-        run_cli("fit", *fast_fit, "--config", digest, f"--trainer.max_steps={UPDATES}", *two, *arguments, check=True)
+        record = "{class_path: GradientRewardRecord, init_args: {pictures_every: 2, pictures: 1}}"
+        scores = "[{class_path: GenEvalScore}], count: 6, columns: 2, teacher_steps: 2"
+        evaluation = f"{{class_path: GenerationEvaluation, init_args: {{scores: {scores}}}}}"
+        digest.write_text(f"trainer: {{callbacks: [{keeper}, {record}, {evaluation}, {mine}]}}\n")
+        two = [f"--trainer.max_steps={UPDATES}", "--trainer.devices=2"]
+        run_cli("fit", *fast_fit, "--config", digest, *two, *arguments, check=True)
         return [json.loads((tmp_path / f"digest-{rank}.json").read_text()) for rank in (0, 1)]
 
     return run
 
 
 def test_both_ranks_end_with_the_same_networks_and_saw_different_prompts(two_ranks, tmp_path):
-    one, other = two_ranks()
+    one, other = two_ranks("--trainer.strategy=ddp")
     assert one["updates"] == other["updates"] == UPDATES
     assert one["digests"] == other["digests"]
     assert len(set(one["digests"].values())) == 5, "roles that have not moved apart"
@@ -36,6 +39,7 @@ def test_both_ranks_end_with_the_same_networks_and_saw_different_prompts(two_ran
     parts = sorted((tmp_path / "run" / "gradient_rewards").glob("part-*.parquet"))
     rows = ds.dataset(list(map(str, parts))).to_table().to_pylist()
     assert {row["rank"] for row in rows} == {0, 1}
+    assert (tmp_path / "run" / "pictures" / f"{UPDATES:06d}.png").is_file()
     # Another rank, other noise: no two states share their reward.
     rewards = [{row["reward_target"] for row in rows if row["rank"] == rank} for rank in (0, 1)]
     assert not rewards[0] & rewards[1]

@@ -98,6 +98,7 @@ def rows(run: Path) -> list[dict]:
 
 
 VARIANTS = {
+    "default": [],
     "snapshots": ["--model.targets.over=both", "--model.targets.snapshot_every=2", "--model.targets.size=3"],
     "renoise, fresh": ["--model.sampler.kind=renoise", "--model.matching.critic_samples=fresh"],
     "DMD": ["--config", "shapes_dmd.yaml", "--config", "{saving}"],
@@ -110,12 +111,15 @@ def test_a_finished_run_that_is_extended_equals_a_longer_one(fast_fit, tmp_path,
     keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
     saving.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
     variant = [argument.format(saving=saving) for argument in VARIANTS[name]]
-    # One end where ModelCheckpoint saves, within Lightning's epoch; one where the run's end does.
-    for end in (2, 3):
+    # Ends where ModelCheckpoint saves, within Lightning's epoch, and one where the run's end does. By the last, prompts
+    # have come again, which the resumed run does not remember.
+    for end in (2, 3, 40):
         first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
         assert step_of(first) == end
-        resumed = train(fast_fit, tmp_path / f"resumed{end}", *variant, "--trainer.max_steps=5", f"--ckpt_path={first}")
-        alone = train(fast_fit, tmp_path / "alone", *variant, "--trainer.max_steps=5")
+        resumed = train(
+            fast_fit, tmp_path / f"resumed{end}", *variant, f"--trainer.max_steps={end + 2}", f"--ckpt_path={first}"
+        )
+        alone = train(fast_fit, tmp_path / f"alone{end}", *variant, f"--trainer.max_steps={end + 2}")
         assert differing(resumed, alone) == []
 
 

@@ -37,19 +37,11 @@ def name(verdict: Verdict) -> str:
     return f"{verdict.compare}-{verdict.spread}-{'centred' if verdict.centre_levels else 'plain'}"
 
 
-def known_broken(verdicts: list[Verdict]) -> list[object]:
-    """The same, those marked that the samples' own rewards escape the centring of."""
-    mark = pytest.mark.xfail(strict=True, reason="compare: sample centres the targets' rewards but not the samples'")
-    return [
-        pytest.param(v, id=name(v), marks=[mark] if v.compare == "sample" and v.centre_levels else []) for v in verdicts
-    ]
-
-
 every = pytest.mark.parametrize("verdict", ALL, ids=name)
 uncentred = pytest.mark.parametrize("verdict", UNCENTRED, ids=name)
 
 
-@pytest.mark.parametrize("verdict", known_broken(ALL))
+@every
 def test_a_constant_added_to_all_rewards_changes_nothing(verdict: Verdict) -> None:
     r, own = rewards()
     torch.testing.assert_close(verdict.advantages(r + 5, own + 5, PROMPTS), verdict.advantages(r, own, PROMPTS))

@@ -95,7 +95,8 @@ def test_shipped_scorer_prefers_the_true_caption(world):
     pictures, prompts, shuffled = world
     scorer = ContrastiveReward("package:assets/shapes/scorer")
     true, other = judge(scorer, pictures, prompts), judge(scorer, pictures, shuffled)
-    different = torch.tensor([a.text.split()[-3:] != b.text.split()[-3:] for a, b in zip(prompts, shuffled, strict=True)])
+    ends = zip((p.text.split()[-3:] for p in prompts), (p.text.split()[-3:] for p in shuffled), strict=True)
+    different = torch.tensor([a != b for a, b in ends])
     assert (true > other)[different].float().mean() > 0.9
     assert true.abs().max() <= 1
 
@@ -107,7 +108,8 @@ def test_shipped_scorer_is_differentiable_in_pixels(world):
     before = scorer.score(pixels, prompts[:8])
     before.sum().backward()
     assert scorer.differentiable
-    stepped = scorer.score((pixels + 0.05 * pixels.grad / pixels.grad.flatten(1).norm(dim=1)[:, None, None, None]), prompts[:8])
+    direction = pixels.grad / pixels.grad.flatten(1).norm(dim=1)[:, None, None, None]
+    stepped = scorer.score(pixels + 0.05 * direction, prompts[:8])
     assert (stepped > before).all()
 
 

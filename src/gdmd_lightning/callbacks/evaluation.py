@@ -88,11 +88,12 @@ class GenerationEvaluation(pl.Callback):
         values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
         module.log_dict(values, batch_size=1)
         module.log("eval/seconds_per_picture", result.seconds, batch_size=1)
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, so asked for on every rank
         if self.columns and trainer.is_global_zero:
-            self._draw(trainer, module)
+            self._draw(trainer, module, directory / "pictures")
 
     @torch.no_grad()
-    def _draw(self, trainer: pl.Trainer, module: DistillationModule) -> None:
+    def _draw(self, trainer: pl.Trainer, module: DistillationModule, directory: Path) -> None:
         texts, noise = shown(self.prompts, self.columns, module.latent_shape, self.seed)
         noise = noise.to(module.device)
         if self._teacher_pictures is None:
@@ -105,7 +106,6 @@ class GenerationEvaluation(pl.Callback):
             },
             texts,
         )
-        directory = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / f"{trainer.global_step:06d}.png")
         for logger in trainer.loggers:

@@ -43,10 +43,11 @@ class GradientRewardRecord(pl.Callback):
             raise UserError(f"flush_every is {flush_every}", where="GradientRewardRecord", remedy="use at least 1")
         self.flush_every, self.pictures_every, self.pictures = flush_every, pictures_every, pictures
         self._waiting: list[tuple[int, Judged]] = []
+        self._place = Path()
 
     @staticmethod
     def directory(trainer: pl.Trainer) -> Path:
-        """Where the record of this run lies."""
+        """Where the record of this run lies; Lightning's ``log_dir`` is a broadcast, so all ranks must ask together."""
         return Path(trainer.log_dir or trainer.default_root_dir) / "gradient_rewards"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -64,7 +65,8 @@ class GradientRewardRecord(pl.Callback):
         import pyarrow.parquet as pq
 
         self._waiting.clear()
-        for part in sorted(self.directory(trainer).glob(f"part-*-{trainer.global_rank}.parquet")):
+        self._place = self.directory(trainer)
+        for part in sorted(self._place.glob(f"part-*-{trainer.global_rank}.parquet")):
             table = pq.read_table(part)
             kept = table.filter(pc.field("step") < trainer.global_step)
             if len(kept) == 0:
@@ -81,7 +83,7 @@ class GradientRewardRecord(pl.Callback):
         step = trainer.global_step - 1  # the update that has just been counted
         self._waiting.append((step, judged.without_pictures()))
         if self.pictures_every and step % self.pictures_every == 0 and trainer.is_global_zero:
-            self._save_pictures(trainer, pl_module, judged, step)
+            self._save_pictures(pl_module, judged, step)
         if len(self._waiting) >= self.flush_every:
             self._flush(trainer)
 
@@ -107,21 +109,19 @@ class GradientRewardRecord(pl.Callback):
             columns["rank"] += [trainer.global_rank] * (batch * size)
         schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
         first = self._waiting[0][0]
-        directory = self.directory(trainer)
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(pa.table(columns, schema), directory / f"part-{first:08d}-{trainer.global_rank}.parquet")
+        self._place.mkdir(parents=True, exist_ok=True)
+        _write(pa.table(columns, schema), self._place / f"part-{first:08d}-{trainer.global_rank}.parquet")
         self._waiting.clear()
 
     @torch.no_grad()
-    def _save_pictures(self, trainer: pl.Trainer, module: DistillationModule, judged: Judged, step: int) -> None:
+    def _save_pictures(self, module: DistillationModule, judged: Judged, step: int) -> None:
         from safetensors.torch import save_file
 
         samples = module.family.decode(judged.x[: self.pictures])
         targets = module.family.decode(judged.targets.y[: self.pictures].flatten(0, 1))
-        directory = self.directory(trainer)
-        directory.mkdir(parents=True, exist_ok=True)
+        self._place.mkdir(parents=True, exist_ok=True)
         tensors = {"samples": samples, "targets": targets.unflatten(0, judged.targets.level[: self.pictures].shape)}
-        target = directory / f"pictures-{step:08d}.safetensors"
+        target = self._place / f"pictures-{step:08d}.safetensors"
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
 

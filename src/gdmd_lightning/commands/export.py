@@ -61,7 +61,7 @@ def _card(module: DistillationModule, out: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """``export CHECKPOINT OUT``."""
-    parser = ArgumentParser(prog="gdmd_lightning export", description=__doc__)
+    parser = ArgumentParser(prog="gdmd_lightning export", description=__doc__, exit_on_error=False)
     parser.add_argument("checkpoint", type=str, help="a .ckpt that fit has written")
     parser.add_argument("out", type=Path, help="directory to write; must not exist")
     parser.add_argument("--averaged", type=bool, default=True, help="take the averaged (EMA) weights")

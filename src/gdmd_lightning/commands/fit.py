@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (makes every class known by its bare name)
@@ -48,10 +49,13 @@ class DistillationCLI(LightningCLI):
             raise complaint(error, "fit") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer whose checkpoints are written whole or not at all."""
+        """A trainer whose checkpoints are written whole or not at all, and whose processes know of two networks."""
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
+        if isinstance(trainer.strategy, DDPStrategy):
+            # A backward reaches either the generator or the fake score; DDP would wait for the other's gradients.
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         return trainer
 
     def before_fit(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -152,6 +153,13 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
         tokenizer_3=None,
     )
     pipeline.save_pretrained(settings.out, safe_serialization=True)
+    for name in ("text_encoder", "text_encoder_2"):
+        _declare_float32(settings.out / name / "config.json")
+
+
+def _declare_float32(config: Path) -> None:
+    """Load in single precision unless asked otherwise, as diffusers does; transformers takes what the file has."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def _train(
@@ -193,7 +201,7 @@ def _save(model: Any, directory: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """``pretrain [--config shapes_teacher.yaml] [--out DIR] ...``."""
-    parser = ArgumentParser(prog="gdmd_lightning pretrain", description=__doc__)
+    parser = ArgumentParser(prog="gdmd_lightning pretrain", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="settings; a bare name is looked up among the shipped ones")
     parser.add_class_arguments(PretrainSettings, as_group=False)
     options = parser.parse_args(with_found_configs(arguments))

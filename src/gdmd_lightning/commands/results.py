@@ -112,7 +112,7 @@ def _place(out: Path, arm: str, seed: int) -> Path:
 
 def main(arguments: list[str]) -> int:
     """``results [--seeds 3] [--arms ...]``; goes on where an earlier call was cut off."""
-    parser = ArgumentParser(prog="gdmd_lightning results", description=__doc__)
+    parser = ArgumentParser(prog="gdmd_lightning results", description=__doc__, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", type=list[str], default=["DMD", "GDMD"], help=f"of: {'; '.join(ARMS)}")

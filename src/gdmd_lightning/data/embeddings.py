@@ -1,4 +1,4 @@
-"""Embeddings of prompts, computed once a prompt and in batches."""
+"""Embeddings of prompts, computed once a prompt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from gdmd_lightning.families.base import Conditioning, ModelFamily
 class PromptEmbeddings:
     """Encodes the prompts it has not seen and remembers the most recent ones.
 
+    Each is encoded by itself: the last bits of a matrix product depend on how many rows are in it, and a resumed run,
+    which remembers other prompts than the run it continues, must get the same embeddings.
+
     Args:
         family: Whose text encoders are used.
         capacity: How many prompts are remembered.
@@ -19,20 +22,15 @@ class PromptEmbeddings:
     def __init__(self, family: ModelFamily, capacity: int = 4096) -> None:
         self.family, self.capacity = family, capacity
         self._known: OrderedDict[str, Conditioning] = OrderedDict()
-        self.encoded = 0
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         """One row for each text, ``[B, ...]``."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            rows = self.family.encode(new)
-            self.encoded += len(new)
-            for i, text in enumerate(new):
-                self._known[text] = rows.slice(i, i + 1)
         chosen = []
         for text in texts:
+            if text not in self._known:
+                self._known[text] = self.family.encode([text])
             self._known.move_to_end(text)
             chosen.append(self._known[text])
-        while len(self._known) > self.capacity:
-            self._known.popitem(last=False)
+            if len(self._known) > self.capacity:
+                self._known.popitem(last=False)
         return Conditioning.concat(chosen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from gdmd_lightning.families.loading import check_pipeline
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.schedules import x0_from_velocity
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+Pipeline = Any
+"""A ``diffusers.DiffusionPipeline``. To build the help, jsonargparse runs imports under ``TYPE_CHECKING`` too, and
+diffusers takes seconds, so its classes stand in no signature here.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class ModelFamily(ABC):
     def __init__(self, path: str) -> None:
         self.path = resolve(str(path))
         check_pipeline(self.path, self.pipeline_class)
-        self.pipeline: DiffusionPipeline | None = None
+        self.pipeline: Pipeline | None = None
         self._empty: Conditioning | None = None
 
     # What each family says of itself.
@@ -132,7 +134,7 @@ class ModelFamily(ABC):
         """Names of the modules that get LoRA."""
 
     @abstractmethod
-    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> DiffusionPipeline:
+    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
         """A diffusers pipeline around ``network`` whose plain call with ``steps`` steps samples as ours does.
 
         Args:
@@ -198,7 +200,7 @@ class ModelFamily(ABC):
         return self._empty
 
     @property
-    def loaded(self) -> DiffusionPipeline:
+    def loaded(self) -> Pipeline:
         """The pipeline, after :meth:`load`."""
         if self.pipeline is None:
             raise RuntimeError(f"{type(self).__name__}.load() must run before the pipeline is used")

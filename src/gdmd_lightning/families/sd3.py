@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily
+from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.schedules import few_step_sigmas
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
-
 
 _T5 = ("text_encoder_3", "tokenizer_3")
 
@@ -46,20 +42,16 @@ class SD3Family(ModelFamily):
         self.pipeline = load_pipeline(
             StableDiffusion3Pipeline, self.path, self.dtype, may_lack=_T5, drop=() if self.use_t5 else _T5
         )
-        return self._sd3.transformer
-
-    @property
-    def _sd3(self) -> StableDiffusion3Pipeline:
-        return self.loaded  # type: ignore[return-value]
+        return self.loaded.transformer
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """See :meth:`ModelFamily.encode`."""
-        sequence, _, pooled, _ = self._sd3.encode_prompt(
+        sequence, _, pooled, _ = self.loaded.encode_prompt(
             prompt=list(texts),
             prompt_2=None,
             prompt_3=None,
-            device=next(self._sd3.text_encoder.parameters()).device,
+            device=next(self.loaded.text_encoder.parameters()).device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
@@ -77,27 +69,27 @@ class SD3Family(ModelFamily):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """See :meth:`ModelFamily.latent_shape`."""
-        config = self._sd3.transformer.config
-        unit = self._sd3.vae_scale_factor * config.patch_size
+        config = self.loaded.transformer.config
+        factor = self.loaded.vae_scale_factor
+        unit = factor * config.patch_size
         if height % unit or width % unit or min(height, width) < unit:
             raise UserError(
                 f"{height}x{width} is not a multiple of {unit} pixels",
                 where="resolution",
-                remedy=f"use a multiple of {unit}: autoencoder {self._sd3.vae_scale_factor}, patch {config.patch_size}",
+                remedy=f"use a multiple of {unit}: autoencoder {factor}, patch {config.patch_size}",
             )
-        factor = self._sd3.vae_scale_factor
         return config.in_channels, height // factor, width // factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """See :meth:`ModelFamily.decode`."""
-        vae = self._sd3.vae
+        vae = self.loaded.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """See :meth:`ModelFamily.encode_images`."""
-        vae = self._sd3.vae
+        vae = self.loaded.vae
         latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
@@ -107,7 +99,7 @@ class SD3Family(ModelFamily):
         joint = ("to_q", "to_k", "to_v", "to_out.0")
         return (*joint, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> StableDiffusion3Pipeline:
+    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
         """See :meth:`ModelFamily.to_pipeline`.
 
         ``FlowMatchEulerDiscreteScheduler`` spaces its levels evenly from 1 to 0.001, shifts them, and stretches the
@@ -118,7 +110,7 @@ class SD3Family(ModelFamily):
         """
         from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-        config = self._sd3.scheduler.config
+        config = self.loaded.scheduler.config
         even = 1 - 1 / config.num_train_timesteps
         m = 1 / (1 - (1 - 1 / steps) * (config.shift - 1) / config.shift / even)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -130,17 +122,17 @@ class SD3Family(ModelFamily):
             shift_terminal=float(self.few_step_sigmas(steps)[-2]) if steps > 1 else None,
             stochastic_sampling=stochastic,
         )
-        return StableDiffusion3Pipeline(**dict(self._sd3.components, transformer=network, scheduler=scheduler))
+        return StableDiffusion3Pipeline(**dict(self.loaded.components, transformer=network, scheduler=scheduler))
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the scheduler's shift."""
-        return few_step_sigmas(steps, self._sd3.scheduler.config.shift)
+        return few_step_sigmas(steps, self.loaded.scheduler.config.shift)
 
     def teacher_sigmas(self, steps: int) -> Tensor:
         """See :meth:`ModelFamily.teacher_sigmas`."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._sd3.scheduler.config)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
         scheduler.set_timesteps(steps)
         return scheduler.sigmas.clone()
 

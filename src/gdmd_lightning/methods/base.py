@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.data.embeddings import PromptEmbeddings
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
 from gdmd_lightning.methods.checkpointing import check_fits
 from gdmd_lightning.methods.settings import Matching, Optimization
@@ -176,15 +175,6 @@ class DistillationModule(pl.LightningModule):
             from gdmd_lightning.methods.checkpointing import take_over
 
             take_over(self, self.start_from)
-
-    def setup(self, stage: str) -> None:
-        """See that a configuration that Lightning would silently misread is refused."""
-        if self.trainer.gradient_clip_val:
-            raise UserError(
-                "gradient_clip_val has no meaning with two optimizers",
-                where="trainer.gradient_clip_val",
-                remedy="set model.generator.gradient_clip and model.critic.gradient_clip",
-            )
 
     def on_fit_start(self) -> None:
         """Bring what is no module of ours to the device."""

@@ -176,8 +176,12 @@ class GDMD(DistillationModule):
         )
         return x0_from_velocity(x_sigma, pair[0], sigma), x0_from_velocity(x_sigma, pair[1], sigma)
 
-    def on_train_batch_end(self, outputs: object, batch: PromptBatch, batch_index: int) -> None:
-        """Keep a snapshot of the fake score when it is due, the oldest giving way."""
+    def on_train_batch_start(self, batch: PromptBatch, batch_index: int) -> None:
+        """See that the reward can judge these prompts; keep a snapshot of the fake score when it is due.
+
+        Checkpoints are saved before a module's own end of a batch; at the start, a resumed run keeps the same one.
+        """
+        self.reward.check(batch.prompts)
         if self.snapshots and self.updates % self.targets.snapshot_every == 0:
             self.networks.keep_snapshot(self.updates // self.targets.snapshot_every % self.snapshots)
 

@@ -46,17 +46,18 @@ class Verdict:
         """``[B, M]`` from rewards ``[B, M]``, the samples' own ``[B]``, and each sample's prompt number ``[B]``."""
         batch, size = rewards.shape
         values = rewards.flatten()
-        rank = torch.arange(size, device=rewards.device).repeat(batch)
+        if self.compare == "sample":
+            assert own is not None
+            values = values - own.repeat_interleave(size)
         if self.centre_levels:
-            values = centre_within(values, rank)
+            values = centre_within(values, torch.arange(size, device=rewards.device).repeat(batch))
         match self.compare:
             case "state":
                 groups = torch.arange(batch, device=rewards.device).repeat_interleave(size)
             case "prompt":
                 groups = prompts.repeat_interleave(size)
             case "sample":
-                assert own is not None
-                return _scaled(values - own.repeat_interleave(size)).view(batch, size)
+                return _scaled(values).view(batch, size)
         return group_advantages(values, groups, self.spread).view(batch, size)
 
 

@@ -35,11 +35,22 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
     Source: GRPO (2402.03300), section 4.1.2; the batch's std as in Flow-GRPO (2505.05470).
     """
     centred = rewards - group_mean(rewards, groups)
+    # The mean of equal numbers may be off by a rounding, which must not look like a preference.
+    centred = torch.where(_all_equal(rewards, groups), torch.zeros_like(centred), centred)
     if spread == "none":
         return centred
     variance = group_mean(centred.square(), groups) if spread == "group" else centred.square().mean().expand_as(centred)
     std = variance.sqrt()
     return torch.where(std > floor, centred / std.clamp(min=floor), torch.zeros_like(centred))
+
+
+def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
+    """Whether all members of each row's group have one value, ``[N]``."""
+    start = torch.zeros(int(groups.max()) + 1, dtype=values.dtype, device=values.device)
+    largest, smallest = (
+        start.scatter_reduce(0, groups, values, reduce, include_self=False) for reduce in ("amax", "amin")
+    )
+    return (largest == smallest)[groups]
 
 
 def centre_within(values: Tensor, strata: Tensor) -> Tensor:

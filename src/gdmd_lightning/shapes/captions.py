@@ -85,8 +85,7 @@ def contents(task: str) -> list[dict[str, Any]]:
             raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
     out = []
     for include in rows:
-        exclude = [_clause(include[0]["class"], include[0]["count"] + 1)] if task == "counting" else []
-        out.append({"tag": task, "include": include, "exclude": exclude})
+        out.append({"tag": task, "include": include, "exclude": _one_more(task, include)})
     return out
 
 
@@ -130,7 +129,7 @@ def evaluation_prompts(per_task: int) -> list[Prompt]:
 def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """The same content with one attribute, count, class or relation redrawn, as web captions err.
 
-    The redrawn value always differs from the true one; classes stay distinct where they were.
+    The redrawn value always differs from the true one; a redrawn class may be that of the other object.
     """
     include = [dict(clause) for clause in metadata["include"]]
     choices = [(i, "class") for i in range(len(include))]
@@ -148,4 +147,9 @@ def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
             clause["position"] = [rng.choice([r for r in RELATIONS if r != clause["position"][0]]), 0]
         case "count":
             clause["count"] = rng.choice([n for n in COUNTS if n != clause["count"]])
-    return {**metadata, "include": include}
+    return {**metadata, "include": include, "exclude": _one_more(metadata["tag"], include)}
+
+
+def _one_more(task: str, include: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A counted class must not be there once more."""
+    return [_clause(include[0]["class"], include[0]["count"] + 1)] if task == "counting" else []

@@ -155,9 +155,18 @@ def _verdict(found: Detections, metadata: dict[str, Any]) -> bool:
     return True
 
 
-def _strength(found: Detections, one: int, landmark: int, relation: str) -> float:
-    strengths = relation_strength(found.center[one] - found.center[landmark], found.size[one] + found.size[landmark])
+def _strength(found: Detections, one: int, landmark: int, relation: str, dead_zone: float = 1.0) -> float:
+    offset = found.center[one] - found.center[landmark]
+    strengths = relation_strength(offset, dead_zone * (found.size[one] + found.size[landmark]))
     return float(strengths[RELATIONS.index(relation)])
+
+
+def _held(found: Detections, one: int, landmark: int, relation: str) -> float:
+    """How surely a relation holds, in (0, 1): around GenEval's threshold, without the dead zone in which its rule
+    sees no offset at all.
+    """
+    strength = (_strength(found, one, landmark, relation) + _strength(found, one, landmark, relation, 0.0)) / 2
+    return 1 / (1 + math.exp((RELATION_THRESHOLD - strength) / 0.2))
 
 
 def _grade(found: Detections, metadata: dict[str, Any]) -> float:
@@ -190,6 +199,6 @@ def _grade(found: Detections, metadata: dict[str, Any]) -> float:
             one, other = owner.get(int(first[i])), owner.get(int(first[landmark]))
             held = 0.0
             if one is not None and other is not None:
-                held = 1 / (1 + math.exp((RELATION_THRESHOLD - _strength(found, one, other, relation)) / 0.2))
+                held = _held(found, one, other, relation)
             clauses.append(held * float(np.mean(clauses)))
     return 0.5 * float(np.mean(clauses)) + 0.5 * float(np.prod(clauses))
