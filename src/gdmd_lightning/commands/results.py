@@ -20,15 +20,22 @@ DMD = ("--config", "shapes.yaml", "--config", "shapes_dmd.yaml")
 ARMS: dict[str, tuple[str, ...]] = {
     "DMD": DMD,
     "GDMD": GDMD,
+    "GDMD, lambda 0": (*GDMD, "--model.lambda_policy=0"),
+    "GDMD, lambda 1": (*GDMD, "--model.lambda_policy=1"),
+    "GDMD, lambda 30": (*GDMD, "--model.lambda_policy=30"),
+    "GDMD, one target": (*GDMD, "--model.targets.size=1"),
+    "GDMD, four targets": (*GDMD, "--model.targets.size=4"),
     "GDMD, weighted": (*GDMD, "--model.policy.form=weighted"),
     "GDMD, policies at the state": (*GDMD, "--model.policy.at=state"),
     "GDMD, groups of a state": (*GDMD, "--model.verdict.compare=state"),
     "GDMD, against the sample": (*GDMD, "--model.verdict.compare=sample"),
     "GDMD, groups over snapshots": (*GDMD, "--model.targets.over=snapshot"),
+    "GDMD, groups over both": (*GDMD, "--model.targets.over=both"),
     "GDMD, levels centred": (*GDMD, "--model.verdict.centre_levels=true"),
-    "GDMD, lambda 0": (*GDMD, "--model.lambda_policy=0"),
 }
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=50")
+# Nothing that watches a training, so that its seconds and evaluations are the method's own.
+LAST = '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true, "save_top_k": 0}}]'
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=50", f"--trainer.callbacks={LAST}")
 
 
 def run_arm(out: Path, name: str, updates: int, seed: int, start: Path | None, count: int, more: list[str]) -> None:
@@ -116,9 +123,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", type=list[str], default=["DMD", "GDMD"], help=f"of: {'; '.join(ARMS)}")
-    parser.add_argument("--cold_start", type=int, default=120, help="DMD updates that all arms start from")
-    parser.add_argument("--updates", type=int, default=300, help="updates of each arm after it")
-    parser.add_argument("--count", type=int, default=1200, help="test prompts")
+    parser.add_argument("--cold_start", type=int, default=100, help="DMD updates that all arms start from")
+    parser.add_argument("--updates", type=int, default=250, help="updates of each arm after it")
+    parser.add_argument("--count", type=int, default=1000, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of all trainings")
     options = parser.parse_args(arguments)
     unknown = [arm for arm in options.arms if arm not in ARMS]

@@ -1,0 +1,51 @@
+"""The demo and the comparison over seeds, on the embedded pipeline, in a few updates."""
+
+import json
+import re
+
+from gdmd_lightning.cli import main
+
+CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.critic_updates=1"]
+FIT = f"--fit={json.dumps([*CHEAP, '--trainer.enable_progress_bar=false'])}"
+
+
+def test_demo_ends_with_a_table_and_a_pipeline_that_its_snippet_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["demo", "--cold_start=1", "--updates=2", "--count=12", FIT])
+    said = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| ")][2:]
+    assert [(row[0].strip(), int(row[1])) for row in rows] == [
+        ("teacher, 30 steps, guided", 60),
+        ("teacher, 4 steps, guided", 8),
+        ("teacher, 4 steps", 4),
+        ("DMD", 4),
+        ("GDMD", 4),
+    ]
+    for place in ("pictures.png", "scores.json", "gdmd/checkpoints/last.ckpt", "gdmd/gradient_rewards"):
+        assert (tmp_path / "runs" / "demo" / place).exists()
+        assert place == "scores.json" or f"runs/demo/{place}" in said
+    start = said.index("import diffusers")
+    exec(said[start : said.index("\n\n", start)], {})
+    assert (tmp_path / "picture.png").is_file()
+
+
+def test_results_compare_arms_over_seeds_and_go_on_where_they_were_cut_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["results", "--seeds=2", "--cold_start=1", "--updates=1", "--count=12", f"--fit={json.dumps(CHEAP)}"]
+    main(arguments)
+    report = (tmp_path / "runs" / "results" / "results.md").read_text()
+    assert report in capsys.readouterr().out
+    assert re.search(r"^\| DMD, 4 steps \| \d\.\d{3} ± \d", report, re.MULTILINE)
+    paired = re.search(r"^\| GDMD, 4 steps (?:\|[^|]*){3}\| (-?\d\.\d{3}) ±", report, re.MULTILINE)
+    scores = {
+        (arm, seed): json.loads((tmp_path / "runs" / "results" / f"seed{seed}" / arm / "scores.json").read_text())
+        for arm in ("dmd", "gdmd")
+        for seed in (0, 1)
+    }
+    differences = [scores["gdmd", s]["shapes/overall"] - scores["dmd", s]["shapes/overall"] for s in (0, 1)]
+    assert paired is not None
+    assert abs(float(paired[1]) - sum(differences) / 2) < 6e-4
+    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
+    main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")} == checkpoints
+    assert capsys.readouterr().out.endswith(report)
