@@ -27,7 +27,8 @@ def command_line() -> None:
 
 def demo(arguments: list[str]) -> None:
     began, first, tail = time.perf_counter(), None, []
-    command = [sys.executable, "-u", "-m", "gdmd_lightning", "demo", *arguments]
+    bar = '--fit=["--trainer.callbacks+=TQDMProgressBar"]'  # whatever bar Lightning would choose, one to be read here
+    command = [sys.executable, "-u", "-m", "gdmd_lightning", "demo", bar, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     while chunk := process.stdout.read1(4096):

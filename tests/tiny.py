@@ -50,6 +50,43 @@ def save_pipeline(path: Path, *, layers: int = 1, heads: int = 1, shift: float |
     return path
 
 
+def save_sdxl(path: Path, *, prediction: str = "epsilon", spacing: str = "leading") -> Path:
+    """Write a ``StableDiffusionXLPipeline`` with random weights, for 32x32 pictures in 8x8 latents."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from gdmd_lightning.shapes import pipeline as parts
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = parts.build_tokenizer()
+        second = parts.build_text_encoder(tokenizer)
+        width, pooled = second.config.hidden_size, second.config.projection_dim
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 1),
+            cross_attention_dim=2 * width, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + pooled, norm_num_groups=8,
+        )  # fmt: skip
+        pipeline = StableDiffusionXLPipeline(
+            unet=unet,
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                prediction_type=prediction, timestep_spacing=spacing, steps_offset=1,
+            ),
+            vae=parts.build_autoencoder(),
+            text_encoder=CLIPTextModel(second.config),
+            tokenizer=tokenizer,
+            text_encoder_2=second,
+            tokenizer_2=tokenizer,
+            add_watermarker=False,
+        )  # fmt: skip
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
 def family(path: Path) -> SD3Family:
     return SD3Family(str(path), max_sequence_length=0)
 

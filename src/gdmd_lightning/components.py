@@ -6,6 +6,7 @@ Importing this makes jsonargparse know them; none of these modules imports diffu
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
 from gdmd_lightning.families.sd3 import SD3Family
+from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
@@ -23,5 +24,6 @@ __all__ = [
     "GradientRewardRecord",
     "RewardScore",
     "SD3Family",
+    "SDXLFamily",
     "ShapesReward",
 ]

@@ -85,6 +85,29 @@ class UniformLaw(RenoiseLaw):
 
 
 @dataclass(frozen=True)
+class TimestepLaw(RenoiseLaw):
+    """Timesteps of a variance preserving network, uniform in ``[low, high]`` of them, as flow levels.
+
+    ``low`` and ``high`` are shares of ``timesteps``; ``beta_start`` and ``beta_end`` are those of its schedule, whose
+    roots are evenly spaced (``scaled_linear``). Source: DMD2's ``[0.02, 0.98]`` on SDXL.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """See :class:`RenoiseLaw`."""
+        roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64)
+        alphas = torch.cumprod(1 - roots**2, 0)
+        levels = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())
+        t = (self.low + (self.high - self.low) * u.double()) * self.timesteps
+        return levels[t.long().clamp(0, self.timesteps - 1)].to(u.dtype)
+
+
+@dataclass(frozen=True)
 class LogitNormalLaw(RenoiseLaw):
     """``sigmoid(mean + std z)``, then shifted, kept in ``[low, high]``. Source: SD3 (2403.03206), section 3.1."""
 

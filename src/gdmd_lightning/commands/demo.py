@@ -44,6 +44,7 @@ def demo(out: Path, cold_start: int, updates: int, count: int, more: list[str]) 
         more: Further arguments of both trainings.
     """
     began = time.perf_counter()
+    prompts = read_test_prompts("shapes", count)
     shutil.rmtree(out, ignore_errors=True)
     print(f"1/3  DMD, {cold_start} updates: from the teacher to four steps")
     dmd, _ = train(
@@ -64,7 +65,6 @@ def demo(out: Path, cold_start: int, updates: int, count: int, more: list[str]) 
     module = modules["GDMD"]
     contestants = teachers(module, 30, module.matching.guidance_scale)
     contestants += [student(name, each) for name, each in modules.items()]
-    prompts = read_test_prompts("shapes", count)
     rows = score(contestants, shapes_scores(), prompts, module.latent_shape)
     save(rows, out / "scores.json")
     draw(contestants, prompts, module.latent_shape, out / "pictures.png")
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--cold_start", type=int, default=100, help="DMD updates")
-    parser.add_argument("--updates", type=int, default=200, help="GDMD updates")
+    parser.add_argument("--updates", type=int, default=180, help="GDMD updates")
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of both trainings")
     options = parser.parse_args(arguments)

@@ -125,13 +125,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arms", type=list[str], default=["DMD", "GDMD"], help=f"of: {'; '.join(ARMS)}")
     parser.add_argument("--cold_start", type=int, default=100, help="DMD updates that all arms start from")
     parser.add_argument("--updates", type=int, default=250, help="updates of each arm after it")
-    parser.add_argument("--count", type=int, default=1000, help="test prompts")
+    parser.add_argument("--count", type=int, default=1200, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of all trainings")
     options = parser.parse_args(arguments)
     unknown = [arm for arm in options.arms if arm not in ARMS]
     if unknown:
         raise UserError(f"unknown arm {unknown[0]!r}", where="--arms", remedy=f"use: {'; '.join(ARMS)}")
     out, count = options.out, options.count
+    read_test_prompts("shapes", count)  # a count that makes no sense is told before any training
     for seed in range(options.seeds):
         cold = _place(out, "cold start", seed)
         if not (cold / "scores.json").is_file():

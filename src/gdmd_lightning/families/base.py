@@ -151,6 +151,10 @@ class ModelFamily(ABC):
     def teacher_sigmas(self, steps: int) -> Tensor:
         """Levels that the pipeline's own scheduler would visit in ``steps`` steps, ``[steps + 1]``."""
 
+    def teacher_start(self, steps: int) -> float:
+        """What the pipeline's scheduler makes of ``sigma_1 noise``, the latents it starts from, as a factor."""
+        return 1.0
+
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments beside prompt, steps and guidance that a call of the pipeline needs to repeat our pictures."""
         return {}

@@ -143,7 +143,8 @@ class DistillationModule(pl.LightningModule):
     def generate_teacher(self, noise: Tensor, texts: list[str], steps: int, guidance_scale: float) -> Tensor:
         """Pictures ``[B, 3, H, W]`` of the teacher by Euler steps on its own scheduler's levels."""
         predict = self.predictor("teacher", self.embeddings(texts), guidance_scale)
-        x0 = sample(predict, noise, self.family.teacher_sigmas(steps), FewStepSampler(steps, "ode"))
+        start = self.family.teacher_start(steps) * noise
+        x0 = sample(predict, start, self.family.teacher_sigmas(steps), FewStepSampler(steps, "ode"))
         return self.family.decode(x0)
 
     # Lightning.

@@ -1,0 +1,148 @@
+"""Our sampling of a Stable Diffusion XL pipeline is diffusers' own, its states are flow states in another dress, and
+what we export samples as we do."""
+
+import pytest
+import tiny
+import torch
+
+from gdmd_lightning.commands.export import export
+from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.samplers import FewStepSampler, sample
+from gdmd_lightning.schedules import TimestepLaw, vp_from_sigma, x0_from_velocity
+
+TEXTS = ["a red circle", "two blue squares left of a green triangle"]
+CALL = {"height": 32, "width": 32, "output_type": "pt"}
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tiny.save_sdxl(tmp_path_factory.mktemp("sdxl") / "pipeline")
+
+
+@pytest.fixture(scope="module", params=[("epsilon", "leading"), ("v_prediction", "trailing"), ("epsilon", "linspace")])
+def module(request, tmp_path_factory):
+    prediction, spacing = request.param
+    path = tiny.save_sdxl(tmp_path_factory.mktemp("sdxl") / "pipeline", prediction=prediction, spacing=spacing)
+    module = DMD(SDXLFamily(str(path)), height=32, width=32)
+    module.configure_model()
+    module.family.loaded.set_progress_bar_config(disable=True)
+    return module
+
+
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
+def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance_scale):
+    ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
+    theirs = module.family.loaded(
+        TEXTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise.clone(), **CALL
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_clean_latent_is_the_same_in_both_dresses(module, noise):
+    family, network = module.family, module.networks.teacher
+    conditioning, timesteps = family.encode(TEXTS), torch.tensor([150, 820])
+    alphas = family.loaded.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    a, s = alphas.sqrt(), (1 - alphas).sqrt()
+    ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
+    with torch.no_grad():
+        predicted = network(
+            noise, timesteps, conditioning.sequence,
+            added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": ids},
+        ).sample  # fmt: skip
+    theirs = (noise - s * predicted) / a if family.predicts == "epsilon" else a * noise - s * predicted
+    sigma = family.levels[timesteps].float()
+    x_sigma = noise / (a + s)
+    with torch.no_grad():
+        ours = x0_from_velocity(x_sigma, family.velocity(network, x_sigma, sigma, conditioning), sigma)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_levels_and_timesteps_are_each_others_inverse(module):
+    levels = module.family.levels
+    assert torch.equal(module.family.timestep(levels.float()), torch.arange(1000.0))
+    between = (levels[:-1] + levels[1:]) / 2
+    t = module.family.timestep(between.float()[100:900]) - torch.arange(100.0, 900.0)
+    assert ((t > 0.3) & (t < 0.7)).all()
+    a, _s = vp_from_sigma(levels)
+    torch.testing.assert_close(a.square(), module.family.loaded.scheduler.alphas_cumprod.double())
+    assert module.family.timestep(torch.tensor([1e-4, 0.99])).tolist() == [0, 999]
+
+
+def test_the_law_of_timesteps_is_this_schedules(module):
+    drawn = TimestepLaw(low=0.0, high=1.0).quantile(torch.tensor([0.0, 0.25, 0.5004, 0.9999]))
+    torch.testing.assert_close(drawn, module.family.levels[[0, 250, 500, 999]].float())
+
+
+def test_no_prompt_is_what_the_pipeline_takes_for_none(module):
+    family = module.family
+    _, none, _, pooled = family.loaded.encode_prompt("a red circle", do_classifier_free_guidance=True)
+    assert torch.equal(family.empty.sequence, none)
+    assert torch.equal(family.empty.pooled, pooled)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_an_exported_euler_sampler_makes_our_pictures(module, noise, steps):
+    family, network = module.family, module.networks.generator
+    pipeline = family.to_pipeline(network, steps, stochastic=False)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(TEXTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), **CALL).images
+    predict = module.predictor("generator", family.encode(TEXTS))
+    ours = family.decode(sample(predict, noise, family.few_step_sigmas(steps), FewStepSampler(steps)))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_an_exported_renoising_sampler_visits_our_levels_and_refuses_others(module):
+    pipeline = module.family.to_pipeline(module.networks.generator, 4, stochastic=True)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    torch.testing.assert_close(module.family.timestep(module.sigmas[:-1]), pipeline.scheduler.timesteps.float())
+    with pytest.raises(UserError, match="3 steps do not divide"):
+        module.family.to_pipeline(module.networks.generator, 3, stochastic=True)
+
+
+def test_latents_of_pictures_come_back_and_carry_gradient(module):
+    latents = module.family.encode_images(torch.rand(2, 3, 32, 32)).requires_grad_()
+    assert latents.shape == (2, *module.family.latent_shape(32, 32))
+    module.family.decode(latents).mean().backward()
+    assert latents.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="30x32 is not a multiple of"):
+        module.family.latent_shape(30, 32)
+
+
+def test_a_pipeline_of_another_family_is_refused(saved, tiny_pipeline):
+    with pytest.raises(UserError, match="holds a StableDiffusion3Pipeline, not a StableDiffusionXLPipeline"):
+        SDXLFamily(str(tiny_pipeline))
+    with pytest.raises(UserError, match="holds a StableDiffusionXLPipeline, not a StableDiffusion3Pipeline"):
+        tiny.family(saved)
+
+
+@pytest.mark.parametrize("method", ["DMD", "GDMD"])
+def test_the_command_line_trains_resumes_exports_and_diffusers_samples(
+    method, saved, fast_fit, tmp_path, noise, monkeypatch
+):
+    from diffusers import StableDiffusionXLPipeline
+
+    from gdmd_lightning.cli import main
+
+    overlay = tmp_path / "sdxl.yaml"
+    family = f"{{class_path: SDXLFamily, init_args: {{path: {saved}}}}}"
+    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {{law: {{class_path: TimestepLaw}}}}}}}}\n")
+    config = [*fast_fit, *(["--config", "shapes_dmd.yaml"] if method == "DMD" else []), "--config", str(overlay)]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    main(["fit", *config, *plain, "--trainer.max_steps=2"])
+    main(["fit", *config, *plain, "--trainer.max_steps=3", f"--ckpt_path={last}"])
+    module = load_module(str(last))
+    assert type(module).__name__ == method
+    pipe = StableDiffusionXLPipeline.from_pretrained(export(module, tmp_path / "out"), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(TEXTS, num_inference_steps=4, guidance_scale=1.0, latents=noise.clone(), **CALL).images
+    torch.testing.assert_close(module.generate(noise, TEXTS), theirs, atol=1e-4, rtol=0)
