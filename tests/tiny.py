@@ -87,6 +87,57 @@ def save_sdxl(path: Path, *, prediction: str = "epsilon", spacing: str = "leadin
     return path
 
 
+CHAT = (
+    "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def save_flux2(path: Path) -> Path:
+    """Write a ``Flux2KleinPipeline`` with random weights, for 32x32 pictures in 8x8 patches of 4x4 pixels."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    from gdmd_lightning.shapes.captions import WORDS
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator([" ".join(WORDS)], vocab_size=300, special_tokens=["<|endoftext|>"])
+        trained.save_model(str(path.parent))
+        tokenizer = Qwen2TokenizerFast.from_pretrained(path.parent, pad_token="<|endoftext|>", chat_template=CHAT)
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=32,
+        )  # fmt: skip
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        pipeline = Flux2KleinPipeline(
+            transformer=Flux2Transformer2DModel(
+                patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16,
+                num_attention_heads=2, joint_attention_dim=32, timestep_guidance_channels=32,
+                axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=Qwen3ForCausalLM(
+                Qwen3Config(
+                    vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+                    num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                )
+            ),
+            tokenizer=tokenizer,
+        )  # fmt: skip
+    pipeline.save_pretrained(path, safe_serialization=True)
+    return path
+
+
 def family(path: Path) -> SD3Family:
     return SD3Family(str(path), max_sequence_length=0)
 

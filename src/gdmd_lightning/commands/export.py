@@ -43,10 +43,10 @@ def snippet(module: DistillationModule, out: Path) -> str:
     pipeline = type(module.family.loaded).__name__
     absent = "".join(f", {name}={value}" for name, value in module.family.loading_arguments().items())
     more = "".join(f", {name}={value}" for name, value in module.family.sampling_arguments().items())
-    steps = module.sampler.steps
+    call = f'pipe(prompt="a red circle", num_inference_steps={module.sampler.steps}, guidance_scale=1.0{more})'
     return (
         f'pipe = diffusers.{pipeline}.from_pretrained("{out}"{absent})\n'
-        f'pipe("a red circle", num_inference_steps={steps}, guidance_scale=1.0{more}).images[0].save("picture.png")'
+        f'{call}.images[0].save("picture.png")'
     )
 
 

@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", type=list[str], default=["DMD", "GDMD"], help=f"of: {'; '.join(ARMS)}")
     parser.add_argument("--cold_start", type=int, default=100, help="DMD updates that all arms start from")
-    parser.add_argument("--updates", type=int, default=250, help="updates of each arm after it")
+    parser.add_argument("--updates", type=int, default=350, help="updates of each arm after it")
     parser.add_argument("--count", type=int, default=1200, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of all trainings")
     options = parser.parse_args(arguments)

@@ -1,0 +1,159 @@
+"""FLUX.2 klein: rectified flow on patches of a normalised autoencoder, told by several layers of a Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.loading import load_pipeline
+
+
+class Flux2KleinFamily(ModelFamily):
+    """FLUX.2 klein, base or distilled.
+
+    Its latents, here and in the pipeline's ``latents=``, are 2x2 patches of the autoencoder's, each channel
+    normalised by the autoencoder's statistics: ``[B, 4 c, height / 16, width / 16]``.
+
+    Args:
+        path: Directory or hub id of a ``Flux2KleinPipeline``.
+        max_sequence_length: Tokens a prompt is padded or cut to, as in the pipeline's call.
+        text_layers: Layers of the text encoder whose states are told to the network, as in the pipeline's call.
+        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+
+    Source: diffusers' ``Flux2KleinPipeline``; distilled in RTDMD (2605.26108).
+    """
+
+    pipeline_class = "Flux2KleinPipeline"
+
+    def __init__(
+        self,
+        path: str,
+        max_sequence_length: int = 512,
+        text_layers: tuple[int, ...] = (9, 18, 27),
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(path)
+        self.max_sequence_length, self.text_layers, self.dtype = max_sequence_length, text_layers, dtype
+        self._tokens = 0
+
+    def load(self) -> nn.Module:
+        """See :meth:`ModelFamily.load`.
+
+        Raises:
+            UserError: If the text encoder has not the layers asked for, or the network wants guidance told.
+        """
+        from diffusers import Flux2KleinPipeline
+
+        self.pipeline = load_pipeline(Flux2KleinPipeline, self.path, self.dtype)
+        layers = self.loaded.text_encoder.config.num_hidden_layers
+        if max(self.text_layers) > layers:
+            raise UserError(
+                f"the text encoder has {layers} layers, not {max(self.text_layers)}", where="family.text_layers"
+            )
+        if self.loaded.transformer.config.guidance_embeds:
+            raise UserError("its network is told its guidance; klein's is not", where="family.path")
+        return self.loaded.transformer
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """See :meth:`ModelFamily.encode`; ``ids`` are the tokens' positions."""
+        sequence, ids = self.loaded.encode_prompt(
+            list(texts),
+            device=next(self.loaded.text_encoder.parameters()).device,
+            max_sequence_length=self.max_sequence_length,
+            text_encoder_out_layers=self.text_layers,
+        )
+        return Conditioning(sequence, ids=ids)
+
+    def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :meth:`ModelFamily.velocity`; the network's time is ``sigma``, a latent's every place a token."""
+        tokens = network(
+            hidden_states=x_sigma.flatten(2).transpose(1, 2),
+            timestep=sigma,
+            guidance=None,
+            encoder_hidden_states=conditioning.sequence,
+            txt_ids=conditioning.ids,
+            img_ids=self.loaded._prepare_latent_ids(x_sigma).to(x_sigma.device),
+            return_dict=False,
+        )[0]
+        return tokens.transpose(1, 2).reshape(x_sigma.shape)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """See :meth:`ModelFamily.latent_shape`; the levels of :meth:`few_step_sigmas` depend on what was asked last."""
+        unit = 2 * self.loaded.vae_scale_factor
+        if height % unit or width % unit or min(height, width) < unit:
+            raise UserError(
+                f"{height}x{width} is not a multiple of {unit} pixels",
+                where="resolution",
+                remedy=f"use a multiple of {unit}: autoencoder {unit // 2}, patch 2",
+            )
+        self._tokens = (height // unit) * (width // unit)
+        return self.loaded.transformer.config.in_channels, height // unit, width // unit
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :meth:`ModelFamily.decode`."""
+        vae = self.loaded.vae
+        mean, std = self._statistics(latents)
+        patches = self.loaded._unpatchify_latents(latents * std + mean)
+        return (vae.decode(patches.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See :meth:`ModelFamily.encode_images`."""
+        vae = self.loaded.vae
+        latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
+        patches = self.loaded._patchify_latents(latents)
+        mean, std = self._statistics(patches)
+        return (patches - mean) / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm, eps = self.loaded.vae.bn, self.loaded.vae.config.batch_norm_eps
+        mean, std = norm.running_mean, torch.sqrt(norm.running_var + eps)
+        return mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Attention of both streams, and the fused projections of the single one."""
+        joint = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        return (*joint, "to_qkv_mlp_proj")
+
+    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
+        """See :meth:`ModelFamily.to_pipeline`; the pipeline's own levels in ``steps`` steps are the generator's."""
+        from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            self.loaded.scheduler.config, stochastic_sampling=stochastic
+        )
+        components = dict(self.loaded.components, transformer=network, scheduler=scheduler)
+        return Flux2KleinPipeline(**components, is_distilled=True)
+
+    def few_step_sigmas(self, steps: int) -> Tensor:
+        """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the shift that the pipeline gives to so many
+        steps on so many tokens.
+
+        Raises:
+            RuntimeError: If :meth:`latent_shape` has not been asked, so that the number of tokens is not known.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        if not self._tokens:
+            raise RuntimeError("latent_shape() must be asked before the levels, which depend on it")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
+        even = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(self._tokens, steps))
+        return scheduler.sigmas.clone()
+
+    def teacher_sigmas(self, steps: int) -> Tensor:
+        """See :meth:`ModelFamily.teacher_sigmas`."""
+        return self.few_step_sigmas(steps)
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """See :meth:`ModelFamily.sampling_arguments`."""
+        return {"max_sequence_length": self.max_sequence_length, "text_encoder_out_layers": self.text_layers}

@@ -1,0 +1,109 @@
+"""Our sampling of a FLUX.2 klein pipeline is diffusers' own, and what we export samples as we do."""
+
+import pytest
+import tiny
+import torch
+
+from gdmd_lightning.commands.export import export
+from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.flux2 import Flux2KleinFamily
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.samplers import FewStepSampler, sample
+
+TEXTS = ["a red circle", "two blue squares left of a green triangle"]
+TOLD = {"max_sequence_length": 24, "text_encoder_out_layers": (1, 3)}
+CALL = {"height": 32, "width": 32, "output_type": "pt", **TOLD}
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tiny.save_flux2(tmp_path_factory.mktemp("flux2") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def module(saved):
+    module = DMD(Flux2KleinFamily(str(saved), max_sequence_length=24, text_layers=(1, 3)), height=32, width=32)
+    module.configure_model()
+    module.family.loaded.set_progress_bar_config(disable=True)
+    return module
+
+
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
+def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance_scale):
+    ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
+    theirs = module.family.loaded(
+        prompt=TEXTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise.clone(), **CALL
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_exported_sampler_makes_our_pictures(module, noise, steps):
+    family, network = module.family, module.networks.generator
+    pipeline = family.to_pipeline(network, steps, stochastic=False)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(prompt=TEXTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), **CALL).images
+    predict = module.predictor("generator", family.encode(TEXTS))
+    ours = family.decode(sample(predict, noise, family.few_step_sigmas(steps), FewStepSampler(steps)))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert family.to_pipeline(network, steps, stochastic=True).scheduler.config.stochastic_sampling
+
+
+def test_more_tokens_mean_more_noise(module):
+    few = module.family.few_step_sigmas(4)
+    module.family.latent_shape(1024, 1024)
+    many = module.family.few_step_sigmas(4)
+    assert module.family.latent_shape(32, 32) == (8, 8, 8)
+    assert (many[1:-1] > few[1:-1]).all()
+    assert few[0] == many[0] == 1
+    assert few[-1] == many[-1] == 0
+
+
+def test_latents_of_pictures_come_back_and_carry_gradient(module):
+    family = module.family
+    pictures = torch.rand(2, 3, 32, 32)
+    latents = family.encode_images(pictures)
+    plain = family.loaded.vae.encode(pictures * 2 - 1).latent_dist.mode()
+    torch.testing.assert_close(
+        family.decode(latents), (family.loaded.vae.decode(plain).sample / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0
+    )
+    latents.requires_grad_()
+    family.decode(latents).mean().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+def test_what_does_not_fit_is_refused(saved, module):
+    with pytest.raises(UserError, match="34x32 is not a multiple of 4 pixels"):
+        module.family.latent_shape(34, 32)
+    with pytest.raises(UserError, match="the text encoder has 3 layers, not 27"):
+        Flux2KleinFamily(str(saved)).load()
+    with pytest.raises(UserError, match="holds a Flux2KleinPipeline, not a StableDiffusion3Pipeline"):
+        tiny.family(saved)
+
+
+@pytest.mark.parametrize("method", ["DMD", "GDMD"])
+def test_the_command_line_trains_resumes_exports_and_diffusers_samples(method, saved, fast_fit, tmp_path, noise):
+    from diffusers import Flux2KleinPipeline
+
+    from gdmd_lightning.cli import main
+
+    overlay = tmp_path / "flux2.yaml"
+    told = f"{{path: {saved}, max_sequence_length: 24, text_layers: [1, 3]}}"
+    overlay.write_text(f"model: {{init_args: {{family: {{class_path: Flux2KleinFamily, init_args: {told}}}}}}}\n")
+    config = [*fast_fit, *(["--config", "shapes_dmd.yaml"] if method == "DMD" else []), "--config", str(overlay)]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    main(["fit", *config, *plain, "--trainer.max_steps=2"])
+    main(["fit", *config, *plain, "--trainer.max_steps=3", f"--ckpt_path={last}"])
+    module = load_module(str(last))
+    assert type(module).__name__ == method
+    pipe = Flux2KleinPipeline.from_pretrained(export(module, tmp_path / "out"))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(prompt=TEXTS, num_inference_steps=4, guidance_scale=1.0, latents=noise.clone(), **CALL).images
+    torch.testing.assert_close(module.generate(noise, TEXTS), theirs, atol=1e-4, rtol=0)
