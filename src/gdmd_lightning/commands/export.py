@@ -44,10 +44,7 @@ def snippet(module: DistillationModule, out: Path) -> str:
     absent = "".join(f", {name}={value}" for name, value in module.family.loading_arguments().items())
     more = "".join(f", {name}={value}" for name, value in module.family.sampling_arguments().items())
     call = f'pipe(prompt="a red circle", num_inference_steps={module.sampler.steps}, guidance_scale=1.0{more})'
-    return (
-        f'pipe = diffusers.{pipeline}.from_pretrained("{out}"{absent})\n'
-        f'{call}.images[0].save("picture.png")'
-    )
+    return f'pipe = diffusers.{pipeline}.from_pretrained("{out}"{absent})\n{call}.images[0].save("picture.png")'
 
 
 def _card(module: DistillationModule, out: Path) -> str:
