@@ -153,13 +153,18 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
         tokenizer_3=None,
     )
     pipeline.save_pretrained(settings.out, safe_serialization=True)
-    for name in ("text_encoder", "text_encoder_2"):
-        _declare_float32(settings.out / name / "config.json")
+    for name in ("vae", "transformer", "text_encoder", "text_encoder_2"):
+        _tidy(settings.out / name / "config.json")
 
 
-def _declare_float32(config: Path) -> None:
-    """Load in single precision unless asked otherwise, as diffusers does; transformers takes what the file has."""
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+def _tidy(config: Path) -> None:
+    """Forget where on this machine a part came from, and load text encoders in single precision unless asked
+    otherwise, as diffusers does: transformers takes what the file has."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    if "dtype" in content:
+        content["dtype"] = "float32"
+    config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _train(
