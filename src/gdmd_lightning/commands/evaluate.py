@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
+from tqdm import tqdm
 
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.commands.restore import load_module
@@ -78,7 +79,7 @@ def score(
 ) -> list[Row]:
     """One row for each contestant, all from the same noise."""
     rows = []
-    for contestant in contestants:
+    for contestant in tqdm(contestants, desc="scoring", unit="generator"):
         result = evaluate(contestant.generate, prompts, scores, latent_shape, seed=seed)
         found = {f"{s.name}/{task}": value for s in scores for task, value in s.intervals().items()}
         rows.append(Row(contestant.name, contestant.evaluations, result.seconds, found))

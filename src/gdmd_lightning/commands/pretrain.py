@@ -159,7 +159,8 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
 
 def _tidy(config: Path) -> None:
     """Forget where on this machine a part came from, and load text encoders in single precision unless asked
-    otherwise, as diffusers does: transformers takes what the file has."""
+    otherwise, as diffusers does: transformers takes what the file has.
+    """
     content = json.loads(config.read_text())
     content.pop("_name_or_path", None)
     if "dtype" in content:
