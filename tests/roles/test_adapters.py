@@ -1,0 +1,242 @@
+"""Adapters on one base are as good as networks of their own: to the bit, gradients too, in any order of calls."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.families.flux2 import Flux2KleinFamily
+from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.roles import AdapterRoles, LoRA, Role
+
+TEXTS = ["a red circle", "two blue squares"]
+LORA = LoRA(rank=4, alpha=8)
+ADAPTERS: tuple[Role, ...] = ("generator", "fake_score", "old", "ema")
+
+
+@pytest.fixture(scope="module", params=["sd3", "sdxl", "flux2"])
+def family(request, tmp_path_factory) -> ModelFamily:
+    path = tmp_path_factory.mktemp(request.param) / "pipeline"
+    match request.param:
+        case "sd3":
+            family: ModelFamily = tiny.family(tiny.save_pipeline(path, layers=2))
+        case "sdxl":
+            family = SDXLFamily(str(tiny.save_sdxl(path)))
+        case _:
+            family = Flux2KleinFamily(str(tiny.save_flux2(path)), max_sequence_length=16, text_layers=(1, 2))
+    family.load()
+    return family
+
+
+def network_of(family: ModelFamily) -> nn.Module:
+    """A fresh copy of the family's network."""
+    components = family.loaded.components
+    return copy.deepcopy(components.get("transformer") or components["unet"])
+
+
+def cast(family: ModelFamily, *, checkpointing: bool = False, **options) -> AdapterRoles:
+    """Roles whose adapters have all been drawn at random, so that none is like another."""
+    roles = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1, **options)
+    if checkpointing:
+        roles.checkpoint_activations()
+    stream = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in roles.named_parameters():
+            if not roles.is_teachers(name):
+                parameter.copy_(torch.randn(parameter.shape, generator=stream) / 4)
+    return roles
+
+
+def alone(family: ModelFamily, roles: AdapterRoles, role: Role) -> nn.Module:
+    """A network of the role's own, with one adapter, as peft is commonly used."""
+    from peft import LoraConfig
+
+    network = network_of(family).eval().requires_grad_(False)
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in linear if name.endswith(tuple(f".{target}" for target in family.lora_targets))]
+    network.add_adapter(LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=targets), "mine")
+    state = roles.state_dict()
+    with torch.no_grad():
+        for name, parameter in adapter_of(network):
+            parameter.copy_(state[f"network.{name.replace('.mine.', f'.{role}.')}"])
+    return network
+
+
+def adapter_of(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in network.named_parameters() if ".lora_" in name]
+
+
+def inputs(family: ModelFamily):
+    shape = family.latent_shape(32, 32)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
+    return x, torch.tensor([0.8, 0.3]), family.encode(TEXTS)
+
+
+@pytest.mark.parametrize("role", ADAPTERS)
+def test_a_roles_output_is_that_of_a_network_of_its_own_to_the_bit(family, role):
+    roles = cast(family)
+    network = alone(family, roles, role)
+    with torch.no_grad():
+        expected = family.predict_velocity(network, *inputs(family))
+    for other in ("teacher", *ADAPTERS):
+        roles.velocity(other, *inputs(family))
+    assert torch.equal(roles.velocity(role, *inputs(family)), expected)
+
+
+def test_the_teacher_is_the_base_to_the_bit(family):
+    roles = cast(family)
+    with torch.no_grad():
+        expected = family.predict_velocity(network_of(family).eval(), *inputs(family), guidance_scale=3.0)
+    assert torch.equal(roles.velocity("teacher", *inputs(family), guidance_scale=3.0), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("learner", ["generator", "fake_score"])
+def test_gradients_of_interleaved_roles_are_those_of_separate_networks_to_the_bit(family, learner, checkpointing):
+    roles = cast(family, checkpointing=checkpointing)
+    network = alone(family, roles, learner)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    family.predict_velocity(network, *inputs(family)).square().sum().backward()
+    with roles.learning(learner):
+        roles.velocity("ema", *inputs(family))
+        loss = roles.velocity(learner, *inputs(family)).square().sum()
+        # Between a forward and its backward all others speak, with gradient asked for and without.
+        for other in ("teacher", *ADAPTERS):
+            if other != learner:
+                roles.velocity(other, *inputs(family))
+        roles.velocity("fake_score", *inputs(family), snapshot=1)
+        loss.backward()
+    expected = {name.replace(".mine.", f".{learner}."): p.grad for name, p in adapter_of(network)}
+    found = {name.removeprefix("network."): p.grad for name, p in roles.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forwards_under_one_backward_add_up(family, checkpointing):
+    roles = cast(family, checkpointing=checkpointing)
+
+    def gradients(*scales: float) -> list[torch.Tensor]:
+        roles.zero_grad()
+        with roles.learning("generator"):
+            sum(scale * roles.velocity("generator", *inputs(family)).square().sum() for scale in scales).backward()
+        return [p.grad.clone() for p in roles.parameters_of("generator")]
+
+    for twice, once in zip(gradients(1.0, 1.0), gradients(2.0), strict=True):
+        torch.testing.assert_close(twice, once)
+
+
+def test_adapters_start_as_no_change_and_as_each_other(family):
+    roles = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
+    answers = [roles.velocity(role, *inputs(family)) for role in ("teacher", *ADAPTERS)]
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    state = roles.state_dict()
+    for average in ("ema", "old"):
+        for name in roles.names_of("generator"):
+            assert torch.equal(state[name], state[name.replace(".generator.", f".{average}.")])
+
+
+def test_first_weights_depend_on_the_seed_alone(family):
+    torch.manual_seed(1)
+    one = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9)
+    torch.manual_seed(2)
+    after = torch.get_rng_state()
+    other = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert tiny.differing(dict(one.state_dict()), dict(other.state_dict())) == []
+
+
+def test_averages_move_by_their_decay_and_a_snapshot_stays(family):
+    roles = cast(family)
+    before = {name: tensor.clone() for name, tensor in roles.state_dict().items()}
+    roles.after_generator_update()
+    roles.keep_snapshot(0)
+    for role, decay in (("ema", 0.9), ("old", 0.5)):
+        for name in roles.names_of("generator"):
+            its = name.replace(".generator.", f".{role}.")
+            expected = decay * before[its] + (1 - decay) * before[name]
+            torch.testing.assert_close(roles.state_dict()[its], expected)
+    kept = roles.velocity("fake_score", *inputs(family), snapshot=1)
+    assert torch.equal(kept, roles.velocity("fake_score", *inputs(family)))
+    with torch.no_grad():
+        for parameter in roles.parameters_of("fake_score"):
+            parameter.add_(1)
+    assert torch.equal(kept, roles.velocity("fake_score", *inputs(family), snapshot=1))
+
+
+def test_a_role_standing_alone_is_a_plain_network_that_answers_as_the_role(family):
+    roles = cast(family, checkpointing=True)
+    network = roles.standing_alone("ema")
+    assert {n for n, _ in network.named_parameters()} == {n for n, _ in network_of(family).named_parameters()}
+    with torch.no_grad():
+        found = family.predict_velocity(network, *inputs(family))
+    expected = roles.velocity("ema", *inputs(family))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(expected, roles.velocity("teacher", *inputs(family)))
+
+
+def test_what_is_trained_asks_for_gradient_from_the_start_and_nothing_else_does(family):
+    roles = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
+    asking = {name for name, p in roles.named_parameters() if p.requires_grad}
+    assert asking == {*roles.names_of("generator"), *roles.names_of("fake_score")}
+
+
+def storage_bytes(tensors) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def test_one_base_is_in_memory(family):
+    network = network_of(family)
+    base = storage_bytes([*network.parameters(), *network.buffers()])
+    roles = AdapterRoles(family, network, lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
+    adapters = storage_bytes(p for name, p in roles.named_parameters() if not roles.is_teachers(name))
+    assert storage_bytes([*roles.parameters(), *roles.buffers()]) <= 1.1 * (base + adapters)
+
+
+def test_one_base_is_in_memory_at_half_a_billion_parameters():
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(
+            num_layers=12, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536
+        )
+        base = storage_bytes(network.parameters())
+        family = tiny.SD3Family.__new__(tiny.SD3Family)  # nothing of it but its list of targets is asked
+        roles = AdapterRoles(family, network, lora=LoRA(), ema_decay=0.9, old_decay=0.5, snapshots=2)
+    assert base > 4 * 5e8
+    adapters = sum(4 * p.numel() for name, p in roles.named_parameters() if not roles.is_teachers(name))
+    whole = storage_bytes([*roles.parameters(), *roles.buffers()])
+    assert base + adapters <= whole <= 1.1 * (base + adapters)
+    assert whole <= 1.2 * base
+
+
+def test_adapters_are_float32_on_a_base_of_less(family):
+    roles = AdapterRoles(family, network_of(family).bfloat16(), lora=LORA, ema_decay=0.9)
+    kinds = {(roles.is_teachers(name), p.dtype) for name, p in roles.named_parameters()}
+    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
+    with roles.learning("generator"):
+        v = roles.velocity("generator", *inputs(family))
+        v.square().mean().backward()
+    assert v.dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in roles.parameters_of("generator"))
+
+
+def test_a_target_that_matches_nothing_is_refused(family):
+    with pytest.raises(UserError, match="LoRA target 'to_qq' matches no module"):
+        AdapterRoles(family, network_of(family), lora=LoRA(targets=("to_q", "to_qq")), ema_decay=0.9)
+    with pytest.raises(UserError, match="rank is 0"):
+        LoRA(rank=0)
+
+
+def test_all_state_survives_a_checkpoint(family):
+    roles, other = cast(family), AdapterRoles(
+        family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1
+    )  # fmt: skip
+    other.load_state_dict({k: v for k, v in roles.state_dict().items() if not roles.is_teachers(k)}, strict=False)
+    assert tiny.differing(dict(roles.state_dict()), dict(other.state_dict())) == []
