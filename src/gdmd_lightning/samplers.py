@@ -6,7 +6,7 @@ Every step takes its noise as an argument; nothing here draws from a hidden rand
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,9 +123,21 @@ class State:
     level: Tensor
 
 
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Standard normal noise from a stream of its own; drawn on the CPU, so every device sees the same."""
-    return torch.randn(shape, generator=generator).to(device)
+Streams = torch.Generator | Sequence[torch.Generator]
+"""One random stream for a batch, or one for each of its rows, whose noise then knows nothing of the other rows."""
+
+
+def draw_noise(shape: tuple[int, ...], generator: Streams, device: torch.device) -> Tensor:
+    """Standard normal noise from a stream of its own; drawn on the CPU, so every device sees the same.
+
+    Raises:
+        ValueError: If there are several streams, and not one for each of the ``shape[0]`` rows.
+    """
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} streams for {shape[0]} rows of noise")
+    return torch.stack([torch.randn(shape[1:], generator=stream) for stream in generator]).to(device)
 
 
 @torch.no_grad()
@@ -163,7 +175,7 @@ def backward_simulation(
 
 @torch.no_grad()
 def sample(
-    predict: Predict, noise: Tensor, sigmas: Tensor, sampler: FewStepSampler, generator: torch.Generator | None = None
+    predict: Predict, noise: Tensor, sigmas: Tensor, sampler: FewStepSampler, generator: Streams | None = None
 ) -> Tensor:
     """All steps from pure noise to ``x0``, ``[B, C, H, W]``.
 

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from gdmd_lightning.data.readers import open_source
+from gdmd_lightning.data.readers import ShapesPrompts, open_source
 from gdmd_lightning.data.stream import PromptStream
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import PromptBatch
+from gdmd_lightning.shapes.captions import TASK_WEIGHTS, prompts
 
 
 class PromptLoader:
@@ -123,6 +124,13 @@ class PromptDataModule(LightningDataModule):
         """The batches from the current position on: ``PromptBatch`` objects, opaque ones for a trainer."""
         loader = PromptLoader(self._stream, self.num_workers)
         return loader if self.trainer is None else InTransitLoader(loader)
+
+    def texts(self) -> Iterator[str]:
+        """The texts of one pass over the source; of the Shapes world, where a pass has no end, those it draws from."""
+        if isinstance(self.prompts, ShapesPrompts):
+            split = self.prompts.split
+            return (prompt.text for task in TASK_WEIGHTS for prompt in prompts(task, split))
+        return (prompt.text for prompt in self.prompts.read())
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave prompts where they are, and note that training got a batch."""

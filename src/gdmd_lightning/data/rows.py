@@ -78,5 +78,5 @@ def no_column(column: str, there: Iterable[object], where: str) -> UserError:
     """The error for a table or an object that lacks the prompt's column."""
     names = ", ".join(repr(name) for name in there) or "none"
     return UserError(
-        f"no column {column!r}", where=where, remedy=f"it has {names}; choose one with --data.column, or rename it"
+        f"no column {column!r}", where=where, remedy=f"it has {names}; choose one by its name (column), or rename it"
     )

@@ -1,0 +1,320 @@
+"""Embeddings on disk: computed once, read back to the bit, whole after any crash, and of one model alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdmd_lightning.data import embedding_cache, embeddings
+from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, key_of
+from gdmd_lightning.data.embeddings import PromptEmbeddings, fill
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import Conditioning
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+TEXTS = [f"prompt {n}" for n in range(10)]
+
+
+class Words:
+    """A family whose embeddings are numbers drawn by the text; it notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, texts):
+        self.asked += [list(texts)]
+        draws = [torch.Generator().manual_seed(int(key_of(text)[:12], 16)) for text in texts]
+        rows = torch.stack([torch.randn(4, 3, generator=draw) for draw in draws])
+        return Conditioning(rows[:, :2], rows[:, 2], rows[:, 3].long())
+
+    @property
+    def empty(self):
+        return Words().encode([""])
+
+
+def filled(directory, texts, family, rank=0, **options):
+    store = EmbeddingStore(str(directory), "words", rank)
+    fill(store, family, texts, **{"batch_size": 2, "shard_size": 4, "rank": rank, **options})
+    return store
+
+
+def same(one, other):
+    parts = [(getattr(one, name), getattr(other, name)) for name in ("sequence", "pooled", "ids")]
+    return all((a is None) == (b is None) and (a is None or (a.dtype == b.dtype and a.equal(b))) for a, b in parts)
+
+
+def run_here(code, *arguments):
+    """Python code in a process of its own, with this file's names."""
+    code = f"import os, sys\nfrom test_embedding_cache import *\n{code}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], env=environment, text=True, stderr=subprocess.PIPE
+    )
+
+
+def files(directory, kind):
+    return sorted(path.name for path in Path(directory).glob(f"*.{kind}"))
+
+
+def test_a_second_run_encodes_nothing(tmp_path):
+    filled(tmp_path, TEXTS, Words())
+    family = Words()
+    store = filled(tmp_path, TEXTS, family)
+    rows = PromptEmbeddings(family, store=store)(TEXTS)
+    assert family.asked == []
+    assert same(rows, Words().encode(TEXTS))
+
+
+def test_a_text_is_encoded_once_however_often_it_is_asked_for_and_in_batches_and_files_of_the_size_told(tmp_path):
+    family = Words()
+    filled(tmp_path, TEXTS + TEXTS[::-1], family)
+    assert [len(batch) for batch in family.asked] == [2] * 5
+    assert [text for batch in family.asked for text in batch] == TEXTS
+    assert len(files(tmp_path, "safetensors")) == 3
+
+
+def test_only_new_texts_are_encoded_when_prompts_are_added(tmp_path):
+    filled(tmp_path, TEXTS[:6], Words())
+    family = Words()
+    filled(tmp_path, TEXTS, family)
+    assert sorted(text for batch in family.asked for text in batch) == TEXTS[6:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [("sequence",), ("sequence", "pooled"), ("sequence", "ids"), embedding_cache.FIELDS])
+def test_what_is_read_is_what_was_written_to_the_bit(tmp_path, dtype, fields):
+    parts = {"sequence": torch.randn(1, 5, 4), "pooled": torch.randn(1, 3), "ids": torch.randn(1, 5, 4)}
+    row = Conditioning(**{name: parts[name].to(dtype) for name in fields})
+    EmbeddingStore(str(tmp_path), "words").write({"déjà vu": row})
+    assert same(EmbeddingStore(str(tmp_path), "words").read("déjà vu", CPU), row)
+
+
+def test_an_embedding_outlives_its_file(tmp_path):
+    store = filled(tmp_path, TEXTS, Words())
+    row = store.read(TEXTS[0], CPU)
+    for path in tmp_path.glob("*"):
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    assert same(row, Words().encode(TEXTS[:1]))
+
+
+# Several processes.
+
+
+def fill_share(place, rank):
+    def barrier():
+        (place / f"here-{rank}").touch()
+        last = time.monotonic() + 60
+        while not all((place / f"here-{r}").exists() for r in (0, 1)):
+            assert time.monotonic() < last
+            time.sleep(0.02)
+
+    family = Words()
+    store = filled(place / "cache", TEXTS, family, rank, world_size=2, barrier=barrier)
+    read = all(same(store.read(text, CPU), Words().encode([text])) for text in TEXTS)
+    asked = [text for batch in family.asked for text in batch]
+    (place / f"report-{rank}.json").write_text(json.dumps({"asked": asked, "read": read}))
+
+
+def test_two_processes_fill_one_directory_without_overlap_and_read_each_others(tmp_path):
+    running = [run_here("fill_share(Path(sys.argv[1]), int(sys.argv[2]))", tmp_path, rank) for rank in (0, 1)]
+    told = [process.communicate(timeout=100)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    one, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
+    assert one["asked"]
+    assert other["asked"]
+    assert sorted(one["asked"] + other["asked"]) == TEXTS
+    assert one["read"]
+    assert other["read"]
+
+
+def test_a_rank_that_has_seen_anothers_shards_still_does_its_own_share(tmp_path):
+    """Dealt out by place among what is absent, texts would be left out when ranks begin at different times."""
+    prompt, late = Words(), Words()
+
+    def the_other():
+        filled(tmp_path, TEXTS, late, 0, world_size=2)
+
+    store = filled(tmp_path, TEXTS, prompt, 1, world_size=2, barrier=the_other)
+    assert store.missing(TEXTS) == []
+    asked = [[text for batch in family.asked for text in batch] for family in (prompt, late)]
+    assert all(asked)
+    assert sorted(asked[0] + asked[1]) == TEXTS
+
+
+def test_ranks_whose_directories_are_not_one_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings, "PATIENCE", 0)
+    with pytest.raises(UserError, match=r"lacks \d+ of 10 prompts .*give embedding_cache.directory a directory that"):
+        filled(tmp_path, TEXTS, Words(), world_size=2)
+
+
+def test_of_two_runs_that_wrote_a_prompt_everybody_reads_the_earlier(tmp_path):
+    row = Words().encode(["a"])
+    first, second, early = (EmbeddingStore(str(tmp_path), "words", rank) for rank in (0, 1, 2))
+    first.write({"a": row})
+    early.refresh()
+    second.write({"a": Conditioning(row.sequence + 1, row.pooled, row.ids)})
+    early.refresh()
+    for store in (first, second, early, EmbeddingStore(str(tmp_path), "words")):
+        assert same(store.read("a", CPU), row)
+
+
+# Crashes.
+
+
+def test_a_write_that_fails_half_way_leaves_what_was_written_and_nothing_else(tmp_path, monkeypatch):
+    store = filled(tmp_path, TEXTS[:4], Words())
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fill(store, Words(), TEXTS, batch_size=2, shard_size=4)
+    assert files(tmp_path, "part") == []
+    family = Words()
+    again = filled(tmp_path, TEXTS, family)
+    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_a_usable_cache(tmp_path):
+    killed = run_here(
+        "store = filled(sys.argv[1], TEXTS[:4], Words())\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "fill(store, Words(), TEXTS, batch_size=2, shard_size=4)",
+        tmp_path,
+    )
+    killed.communicate(timeout=100)
+    assert killed.returncode == -9
+    assert len(files(tmp_path, "part")) == 1
+    assert len(files(tmp_path, "safetensors")) == 1
+    EmbeddingStore(str(tmp_path), "words", rank=1)
+    assert len(files(tmp_path, "part")) == 1, "another rank's"
+    family = Words()
+    again = filled(tmp_path, TEXTS, family)
+    assert files(tmp_path, "part") == []
+    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
+
+
+def test_what_a_living_run_is_writing_is_left_alone_until_it_is_a_day_old(tmp_path):
+    host = embedding_cache.socket.gethostname()
+    mine = tmp_path / f"00000.{os.getppid()}.{host}.part"
+    far = tmp_path / "00000.1.elsewhere.part"
+    for part in (mine, far):
+        part.write_bytes(b"half")
+    EmbeddingStore(str(tmp_path), "words")
+    assert mine.exists()
+    assert far.exists()
+    yesterday = time.time() - 25 * 3600
+    os.utime(far, (yesterday, yesterday))
+    EmbeddingStore(str(tmp_path), "words")
+    assert mine.exists()
+    assert not far.exists()
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_truncated_shard_is_one_line_that_names_it(tmp_path, kept):
+    filled(tmp_path, TEXTS[:4], Words())
+    (name,) = files(tmp_path, "safetensors")
+    os.truncate(tmp_path / name, kept if kept >= 0 else (tmp_path / name).stat().st_size - 1)
+    with pytest.raises(UserError, match=r"is no whole safetensors file .*remove this file") as raised:
+        EmbeddingStore(str(tmp_path), "words")
+    assert str(raised.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_shard_that_is_removed_under_a_run_is_told(tmp_path):
+    store = filled(tmp_path, TEXTS[:4], Words())
+    (name,) = files(tmp_path, "safetensors")
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=name):
+        store.read(TEXTS[0], CPU)
+
+
+FULL = """
+import resource, signal
+store = filled(sys.argv[1], TEXTS[:4], Words())
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    fill(store, Words(), TEXTS, batch_size=2, shard_size=4)
+except UserError as error:
+    sys.stderr.write(str(error))
+    sys.exit(2)
+"""
+
+
+def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_that_was_written(tmp_path):
+    """With a limit on files' sizes the kernel refuses the write half way, as it does where no space is left."""
+    process = run_here(FULL, tmp_path)
+    told = process.communicate(timeout=100)[1]
+    assert process.returncode == 2, told
+    line = told.splitlines()[-1]
+    assert line.startswith(f"{tmp_path}: cannot write ")
+    assert "File too large" in line
+    assert files(tmp_path, "part") == []
+    assert len(files(tmp_path, "safetensors")) == 1
+    family = Words()
+    filled(tmp_path, TEXTS, family)
+    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_no_space_left_is_said_in_these_words(tmp_path, monkeypatch):
+    store = EmbeddingStore(str(tmp_path), "words")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a: opened(Path("/dev/full") if self.suffix == ".part" else self, *a)
+    )
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+        store.write({"a": Words().encode(["a"])})
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(1, 1, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    family = Words()
+    with pytest.raises(UserError, match=r"10 prompts of 60 bytes each need 600 bytes; 100 bytes are free"):
+        filled(tmp_path, TEXTS, family)
+    assert family.asked == []
+
+
+def test_a_place_that_is_no_directory_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write here: File exists"):
+        EmbeddingStore(str(tmp_path / "file"), "words")
+
+
+# Of one model alone.
+
+
+def test_another_models_embeddings_are_refused(tmp_path):
+    filled(tmp_path, TEXTS, Words())
+    with pytest.raises(UserError, match=r"holds embeddings of another model.*a directory of its own") as raised:
+        EmbeddingStore(str(tmp_path), "letters")
+    assert str(raised.value).startswith(str(tmp_path))
+
+
+def test_a_directory_of_weights_is_no_cache(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds safetensors files that are no embeddings"):
+        EmbeddingStore(str(tmp_path), "words")
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_size": 0}, {"most": -1}, {"directory": " "}])
+def test_settings_without_sense_are_refused(wrong):
+    with pytest.raises(UserError, match=f"embedding_cache.{next(iter(wrong))}"):
+        EmbeddingCache(**{"directory": "cache", **wrong})
