@@ -1,0 +1,87 @@
+"""The shipped configurations parse, plan and train: the real ones on tiny pipelines of their families."""
+
+import json
+import re
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from gdmd_lightning.cli import main
+from gdmd_lightning.locations import shipped_configs
+
+REAL = {
+    "sd3": tiny.save_pipeline,
+    "sd35": tiny.save_pipeline,
+    "sdxl": tiny.save_sdxl,
+    "flux2": tiny.save_flux2,
+}
+# What a tiny pipeline cannot share with a published one: where it is, its size, and a reward that needs no download.
+TINY = {
+    "trainer": {"max_steps": 3, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+    "data": {"batch_size": 4, "group_size": 2},
+    "model": {
+        "init_args": {
+            "height": 32,
+            "width": 32,
+            "reward": {"class_path": "tiny.Brightness"},
+            "targets": {"size": 2},
+            "matching": {"critic_updates": 2},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_every_published_value_names_its_source_or_is_called_ours(family):
+    text = (shipped_configs() / f"{family}.yaml").read_text()
+    told = ("guidance_scale", "critic_updates", "learning_rate", "lora:", "law:", "ema_decay")
+    for line in text[text.index("model:") :].splitlines():
+        if any(key in line for key in told):
+            assert re.search(r"# .*(RTDMD|DMD2|ours)", line), line
+
+
+@pytest.mark.parametrize("overlay", ["", "cold_start", "lora_24gb"])
+@pytest.mark.parametrize("family", REAL)
+def test_a_real_configuration_prints_itself(family, overlay, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config", f"{family}.yaml"]
+    if overlay:
+        arguments += ["--config", overlay_name(family, overlay)]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--print_config"])
+    assert left.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].endswith("DMD" if overlay == "cold_start" else "GDMD")
+    assert printed["model"]["init_args"]["lora"]["rank"] >= 32
+
+
+def overlay_name(family: str, overlay: str) -> str:
+    return f"{family}_{overlay}.yaml" if overlay == "lora_24gb" else f"{overlay}.yaml"
+
+
+@pytest.mark.parametrize("overlay", ["cold_start", "lora_24gb"])
+@pytest.mark.parametrize("family", REAL)
+def test_a_real_configuration_trains_three_updates_of_a_tiny_pipeline(family, overlay, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
+    pipeline = REAL[family](tmp_path / "pipeline")
+    mine = json.loads(json.dumps(TINY))
+    path = {"path": str(pipeline)}
+    if family == "flux2":
+        path |= {"max_sequence_length": 16, "text_layers": [1, 2]}
+    mine["model"]["init_args"]["family"] = {"init_args": path}
+    if overlay == "lora_24gb":
+        mine["data"] = {}
+    else:
+        for key in ("reward", "targets"):
+            del mine["model"]["init_args"][key]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(mine))
+    overlays = ["--config", overlay_name(family, overlay), "--config", "tiny.yaml"]
+    main(["fit", "--config", f"{family}.yaml", *overlays])
+    (last,) = (tmp_path / "runs").rglob("last.ckpt")
+    state = torch.load(last, weights_only=True)
+    assert state["global_step"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in state["state_dict"].values())
+    assert len(list((tmp_path / "runs").glob("*_embeddings/*.safetensors"))) == (overlay == "lora_24gb")
