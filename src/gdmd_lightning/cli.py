@@ -16,7 +16,9 @@ from gdmd_lightning.errors import UserError
 
 COMMANDS = {
     "fit": "train a generator: fit --config shapes.yaml [--trainer.max_steps 50 ...]",
+    "plan": "say what fit needs per GPU, before any download: plan --config shapes.yaml [--gpu_memory 24 ...]",
     "evaluate": "score teacher, checkpoints and exported pipelines on fixed prompts",
+    "sample": "draw pictures of prompts: sample CHECKPOINT PROMPTS OUT [--per_prompt 4 ...]",
     "export": "write a checkpoint's generator as a diffusers pipeline directory",
     "demo": "distil the embedded teacher with DMD, then GDMD, and show the table",
     "pretrain": "train the embedded Shapes teacher from nothing",

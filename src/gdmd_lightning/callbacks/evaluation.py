@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -87,6 +88,8 @@ class GenerationEvaluation(pl.Callback):
         )
         values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
         module.log_dict(values, batch_size=1)
+        found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
+        module.provenance = replace(module.provenance, scores=found)
         module.log("eval/seconds_per_picture", result.seconds, batch_size=1)
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, so asked for on every rank
         if self.columns and trainer.is_global_zero:

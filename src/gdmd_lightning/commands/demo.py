@@ -81,8 +81,8 @@ def main(arguments: list[str]) -> int:
     """``demo``; what it does not know goes to both trainings."""
     parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--cold_start", type=int, default=100, help="DMD updates")
-    parser.add_argument("--updates", type=int, default=180, help="GDMD updates")
+    parser.add_argument("--cold_start", type=int, default=60, help="DMD updates")
+    parser.add_argument("--updates", type=int, default=100, help="GDMD updates")
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of both trainings")
     options = parser.parse_args(arguments)

@@ -130,7 +130,7 @@ def save(rows: Sequence[Row], path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """``evaluate [--checkpoint NAME=PATH ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False)
-    parser.add_argument("--checkpoint", type=list[str], default=[], help="NAME=PATH of a run's .ckpt; may be repeated")
+    parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of a run's .ckpt; may be repeated")
     parser.add_argument(
         "--teacher", type=str, default="package:assets/shapes", help="pipeline directory of the teacher"
     )

@@ -24,7 +24,7 @@ from gdmd_lightning.commands.restore import describe_module
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
+from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
 
 
 class DistillationCLI(LightningCLI):
@@ -60,7 +60,8 @@ class DistillationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Let checkpoints explain themselves; refuse what Lightning would misread or refuse less clearly."""
-        self.model.configuration = describe_module(self.config.fit.model)
+        settings = self.config.fit
+        self.model.provenance = Provenance(describe_module(settings.model), str(settings.data.source))
         if self.trainer.gradient_clip_val:
             raise UserError(
                 "it has no meaning with two optimizers",

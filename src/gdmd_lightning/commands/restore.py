@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 import gdmd_lightning.components  # noqa: F401  (makes every class known by its bare name)
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import check_fits, read_checkpoint
+from gdmd_lightning.methods.checkpointing import Provenance, check_fits, read_checkpoint
 
 
 def _parser() -> ArgumentParser:
@@ -32,16 +32,17 @@ def load_module(path: str, device: str = "cpu") -> DistillationModule:
         UserError: If the checkpoint is unreadable, carries no configuration, or does not fit the pipeline on disk.
     """
     checkpoint = read_checkpoint(path)
-    text = checkpoint.get("configuration")
-    if not text:
+    provenance = Provenance(**checkpoint.get("provenance", {}))
+    if not provenance.configuration:
         raise UserError(f"{path!r} carries no configuration", where="checkpoint", remedy="use one that fit has written")
     parser = _parser()
     try:
-        configured = parser.parse_string(text)
+        configured = parser.parse_string(provenance.configuration)
     except ArgumentError as error:
         raise UserError(f"the configuration in {path!r} is not understood: {error}", where="checkpoint") from error
     configured.model.init_args.start_from = None  # all it gave is in the checkpoint
     module: DistillationModule = parser.instantiate_classes(configured).model
+    module.provenance = provenance
     module.configure_model()
     check_fits(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -88,9 +88,9 @@ def summary(values: list[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def report(out: Path, seeds: int, arms: list[str], teacher: dict[str, dict[str, float]]) -> str:
+def report(out: Path, seeds: list[int], arms: list[str], teacher: dict[str, dict[str, float]]) -> str:
     """A Markdown table: overall scores over seeds, and each arm's graded reward against DMD's of the same seed."""
-    runs = {arm: [json.loads((_place(out, arm, s) / "scores.json").read_text()) for s in range(seeds)] for arm in arms}
+    runs = {arm: [json.loads((_place(out, arm, s) / "scores.json").read_text()) for s in seeds] for arm in arms}
     control = runs.get("DMD")
     names = ["geneval/overall", "shapes/overall", "hps_like/overall"]
     lines = [
@@ -118,10 +118,10 @@ def _place(out: Path, arm: str, seed: int) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """``results [--seeds 3] [--arms ...]``; goes on where an earlier call was cut off."""
+    """``results [--seeds [0,1,2]] [--arms ...]``; goes on where an earlier call was cut off."""
     parser = ArgumentParser(prog="gdmd_lightning results", description=__doc__, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="processes may share --out, a seed each")
     parser.add_argument("--arms", type=list[str], default=["DMD", "GDMD"], help=f"of: {'; '.join(ARMS)}")
     parser.add_argument("--cold_start", type=int, default=100, help="DMD updates that all arms start from")
     parser.add_argument("--updates", type=int, default=350, help="updates of each arm after it")
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"unknown arm {unknown[0]!r}", where="--arms", remedy=f"use: {'; '.join(ARMS)}")
     out, count = options.out, options.count
     read_test_prompts("shapes", count)  # a count that makes no sense is told before any training
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         cold = _place(out, "cold start", seed)
         if not (cold / "scores.json").is_file():
             run_arm(cold, "DMD", options.cold_start, seed, None, count, options.fit)
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
         for arm in options.arms:
             run_arm(_place(out, arm, seed), arm, options.updates, seed + 1000, start, count, options.fit)
             print(f"seed {seed}, {arm}: done", flush=True)
-    first = load_module(str(_place(out, "cold start", 0) / "checkpoints" / "last.ckpt"))
+    first = load_module(str(_place(out, "cold start", options.seeds[0]) / "checkpoints" / "last.ckpt"))
     text = report(out, options.seeds, options.arms, teacher_scores(out, first, count))
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -6,14 +6,18 @@ embeddings and autoencoders stay behind it.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import check_pipeline
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.schedules import x0_from_velocity
@@ -64,6 +68,10 @@ class Conditioning:
         """The same on another device."""
         return self._map(lambda t: t.to(device))
 
+    def cast(self, dtype: torch.dtype) -> Conditioning:
+        """Embeddings in another precision; ``ids`` keep theirs."""
+        return Conditioning(self.sequence.to(dtype), None if self.pooled is None else self.pooled.to(dtype), self.ids)
+
     @staticmethod
     def concat(parts: Sequence[Conditioning]) -> Conditioning:
         """One batch of several; all must carry the same tensors."""
@@ -91,12 +99,14 @@ class ModelFamily(ABC):
     """
 
     pipeline_class: ClassVar[str]
+    network_component: ClassVar[str] = "transformer"
 
     def __init__(self, path: str) -> None:
         self.path = resolve(str(path))
         check_pipeline(self.path, self.pipeline_class)
         self.pipeline: Pipeline | None = None
         self._empty: Conditioning | None = None
+        self._fingerprint: str | None = None
 
     # What each family says of itself.
 
@@ -104,13 +114,32 @@ class ModelFamily(ABC):
     def load(self) -> nn.Module:
         """Load all weights; returns the denoising network and keeps text encoders and autoencoder."""
 
+    def sketch(self) -> nn.Module:
+        """As :meth:`load`, with shapes for weights: every network on the meta device, nothing read but configurations.
+
+        Raises:
+            UserError: If a configuration is missing, or this family has no sketch.
+        """
+        raise UserError(f"{type(self).__name__} has no sketch", where="family", remedy="give it sketch()")
+
+    def blank_conditioning(self, device: torch.device) -> Conditioning:
+        """One row of the shapes and precision that :meth:`encode` would give; what it says is undefined.
+
+        Raises:
+            UserError: If this family cannot tell.
+        """
+        raise UserError(f"{type(self).__name__} has no blank", where="family", remedy="give it blank_conditioning()")
+
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embed prompts, ``B`` rows on the family's device. No gradient."""
 
     @abstractmethod
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's prediction as a flow velocity ``eps - x0``, ``[B, C, H, W]`` at levels ``sigma`` ``[B]``."""
+        """The network's prediction as a flow velocity ``eps - x0``, ``[B, C, H, W]`` at levels ``sigma`` ``[B]``.
+
+        The conditioning comes in the network's precision, the state in its own: cast it for the network alone.
+        """
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -178,11 +207,16 @@ class ModelFamily(ABC):
         Source: Classifier-free guidance (2207.12598), Eq. 6, in the scale's usual form.
         """
         if guidance_scale == 1.0:
-            return self.velocity(network, x_sigma, sigma, conditioning)
+            return self._told(network, x_sigma, sigma, conditioning)
         both = Conditioning.concat([self.empty.expand(len(x_sigma)), conditioning])
-        v = self.velocity(network, torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
+        v = self._told(network, torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
         unconditional, conditional = v.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _told(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Told in the network's own precision, answered in the state's."""
+        told = conditioning.cast(next(network.parameters()).dtype)
+        return self.velocity(network, x_sigma, sigma, told).to(x_sigma.dtype)
 
     def predict_x0(
         self,
@@ -203,6 +237,34 @@ class ModelFamily(ABC):
             self._empty = self.encode([""])
         return self._empty
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """What of this object shapes an embedding: by default all the constructor's arguments but the path, each of
+        which must then stand on the object under its name.
+        """
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "path"}
+
+    def text_fingerprint(self) -> str:
+        """A hash of all that shapes an embedding, see :func:`text_fingerprint`; the same at any path."""
+        if self._fingerprint is None:
+            self._fingerprint = text_fingerprint(self.loaded.components, self.encoding_settings())
+        return self._fingerprint
+
+    def free_text_encoders(self) -> None:
+        """Give the text encoders' memory back. Afterwards :meth:`encode` refuses; :attr:`empty` and
+        :meth:`text_fingerprint` were asked before and go on to answer.
+        """
+        parts = self.loaded.components.items()
+        encoders = [name for name, part in parts if name.startswith("text_encoder") and part is not None]
+        if not encoders:
+            return
+        self._empty, self._fingerprint = self.empty, self.text_fingerprint()
+        for name in encoders:
+            setattr(self.loaded, name, None)
+        # In front of every family's own, which would fail with an AttributeError.
+        self.encode = _encode_without_encoders  # type: ignore[method-assign]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @property
     def loaded(self) -> Pipeline:
         """The pipeline, after :meth:`load`."""
@@ -210,9 +272,35 @@ class ModelFamily(ABC):
             raise RuntimeError(f"{type(self).__name__}.load() must run before the pipeline is used")
         return self.pipeline
 
+    def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write an adapter of the network as the file that the pipeline's ``load_lora_weights`` reads.
+
+        Args:
+            directory: Gets ``pytorch_lora_weights.safetensors``.
+            layers, metadata: As :meth:`AdapterRoles.lora_of` gives them.
+        """
+        name = self.network_component
+        adapter = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
+        type(self.loaded).save_lora_weights(directory, safe_serialization=True, **adapter)
+
+    def save_memory(self, *, slicing: bool, tiling: bool) -> None:
+        """Let the autoencoder work on one picture, or one tile, at a time."""
+        if slicing:
+            self.loaded.vae.enable_slicing()
+        if tiling:
+            self.loaded.vae.enable_tiling()
+
     def to(self, device: torch.device) -> None:
         """Move text encoders and autoencoder; the network moves with the module that owns it."""
         for component in self.loaded.components.values():
             if isinstance(component, nn.Module):
                 component.to(device)
         self._empty = None if self._empty is None else self._empty.to(device)
+
+
+def _encode_without_encoders(texts: Sequence[str]) -> Conditioning:
+    raise UserError(
+        f"the text encoders are freed, and {texts[0][:80]!r} was not embedded before",
+        where="prompt",
+        remedy="set embedding_cache.free_encoders to false, or use prompts of the run's source and callbacks alone",
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.sketch import sketch_pipeline
 
 
 class Flux2KleinFamily(ModelFamily):
@@ -51,6 +52,17 @@ class Flux2KleinFamily(ModelFamily):
         from diffusers import Flux2KleinPipeline
 
         self.pipeline = load_pipeline(Flux2KleinPipeline, self.path, self.dtype)
+        return self._network()
+
+    def sketch(self) -> nn.Module:
+        """See :meth:`ModelFamily.sketch`."""
+        from diffusers import Flux2KleinPipeline
+
+        self.pipeline = sketch_pipeline(Flux2KleinPipeline, self.path, self.dtype)
+        self._empty = self.blank_conditioning(torch.device("meta"))
+        return self._network()
+
+    def _network(self) -> nn.Module:
         layers = self.loaded.text_encoder.config.num_hidden_layers
         if max(self.text_layers) > layers:
             raise UserError(
@@ -59,6 +71,12 @@ class Flux2KleinFamily(ModelFamily):
         if self.loaded.transformer.config.guidance_embeds:
             raise UserError("its network is told its guidance; klein's is not", where="family.path")
         return self.loaded.transformer
+
+    def blank_conditioning(self, device: torch.device) -> Conditioning:
+        """See :meth:`ModelFamily.blank_conditioning`."""
+        length, width = self.max_sequence_length, self.loaded.transformer.config.joint_attention_dim
+        sequence = torch.empty(1, length, width, dtype=self.loaded.text_encoder.dtype, device=device)
+        return Conditioning(sequence, ids=torch.zeros(1, length, 4, dtype=torch.long, device=device))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -74,7 +92,7 @@ class Flux2KleinFamily(ModelFamily):
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`ModelFamily.velocity`; the network's time is ``sigma``, a latent's every place a token."""
         tokens = network(
-            hidden_states=x_sigma.flatten(2).transpose(1, 2),
+            hidden_states=x_sigma.flatten(2).transpose(1, 2).to(conditioning.sequence.dtype),
             timestep=sigma,
             guidance=None,
             encoder_hidden_states=conditioning.sequence,
@@ -119,9 +137,9 @@ class Flux2KleinFamily(ModelFamily):
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Attention of both streams, and the fused projections of the single one."""
+        """Attention of both streams, and the fused projections of the single one, as in RTDMD (2605.26108)."""
         joint = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        return (*joint, "to_qkv_mlp_proj")
+        return (*joint, "to_qkv_mlp_proj", "to_out")
 
     def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
         """See :meth:`ModelFamily.to_pipeline`; the pipeline's own levels in ``steps`` steps are the generator's."""

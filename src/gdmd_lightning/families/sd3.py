@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.schedules import few_step_sigmas
 
 _T5 = ("text_encoder_3", "tokenizer_3")
@@ -44,6 +45,25 @@ class SD3Family(ModelFamily):
         )
         return self.loaded.transformer
 
+    def sketch(self) -> nn.Module:
+        """See :meth:`ModelFamily.sketch`."""
+        from diffusers import StableDiffusion3Pipeline
+
+        self.pipeline = sketch_pipeline(
+            StableDiffusion3Pipeline, self.path, self.dtype, drop=() if self.use_t5 else _T5
+        )
+        self._empty = self.blank_conditioning(torch.device("meta"))
+        return self.loaded.transformer
+
+    def blank_conditioning(self, device: torch.device) -> Conditioning:
+        """See :meth:`ModelFamily.blank_conditioning`: CLIP's tokens, then T5's or the zeros in their place."""
+        network, encoder = self.loaded.transformer.config, self.loaded.text_encoder
+        length = encoder.config.max_position_embeddings + self.max_sequence_length
+        like = torch.empty(0, dtype=encoder.dtype, device=device)
+        return Conditioning(
+            like.new_empty(1, length, network.joint_attention_dim), like.new_empty(1, network.pooled_projection_dim)
+        )
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """See :meth:`ModelFamily.encode`."""
@@ -60,7 +80,7 @@ class SD3Family(ModelFamily):
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`ModelFamily.velocity`; the network's time is ``1000 sigma``."""
         return network(
-            hidden_states=x_sigma,
+            hidden_states=x_sigma.to(conditioning.sequence.dtype),
             timestep=1000 * sigma,
             encoder_hidden_states=conditioning.sequence,
             pooled_projections=conditioning.pooled,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.schedules import per_sample, sigma_from_vp, vp_from_sigma
 
 
@@ -28,6 +29,7 @@ class SDXLFamily(ModelFamily):
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
+    network_component = "unet"
 
     def __init__(self, path: str, dtype: str = "float32") -> None:
         super().__init__(path)
@@ -42,6 +44,17 @@ class SDXLFamily(ModelFamily):
         from diffusers import StableDiffusionXLPipeline
 
         self.pipeline = load_pipeline(StableDiffusionXLPipeline, self.path, self.dtype)
+        return self._network()
+
+    def sketch(self) -> nn.Module:
+        """See :meth:`ModelFamily.sketch`."""
+        from diffusers import StableDiffusionXLPipeline
+
+        self.pipeline = sketch_pipeline(StableDiffusionXLPipeline, self.path, self.dtype)
+        self._empty = self.blank_conditioning(torch.device("meta"))
+        return self._network()
+
+    def _network(self) -> nn.Module:
         scheduler = self.loaded.scheduler
         self.predicts = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
@@ -49,6 +62,13 @@ class SDXLFamily(ModelFamily):
         alphas = scheduler.alphas_cumprod.double()
         self.levels = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())  # of each timestep, [T], rising
         return self.loaded.unet
+
+    def blank_conditioning(self, device: torch.device) -> Conditioning:
+        """See :meth:`ModelFamily.blank_conditioning`."""
+        encoder = self.loaded.text_encoder_2
+        like = torch.empty(0, dtype=encoder.dtype, device=device)
+        length, width = encoder.config.max_position_embeddings, self.loaded.unet.config.cross_attention_dim
+        return Conditioning(like.new_empty(1, length, width), like.new_empty(1, encoder.config.projection_dim))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -75,7 +95,7 @@ class SDXLFamily(ModelFamily):
         x_t = (a + s) * x_sigma
         size = [side * self.loaded.vae_scale_factor for side in x_sigma.shape[2:]]
         predicted = network(
-            x_t,
+            x_t.to(conditioning.sequence.dtype),
             self.timestep(sigma),
             encoder_hidden_states=conditioning.sequence,
             added_cond_kwargs={
@@ -83,7 +103,7 @@ class SDXLFamily(ModelFamily):
                 "time_ids": x_t.new_tensor([*size, 0, 0, *size]).expand(len(x_t), -1),
             },
             return_dict=False,
-        )[0]
+        )[0].to(x_t.dtype)
         if self.predicts == "v_prediction":
             return (a * predicted + s * x_t) - (a * x_t - s * predicted)
         return predicted - (x_t - s * predicted) / a

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gdmd_lightning.data.embeddings import PromptEmbeddings
+from gdmd_lightning.data.embedding_cache import EmbeddingCache
+from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
-from gdmd_lightning.methods.checkpointing import check_fits
-from gdmd_lightning.methods.settings import Matching, Optimization
+from gdmd_lightning.methods.checkpointing import Provenance, check_fits, take_over
+from gdmd_lightning.methods.settings import Matching, Memory, Optimization
 from gdmd_lightning.methods.targets import Targets, implicit_targets
 from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.prompts import PromptBatch
-from gdmd_lightning.roles import Role, Roles, Trainable
+from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Role, Roles, Trainable
 from gdmd_lightning.samplers import FewStepSampler, State, backward_simulation, draw_noise, sample
 from gdmd_lightning.schedules import draw_levels, renoise
 
@@ -38,6 +42,9 @@ class DistillationModule(pl.LightningModule):
         sampler: The few-step sampler.
         matching: Distribution matching.
         generator, critic: The two optimizers.
+        lora: Train adapters on one network instead of copies of it.
+        memory: What is done to need less of it.
+        embedding_cache: Embed all prompts of a run before it trains, on disk; null to embed each as it comes.
         ema_decay: Of the weights that are evaluated and exported.
         seed: Of every random stream; with rank and update it determines all draws.
         start_from: Checkpoint of this project whose generator, fake score and averages are taken over as a start.
@@ -55,6 +62,9 @@ class DistillationModule(pl.LightningModule):
         matching: Matching = Matching(),
         generator: Optimization = Optimization(),
         critic: Optimization = Optimization(),
+        lora: LoRA | None = None,
+        memory: Memory = Memory(),
+        embedding_cache: EmbeddingCache | None = None,
         ema_decay: float = 0.99,
         seed: int = 0,
         start_from: str | None = None,
@@ -63,10 +73,11 @@ class DistillationModule(pl.LightningModule):
         self.automatic_optimization = False
         self.family, self.sampler, self.matching = family, sampler, matching
         self.height, self.width, self.seed = height, width, seed
-        self.optimization = {"generator": generator, "fake_score": critic}
+        self.optimization: dict[Trainable, Optimization] = {"generator": generator, "fake_score": critic}
+        self.lora, self.memory, self.embedding_cache = lora, memory, embedding_cache
         self.ema_decay, self.start_from = ema_decay, start_from
         self.roles: Roles | None = None
-        self.configuration = ""
+        self.provenance = Provenance()
 
     # What a method answers.
 
@@ -83,7 +94,8 @@ class DistillationModule(pl.LightningModule):
     def critic_loss(self, x0: Tensor, conditioning: Conditioning, turn: int) -> Tensor:
         """Flow matching of the fake score on student samples; ``turn`` numbers the critic's updates in this step."""
         stream = self.stream("critic", turn)
-        sigma = draw_levels(self.matching.law, 1, len(x0), stream)[0].to(x0)
+        law = self.matching.critic_law or self.matching.law
+        sigma = draw_levels(law, 1, len(x0), stream)[0].to(x0)
         eps = draw_noise(tuple(x0.shape), stream, x0.device)
         v = self.networks.velocity("fake_score", renoise(x0, sigma, eps), sigma, conditioning)
         return velocity_loss(v, x0, eps)
@@ -132,11 +144,16 @@ class DistillationModule(pl.LightningModule):
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     @torch.no_grad()
-    def generate(self, noise: Tensor, texts: list[str], role: Role = "ema") -> Tensor:
-        """Pictures ``[B, 3, H, W]`` of the few-step generator from noise ``[B, C, H, W]``."""
+    def generate(
+        self, noise: Tensor, texts: list[str], role: Role = "ema", streams: list[torch.Generator] | None = None
+    ) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` of the few-step generator from noise ``[B, C, H, W]``.
+
+        A stochastic sampler draws from ``streams``, one a picture, or from one stream of the module's seed.
+        """
         conditioning = self.embeddings(texts)
-        stream = torch.Generator().manual_seed(self.seed)
-        x0 = sample(self.predictor(role, conditioning), noise, self.sigmas, self.sampler, stream)
+        fresh = torch.Generator().manual_seed(self.seed) if streams is None else streams
+        x0 = sample(self.predictor(role, conditioning), noise, self.sigmas, self.sampler, fresh)
         return self.family.decode(x0)
 
     @torch.no_grad()
@@ -161,37 +178,57 @@ class DistillationModule(pl.LightningModule):
         """Generator updates done so far."""
         return 0 if self._trainer is None else int(self.trainer.global_step)
 
+    def setup(self, stage: str) -> None:
+        """See that the optimizers are to be had, before anything is loaded."""
+        if stage == "fit":
+            for settings in self.optimization.values():
+                settings.check()
+
     def configure_model(self) -> None:
         """Load the family and cast its network in all roles, once."""
         if self.roles is not None:
             return
         network = self.family.load()
-        self.latent_shape = self.family.latent_shape(self.height, self.width)
-        self.sigmas = self.family.few_step_sigmas(self.sampler.steps)
+        self.cast_roles(network)
         self.embeddings = PromptEmbeddings(self.family)
-        self.roles = Roles(
-            self.family, network, ema_decay=self.ema_decay, old_decay=self.old_decay, snapshots=self.snapshots
-        )
         if self.start_from is not None:
-            from gdmd_lightning.methods.checkpointing import take_over
-
             take_over(self, self.start_from)
 
+    def cast_roles(self, network: nn.Module) -> None:
+        """Give the family's network its roles, as copies or as adapters."""
+        self.family.save_memory(slicing=self.memory.vae_slicing, tiling=self.memory.vae_tiling)
+        self.latent_shape = self.family.latent_shape(self.height, self.width)
+        self.sigmas = self.family.few_step_sigmas(self.sampler.steps)
+        kept: dict[str, Any] = {"old_decay": self.old_decay, "snapshots": self.snapshots, "ema_decay": self.ema_decay}
+        if self.lora is None:
+            self.roles = CopiedRoles(self.family, network, **kept)
+        else:
+            self.roles = AdapterRoles(self.family, network, lora=self.lora, seed=self.seed, **kept)
+        if self.memory.gradient_checkpointing:
+            self.roles.checkpoint_activations()
+
     def on_fit_start(self) -> None:
-        """Bring what is no module of ours to the device."""
+        """Bring what is no module of ours to the device; embed the prompts ahead where that is wanted."""
         self.family.to(self.device)
+        if self.embedding_cache is not None:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if data is None:
+                raise UserError("no data module says which prompts to embed", where="embedding_cache")
+            self.embeddings = embed_ahead(
+                self.family,
+                self.embedding_cache,
+                data,
+                self.trainer.callbacks,  # type: ignore[attr-defined]
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                barrier=self.trainer.strategy.barrier,
+            )
 
     def configure_optimizers(self) -> Any:
-        """AdamW for the generator and for the fake score, in that order, each with its warm-up."""
+        """Of the generator and of the fake score, in that order, each with its warm-up."""
         out = []
-        for role in ("generator", "fake_score"):
-            settings = self.optimization[role]
-            optimizer = torch.optim.AdamW(
-                self.networks.parameters_of(role),  # type: ignore[arg-type]
-                lr=settings.learning_rate,
-                betas=settings.betas,
-                weight_decay=settings.weight_decay,
-            )
+        for role, settings in self.optimization.items():
+            optimizer = settings.over(self.networks.parameters_of(role))
             schedule = torch.optim.lr_scheduler.LinearLR(
                 optimizer, 1 / max(settings.warmup, 1), total_iters=max(settings.warmup, 1) - 1
             )
@@ -201,9 +238,24 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: PromptBatch, batch_index: int) -> None:
         """One generator update, then the critic's."""
         conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
+        loss, logs = self.one_update(batch, conditioning, self._update)
+        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+            schedule.step()
+        self.networks.after_generator_update()
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{k}": v for k, v in logs.items()}, batch_size=len(batch))
+
+    def one_update(
+        self, batch: PromptBatch, conditioning: Conditioning, update: Callable[[Trainable, Tensor], None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of an update in their order, each given to ``update`` with the role that learns from it.
+
+        Returns:
+            The generator's loss and what to log, detached.
+        """
         with self.networks.learning("generator"):
             loss, x0, logs = self.generator_loss(batch, conditioning)
-            self._update("generator", loss)
+            update("generator", loss)
         x0 = x0.detach()
         for turn in range(self.matching.critic_updates):
             if self.matching.critic_samples == "fresh":
@@ -213,13 +265,9 @@ class DistillationModule(pl.LightningModule):
                     )
             with self.networks.learning("fake_score"):
                 critic = self.critic_loss(x0, conditioning, turn)
-                self._update("fake_score", critic)
+                update("fake_score", critic)
             logs["critic_loss"] = critic.detach()
-        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
-            schedule.step()
-        self.networks.after_generator_update()
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        self.log_dict({f"train/{k}": v for k, v in logs.items()}, batch_size=len(batch))
+        return loss.detach(), logs
 
     def _update(self, role: Trainable, loss: Tensor) -> None:
         optimizer: Any = self.optimizers()[("generator", "fake_score").index(role)]  # type: ignore[index]
@@ -238,14 +286,18 @@ class DistillationModule(pl.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All roles but the teacher."""
         whole = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in whole.items() if not name.startswith("roles.teacher.")}
+        return {name: value for name, value in whole.items() if not self._is_teachers(name)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration that the command line built this module from, so that a checkpoint explains itself."""
-        checkpoint["configuration"] = self.configuration
+        """Let a checkpoint explain itself."""
+        checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that is not of this model before anything is overwritten, and add the teacher to it."""
         check_fits(self, checkpoint)
-        teacher = {f"roles.teacher.{name}": value for name, value in self.networks.teacher.state_dict().items()}
+        self.provenance = replace(self.provenance, scores=checkpoint["provenance"]["scores"])
+        teacher = {name: value for name, value in super().state_dict().items() if self._is_teachers(name)}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **teacher}
+
+    def _is_teachers(self, name: str) -> bool:
+        return name.startswith("roles.") and self.networks.is_teachers(name.removeprefix("roles."))

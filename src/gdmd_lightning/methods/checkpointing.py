@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,23 @@ from gdmd_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.base import DistillationModule
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint tells of its own origin.
+
+    Args:
+        configuration: The module's part of the configuration, as YAML.
+        prompts: The data's source.
+        updates: Generator updates done.
+        scores: Of the averaged generator at its last evaluation, by name.
+    """
+
+    configuration: str = ""
+    prompts: str = ""
+    updates: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -87,23 +105,19 @@ def take_over(module: DistillationModule, path: str) -> None:
     Raises:
         UserError: If the checkpoint does not fit.
     """
-    theirs = {
-        name.removeprefix("roles."): value
-        for name, value in read_checkpoint(path)["state_dict"].items()
-        if name.startswith("roles.")
-    }
-    roles = module.networks
-    for role, source in (("generator", "generator"), ("fake_score", "fake_score"), ("ema", "ema")):
-        own = getattr(roles, role)
-        part = {name.removeprefix(f"{source}."): v for name, v in theirs.items() if name.startswith(f"{source}.")}
-        if {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in own.state_dict().items()}:
-            raise UserError(
-                f"its {role} is not this model's",
-                where=f"model.start_from {path!r}",
-                remedy="use the same family and size",
-            )
-        own.load_state_dict(part)
-    if roles.old is not None:
-        roles.old.module.load_state_dict(roles.generator.state_dict())
-    for slot in range(len(roles.snapshots)):
+    theirs, roles = read_checkpoint(path)["state_dict"], module.networks
+    own, taken = roles.state_dict(), {}
+    for role in ("generator", "fake_score", "ema"):
+        for name in roles.names_of(role):
+            found = theirs.get(f"roles.{name}")
+            if found is None or found.shape != own[name].shape:
+                raise UserError(
+                    f"its {role} is not this model's",
+                    where=f"model.start_from {path!r}",
+                    remedy="use the same family, size and adapters (model.lora)",
+                )
+            taken[name] = found
+    roles.load_state_dict(taken, strict=False)
+    roles.restart_old()
+    for slot in range(roles.slots):
         roles.keep_snapshot(slot)

@@ -12,16 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.settings import Matching, Optimization
+from gdmd_lightning.methods.settings import Matching, Memory, Optimization
 from gdmd_lightning.methods.targets import Targets
 from gdmd_lightning.methods.verdicts import Judged, Verdict, correlation
 from gdmd_lightning.objectives.distribution_matching import dm_loss, normaliser
 from gdmd_lightning.objectives.policy import gradient_weight, optimality, policy_loss, policy_pair
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward, judge
+from gdmd_lightning.roles import LoRA
 from gdmd_lightning.samplers import FewStepSampler, State, draw_noise
 from gdmd_lightning.schedules import draw_levels, renoise, x0_from_velocity
 
@@ -92,6 +94,9 @@ class GDMD(DistillationModule):
         matching: Matching = Matching(),
         generator: Optimization = Optimization(),
         critic: Optimization = Optimization(),
+        lora: LoRA | None = None,
+        memory: Memory = Memory(),
+        embedding_cache: EmbeddingCache | None = None,
         ema_decay: float = 0.99,
         seed: int = 0,
         start_from: str | None = None,
@@ -103,7 +108,8 @@ class GDMD(DistillationModule):
                 remedy="beta must be above 0, lambda_policy at least 0",
             )
         super().__init__(
-            family, height, width, sampler, matching, generator, critic, ema_decay, seed, start_from
+            family, height, width, sampler, matching, generator, critic, lora, memory, embedding_cache, ema_decay,
+            seed, start_from,
         )  # fmt: skip
         self.reward, self.targets, self.verdict, self.policy = reward, targets, verdict, policy
         self.lambda_policy = lambda_policy
@@ -155,7 +161,12 @@ class GDMD(DistillationModule):
         texts = [prompt for prompt in prompts for _ in range(self.targets.size)]
         if self.verdict.asks_for_samples:
             latents, texts = torch.cat([latents, x.detach()]), [*texts, *prompts]
-        scores = judge(self.reward, self.family.decode(latents), texts)
+        images = self.family.decode(latents)
+        if self.memory.reward == "offloaded":
+            self.reward.to(images.device)
+        scores = judge(self.reward, images, texts)
+        if self.memory.reward == "offloaded":
+            self.reward.to(torch.device("cpu"))
         count = targets.level.numel()
         own = scores[count:] if self.verdict.asks_for_samples else None
         return scores[:count].view_as(targets.level), own
@@ -175,6 +186,12 @@ class GDMD(DistillationModule):
             self.policy.beta,
         )
         return x0_from_velocity(x_sigma, pair[0], sigma), x0_from_velocity(x_sigma, pair[1], sigma)
+
+    def on_fit_start(self) -> None:
+        """See :meth:`DistillationModule.on_fit_start`; the reward goes where it is to judge."""
+        super().on_fit_start()
+        if self.memory.reward == "accelerator":
+            self.reward.to(self.device)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_index: int) -> None:
         """See that the reward can judge these prompts; keep a snapshot of the fake score when it is due.

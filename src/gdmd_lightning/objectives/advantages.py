@@ -12,8 +12,8 @@ Spread = Literal["group", "batch", "none"]
 
 def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     """Each row replaced by the mean of its group; ``values`` and ``groups`` are ``[N]``."""
-    count = int(groups.max()) + 1
-    total = torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, groups, values)
+    # There are at most as many groups as rows; to ask for the largest number would wait for a GPU.
+    total = torch.zeros_like(values).index_add(0, groups, values)
     size = torch.zeros_like(total).index_add(0, groups, torch.ones_like(values))
     return (total / size.clamp(min=1))[groups]
 
@@ -46,7 +46,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
 
 def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
     """Whether all members of each row's group have one value, ``[N]``."""
-    start = torch.zeros(int(groups.max()) + 1, dtype=values.dtype, device=values.device)
+    start = torch.zeros_like(values)
     largest, smallest = (
         start.scatter_reduce(0, groups, values, reduce, include_self=False) for reduce in ("amax", "amin")
     )

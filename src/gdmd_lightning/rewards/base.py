@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
@@ -36,6 +36,10 @@ class Reward(ABC):
 
     def to(self, device: torch.device) -> None:
         """Move what the reward computes with."""
+
+    def sketch(self) -> nn.Module | None:
+        """The shapes of what it computes with, on the meta device; ``None`` if that is nothing."""
+        return None
 
 
 def judge(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

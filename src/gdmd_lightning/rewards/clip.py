@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
@@ -54,14 +55,20 @@ class ContrastiveReward(Reward):
         if self._loaded:
             self._loaded[0].to(device)
 
+    def sketch(self) -> nn.Module:
+        """See :meth:`Reward.sketch`."""
+        from transformers import CLIPModel
+
+        return sketch_model(CLIPModel, self.path)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """See :meth:`Reward.score`; cosines in [-1, 1]."""
         model, tokenizer = self._model()
         tokens = tokenizer([p.text for p in prompts], padding="max_length", truncation=True, return_tensors="pt")
         size = model.config.vision_config.image_size
-        pixels = images
+        pixels = images.to(self._device)  # pictures come to a reward that stays on the CPU
         if images.shape[-2:] != (size, size):
-            pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
         with torch.no_grad():
             texts = model.get_text_features(tokens.input_ids.to(pixels.device)).pooler_output

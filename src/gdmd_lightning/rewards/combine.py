@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
@@ -43,3 +43,7 @@ class CombinedReward(Reward):
         """See :meth:`Reward.to`."""
         for reward in self.rewards:
             reward.to(device)
+
+    def sketch(self) -> nn.Module:
+        """See :meth:`Reward.sketch`."""
+        return nn.ModuleList(sketch for reward in self.rewards if (sketch := reward.sketch()) is not None)

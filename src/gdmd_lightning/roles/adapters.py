@@ -39,7 +39,7 @@ class LoRA:
     """
 
     rank: int = 32
-    alpha: float = 64.0
+    alpha: int = 64
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -173,7 +173,8 @@ class AdapterRoles(Roles):
 
     @torch.no_grad()
     def _copy(self, source: str, target: str) -> None:
-        torch._foreach_copy_(self._tensors(target), self._tensors(source))
+        for mine, theirs in zip(self._tensors(target), self._tensors(source), strict=True):
+            mine.copy_(theirs)
 
 
 def _is_of(name: str, adapter: str) -> bool:

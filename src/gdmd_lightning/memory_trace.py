@@ -1,0 +1,170 @@
+"""What a piece of torch code holds in memory, found by following its tensors: on a real device, or on the meta device.
+
+On the meta device nothing is computed and nothing allocated, so a step of any size can be followed on any machine.
+Two things differ there from a GPU, and each has a mode of its own: attention is not fused, and ``torch.autocast``
+does nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+
+class Trace(TorchDispatchMode):
+    """Inside, every tensor that an operation gives is counted until its storage is freed.
+
+    Views share a storage and count once. What a kernel allocates and frees within itself is not seen.
+
+    Args:
+        device: Only tensors on this type of device count: ``meta`` stands for the GPU, where the CPU's are elsewhere.
+
+    Attributes:
+        current: Bytes that are alive.
+        peak: Most bytes alive at any time.
+        phases: Most bytes alive within each named phase.
+
+    Source: the technique of ``torch.distributed._tools.mem_tracker``.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device, self.current, self.peak = device, 0, 0
+        self.phases: dict[str, int] = {}
+        self._open: list[str] = []
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.see(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
+        return result
+
+    def hold(self, module: nn.Module) -> None:
+        """Count a module's parameters, buffers and gradients, which were there before."""
+        self.see(module.parameters())
+        self.see(module.buffers())
+        self.see(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
+
+    def see(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that are not counted yet."""
+        for tensor in tensors:
+            if tensor.device.type != self.device:
+                continue
+            storage = tensor.untyped_storage()
+            key = id(storage)  # one storage is one Python object for as long as it lives
+            if key in self._alive:
+                continue
+            self._alive[key] = weakref.ref(storage, self._forgetting(key, storage.nbytes()))
+            self.current += storage.nbytes()
+        self._look()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, the peak is recorded under this name too; phases may lie within each other."""
+        self._open.append(name)
+        self._look()
+        try:
+            yield
+        finally:
+            self._open.remove(name)
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self.current)
+        for name in self._open:
+            self.phases[name] = max(self.phases.get(name, 0), self.current)
+
+    def _forgetting(self, key: int, size: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            if self._alive.pop(key, None) is not None:
+                self.current -= size
+
+        return forget
+
+
+class FusedAttention(TorchFunctionMode):
+    """Inside, attention on the meta device keeps what a fused kernel keeps: its output and a number a row.
+
+    torch chooses the unfused form there, with a matrix of all pairs of tokens that no GPU would hold.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and args and args[0].device.type == "meta":
+            return _fused(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, needs, dropout_p, is_causal, scale=scale
+    )[0]
+    return out
+
+
+# CUDA's lists, by the names of the functions and methods that diffusers' and transformers' networks and our losses
+# call. Source: torch's documentation of torch.amp, "CUDA Ops that can autocast".
+_LOWER = frozenset(
+    {
+        "__matmul__", "__rmatmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "conv1d", "conv2d",
+        "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "einsum", "linear", "matmul",
+        "mm", "mv", "scaled_dot_product_attention",
+    }
+)  # fmt: skip
+_FULL = frozenset(
+    {
+        "__pow__", "__rpow__", "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "exp", "group_norm",
+        "kl_div", "l1_loss", "layer_norm", "log", "log_softmax", "mse_loss", "norm", "pow", "prod",
+        "reciprocal", "rms_norm", "rsqrt", "smooth_l1_loss", "softmax", "softplus", "square", "sum",
+    }
+)  # fmt: skip
+
+
+class Autocast(TorchFunctionMode):
+    """Inside, operations on the meta device cast their inputs as ``torch.autocast`` does on CUDA.
+
+    Nothing cast is remembered for the next use: Lightning's mixed precision sets ``cache_enabled=False``, so each
+    pass makes low-precision weights anew and, where it learns, keeps them for its backward.
+
+    Args:
+        dtype: The lower precision.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _LOWER:
+            args, kwargs = self._cast((args, kwargs), self.dtype)
+        elif name in _FULL:
+            args, kwargs = self._cast((args, kwargs), torch.float32)
+        return func(*args, **kwargs)
+
+    def _cast(self, arguments: Any, dtype: torch.dtype) -> Any:
+        def cast(tensor: Tensor) -> Tensor:
+            castable = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == "meta"
+            return tensor.to(dtype) if castable else tensor
+
+        return tree_map_only(Tensor, cast, arguments)

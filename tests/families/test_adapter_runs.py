@@ -1,0 +1,102 @@
+"""Adapters of every family: trained, resumed and exported by the command line, sampled by plain diffusers."""
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+from gdmd_lightning.cli import main
+from gdmd_lightning.commands.export import export
+from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.errors import UserError
+
+TEXTS = ["a red circle", "two blue squares left of a green triangle"]
+FAMILIES = {
+    "sd3": (tiny.save_pipeline, "SD3Family", {"max_sequence_length": 0}),
+    "sdxl": (tiny.save_sdxl, "SDXLFamily", {}),
+    "flux2": (tiny.save_flux2, "Flux2KleinFamily", {"max_sequence_length": 16, "text_layers": [1, 2]}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, tmp_path_factory):
+    """A run of three updates on the tiny pipeline of each family, interrupted after two: its last checkpoint."""
+    from conftest import write_fast_config
+
+    save, name, arguments = FAMILIES[request.param]
+    place = tmp_path_factory.mktemp(request.param)
+    pipeline = save(place / "pipeline")
+    overlay = place / "family.yaml"
+    family = f"{{class_path: {name}, init_args: {{path: {pipeline}, {str(arguments)[1:-1]}}}}}"
+    lora = "lora: {rank: 4, alpha: 8}, memory: {gradient_checkpointing: true, vae_slicing: true, reward: offloaded}"
+    overlay.write_text(f"model: {{init_args: {{family: {family}, {lora}}}}}\n")
+    plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    config = [*write_fast_config(place / "fast.yaml", pipeline, place), "--config", str(overlay), *plain]
+    last = place / "run" / "checkpoints" / "last.ckpt"
+    main(["fit", *config, "--trainer.max_steps=2"])
+    two = torch.load(last, weights_only=True)["state_dict"]
+    main(["fit", *config, "--trainer.max_steps=3", f"--ckpt_path={last}"])
+    return pipeline, last, two
+
+
+def call(pipe, module, noise):
+    pipe.set_progress_bar_config(disable=True)
+    more = module.family.sampling_arguments()
+    size = {"height": 32, "width": 32, "output_type": "pt"}
+    return pipe(prompt=TEXTS, num_inference_steps=4, guidance_scale=1.0, latents=noise.clone(), **size, **more).images
+
+
+def noise_for(module):
+    return torch.randn(2, *module.latent_shape, generator=torch.Generator().manual_seed(5))
+
+
+def test_only_adapters_are_in_a_checkpoint_and_those_that_are_trained_move(trained):
+    _, last, two = trained
+    three = torch.load(last, weights_only=True)["state_dict"]
+    assert three.keys() == two.keys()
+    assert all(".lora_" in name for name in three)
+    for role in ("generator", "fake_score", "ema", "old"):
+        its = [name for name in three if f".{role}." in name]
+        assert its
+        assert any(not torch.equal(two[name], three[name]) for name in its), role
+
+
+def test_an_exported_pipeline_makes_our_pictures(trained, tmp_path):
+    module = load_module(str(trained[1]))
+    out = export(module, tmp_path / "pipeline")
+    pipe = getattr(diffusers, module.family.pipeline_class).from_pretrained(out, **module.family.loading_arguments())
+    noise = noise_for(module)
+    torch.testing.assert_close(module.generate(noise, TEXTS), call(pipe, module, noise), atol=1e-4, rtol=0)
+
+
+def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained, tmp_path):
+    pipeline, last, _ = trained
+    module = load_module(str(last))
+    with torch.no_grad():  # so few updates move a picture less than rounding does
+        for name, parameter in module.networks.named_parameters():
+            if ".lora_B.ema." in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    noise = noise_for(module)
+    ours = module.generate(noise, TEXTS)
+    out = export(module, tmp_path / "lora", form="lora")
+    card = (out / "README.md").read_text()
+    code = card.split("```python\n")[1].split("pipe(prompt")[0].replace('"lora"', f'"{out}"')
+    space: dict = {}
+    exec(code, space)
+    assert str(pipeline) in code
+    assert {p.name for p in out.iterdir()} == {"README.md", "pytorch_lora_weights.safetensors", "scheduler"}
+    torch.testing.assert_close(ours, call(space["pipe"], module, noise), atol=1e-4, rtol=0)
+    space["pipe"].unload_lora_weights()
+    assert not torch.allclose(ours, call(space["pipe"], module, noise), atol=1e-2)
+
+
+def test_a_card_says_how_it_was_made(trained, tmp_path):
+    card = (export(load_module(str(trained[1])), tmp_path / "out", form="lora") / "README.md").read_text()
+    for row in ("| Method | GDMD |", "| Reward | brightness |", "| Prompts | shapes |", "| Generator updates | 3 |",
+                "| Weights | averaged, adapters |", "| Sampler | ode, 4 steps, no guidance |"):  # fmt: skip
+        assert row in card
+
+
+def test_full_weights_are_no_adapter(recorded_run, tmp_path):
+    with pytest.raises(UserError, match="full weights were trained"):
+        export(load_module(str(recorded_run / "checkpoints" / "last.ckpt")), tmp_path / "out", form="lora")
