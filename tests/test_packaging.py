@@ -19,6 +19,7 @@ FLOORS = {
     "__init__": 0,
     "errors": 0,
     "locations": 0,
+    "memory_trace": 0,
     "prompts": 0,
     "schedules": 0,
     "families": 1,
@@ -39,6 +40,7 @@ FLOORS = {
 # Imports between rooms of one floor, each for a reason.
 SIDEWAYS = {
     ("locations", "errors"),  # a configuration that is not found
+    ("rewards", "families"),  # a reward's network without its weights
     ("rewards", "shapes"),  # the Shapes detector as a reward
     ("callbacks", "methods"),  # callbacks watch a method
     ("commands", "components"),  # parsers must know every class by its bare name

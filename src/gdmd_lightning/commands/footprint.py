@@ -5,7 +5,6 @@ Everything but the batch is the same on every GPU of a data-parallel run; shardi
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +17,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel
 
-from gdmd_lightning.data.embedding_cache import EmbeddingCache
-from gdmd_lightning.data.embeddings import PromptEmbeddings
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning
 from gdmd_lightning.memory_trace import Autocast, FusedAttention, Trace
@@ -28,8 +25,6 @@ from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.roles import Trainable
 
-CAPACITY: int = inspect.signature(PromptEmbeddings).parameters["capacity"].default
-"""Prompts whose embeddings are remembered, once so many have been seen."""
 META = torch.device("meta")
 LOWER = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PLAIN = ("32", "32-true", None)
@@ -129,8 +124,8 @@ def plan(
         modes.enter_context(trace)
         modes.enter_context(_phases_of(module, trace))
         _update(module, batch, row, optimizers, trace)
-    components = tuple(_components(module, optimizers, row, reward))
-    held = sum(c.size for c in components if c.name not in _UNTRACED)
+    components = tuple(_components(module, optimizers, reward))
+    held = sum(c.size for c in components if c.name != "reward")
     phases = {name: max(trace.phases[name] - held, 0) for name in _PHASES if name in trace.phases}
     if module.memory.reward == "offloaded" and "decoding" in phases:
         phases["decoding"] += _count("", _tensors(reward)).size
@@ -141,7 +136,6 @@ _PHASES = (
     *("rollout", "targets", "decoding", "generator forward", "generator backward"),
     *("critic forward", "critic backward", "optimizer step"),
 )
-_UNTRACED = ("prompt embeddings", "reward")
 _SHORT = {"generator": "generator", "fake_score": "critic"}
 
 
@@ -155,14 +149,13 @@ def _take_reward(module: DistillationModule) -> nn.Module | None:
 
 
 def _cast_on_meta(module: DistillationModule) -> None:
-    """Give the sketch its roles; peft leaves all adapters but the first on the CPU unless told a device."""
+    """Give the sketch its roles."""
     network, family = module.family.sketch(), module.family
     family.latent_shape(module.height, module.width)
     sigmas = family.few_step_sigmas(module.sampler.steps)  # real ones: they are compared with each other
     family.few_step_sigmas = lambda steps: sigmas  # type: ignore[method-assign]
     try:
-        with META:
-            module.cast_roles(network)
+        module.cast_roles(network)
     finally:
         del family.few_step_sigmas  # type: ignore[method-assign]
 
@@ -178,7 +171,7 @@ def _parts(module: DistillationModule) -> dict[str, nn.Module]:
 
 
 def _frees_encoders(module: DistillationModule) -> bool:
-    return any(isinstance(value, EmbeddingCache) and value.free_encoders for value in vars(module).values())
+    return module.embedding_cache is not None and module.embedding_cache.free_encoders
 
 
 def _optimizer(module: DistillationModule, role: Trainable, accelerator: str) -> torch.optim.Optimizer:
@@ -272,7 +265,6 @@ def _phases_of(module: DistillationModule, trace: Trace) -> Iterator[None]:
 def _components(
     module: DistillationModule,
     optimizers: dict[Trainable, torch.optim.Optimizer],
-    row: Conditioning,
     reward: nn.Module | None,
 ) -> Iterator[Component]:
     roles = module.networks
@@ -291,8 +283,6 @@ def _components(
         yield _count(name, _tensors(part))
     if _frees_encoders(module):
         yield Component("text encoders (freed)", (), 0, 0)
-    told = _count("prompt embeddings", (t for t in (row.sequence, row.pooled, row.ids) if t is not None))
-    yield replace(told, numbers=told.numbers * CAPACITY, size=told.size * CAPACITY)
     if reward is not None and module.memory.reward == "accelerator":
         yield _count("reward", _tensors(reward))
 

@@ -34,7 +34,7 @@ SWITCHES = (
     ("--model.memory.vae_slicing=true",),
     ("--model.memory.vae_tiling=true",),
     ("--model.memory.reward=cpu",),
-    ("--model.embeddings.directory=embeddings",),
+    ("--model.embedding_cache.directory=embeddings",),
     ("--model.generator.algorithm=adamw_8bit", "--model.critic.algorithm=adamw_8bit"),
 )
 """What can be turned; of no use are those that are on already."""

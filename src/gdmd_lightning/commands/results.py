@@ -14,6 +14,7 @@ from gdmd_lightning.commands.restore import load_module
 from gdmd_lightning.data.test_prompts import read_test_prompts
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.checkpointing import read_checkpoint
 
 GDMD = ("--config", "shapes.yaml")
 DMD = ("--config", "shapes.yaml", "--config", "shapes_dmd.yaml")
@@ -39,19 +40,29 @@ QUIET = ("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=50"
 
 
 def run_arm(out: Path, name: str, updates: int, seed: int, start: Path | None, count: int, more: list[str]) -> None:
-    """Train and score one arm of one seed into ``out``; done already if its ``scores.json`` is there."""
-    if (out / "scores.json").is_file():
+    """Train and score one arm of one seed into ``out``; goes on from the checkpoint that lies there, if any."""
+    if scored(out, updates).is_file():
         return
     arguments = [*ARMS[name], f"--trainer.max_steps={updates}", f"--model.seed={seed}", f"--data.seed={seed}"]
     if start is not None:
         arguments.append(f"--model.start_from={start}")
+    last, before = out / "checkpoints" / "last.ckpt", 0
+    if last.is_file():
+        arguments.append(f"--ckpt_path={last}")
+        before = int(read_checkpoint(str(last), in_memory=False)["global_step"])
     began = time.perf_counter()
     checkpoint, cli = train(out, *arguments, f"--seed_everything={seed}", *QUIET, *more)
     seconds = time.perf_counter() - began
     module = load_module(str(checkpoint))
     result = _scores(module, name, count)
-    evaluations = sum(cli.model.networks.evaluations.values()) / updates
-    _write(out / "scores.json", {**result, "evaluations": evaluations, "seconds": seconds / updates})
+    done = max(updates - before, 1)
+    evaluations = sum(cli.model.networks.evaluations.values()) / done
+    _write(scored(out, updates), {**result, "evaluations": evaluations, "seconds": seconds / done})
+
+
+def scored(out: Path, updates: int) -> Path:
+    """Where an arm's scores after so many updates lie."""
+    return out / f"scores_{updates}.json"
 
 
 def _scores(module: DistillationModule, name: str, count: int) -> dict[str, float]:
@@ -88,9 +99,9 @@ def summary(values: list[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def report(out: Path, seeds: list[int], arms: list[str], teacher: dict[str, dict[str, float]]) -> str:
+def report(out: Path, seeds: list[int], arms: list[str], updates: int, teacher: dict[str, dict[str, float]]) -> str:
     """A Markdown table: overall scores over seeds, and each arm's graded reward against DMD's of the same seed."""
-    runs = {arm: [json.loads((_place(out, arm, s) / "scores.json").read_text()) for s in seeds] for arm in arms}
+    runs = {arm: [json.loads(scored(_place(out, arm, s), updates).read_text()) for s in seeds] for arm in arms}
     control = runs.get("DMD")
     names = ["geneval/overall", "shapes/overall", "hps_like/overall"]
     lines = [
@@ -118,7 +129,7 @@ def _place(out: Path, arm: str, seed: int) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """``results [--seeds [0,1,2]] [--arms ...]``; goes on where an earlier call was cut off."""
+    """``results``; goes on where an earlier call was cut off, or ended with fewer updates."""
     parser = ArgumentParser(prog="gdmd_lightning results", description=__doc__, exit_on_error=False)
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="processes may share --out, a seed each")
@@ -135,14 +146,13 @@ def main(arguments: list[str]) -> int:
     read_test_prompts("shapes", count)  # a count that makes no sense is told before any training
     for seed in options.seeds:
         cold = _place(out, "cold start", seed)
-        if not (cold / "scores.json").is_file():
-            run_arm(cold, "DMD", options.cold_start, seed, None, count, options.fit)
+        run_arm(cold, "DMD", options.cold_start, seed, None, count, options.fit)
         start = cold / "checkpoints" / "last.ckpt"
         for arm in options.arms:
             run_arm(_place(out, arm, seed), arm, options.updates, seed + 1000, start, count, options.fit)
             print(f"seed {seed}, {arm}: done", flush=True)
     first = load_module(str(_place(out, "cold start", options.seeds[0]) / "checkpoints" / "last.ckpt"))
-    text = report(out, options.seeds, options.arms, teacher_scores(out, first, count))
+    text = report(out, options.seeds, options.arms, options.updates, teacher_scores(out, first, count))
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
+
 from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, key_of, size
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Conditioning, ModelFamily
@@ -18,16 +20,14 @@ if TYPE_CHECKING:
 PATIENCE = 60
 """Seconds in which other machines' files must appear; NFS keeps a directory's listing for up to 60 by default."""
 
-ON_DEVICE = 256
-"""Prompts of a store that stay on the device: those of T5 are 2.7 MB each, and reading one takes milliseconds."""
-
 
 class PromptEmbeddings:
     """Encodes the prompts it has not seen and remembers the most recent ones.
 
-    Each is encoded by itself: the last bits of a matrix product depend on how many rows are in it, and a resumed run,
-    which remembers other prompts than the run it continues, must get the same embeddings. Those of a store were
-    encoded in batches, once; what was written is what every later run reads.
+    They wait in the CPU's memory, where thousands of T5's (2.7 MB each) do no harm; a batch of them is on its way to a
+    GPU for a millisecond or two. Each is encoded by itself: the last bits of a matrix product depend on how many rows
+    are in it, and a resumed run, which remembers other prompts than the run it continues, must get the same
+    embeddings. Those of a store were encoded in batches, once; what was written is what every later run reads.
 
     Args:
         family: Whose text encoders are used.
@@ -48,16 +48,16 @@ class PromptEmbeddings:
         chosen = []
         for text in texts:
             if text not in self._known:
-                self._known[text] = self._found(text)
+                self._known[text] = self._found(text).to(torch.device("cpu"))
             self._known.move_to_end(text)
             chosen.append(self._known[text])
             if len(self._known) > self.capacity:
                 self._known.popitem(last=False)
-        return Conditioning.concat(chosen)
+        return Conditioning.concat(chosen).to(self.family.empty.sequence.device)
 
     def _found(self, text: str) -> Conditioning:
         if self.store is not None and text in self.store:
-            return self.store.read(text, self.family.empty.sequence.device)
+            return self.store.read(text, torch.device("cpu"))
         return self.family.encode([text])
 
 
@@ -210,7 +210,7 @@ def embed_ahead(
     )
     if cache.free_encoders:
         family.free_text_encoders()
-    return PromptEmbeddings(family, ON_DEVICE, store)
+    return PromptEmbeddings(family, store=store)
 
 
 def _portions(texts: Sequence[str], length: int) -> Iterator[Sequence[str]]:

@@ -203,7 +203,8 @@ def _add_adapters(network: Any, lora: LoRA, targets: list[str], adapters: list[s
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    # peft leaves all adapters but the first on the CPU unless the network's device is everybody's.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), next(network.parameters()).device:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the idea
         torch.manual_seed(seed)  # every rank's the same, and whatever was drawn before
         for adapter in adapters:

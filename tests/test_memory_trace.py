@@ -1,0 +1,105 @@
+"""A trace counts what is alive: by hand for a linear layer, views once, freed tensors no longer."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+
+from gdmd_lightning.memory_trace import Autocast, FusedAttention, Trace
+
+FLOAT = 4
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_linear_layer_is_as_by_hand(device):
+    batch, width, out = 5, 7, 3
+    layer = nn.Linear(width, out, device=device)
+    weights = (width * out + out) * FLOAT
+    trace = Trace(device)
+    trace.hold(layer)
+    assert trace.current == weights
+    with trace:
+        x = torch.zeros(batch, width, device=device)
+        y = layer(x)
+        assert trace.current == weights + (batch * width + batch * out) * FLOAT
+        loss = y.sum()
+        del y
+        with trace.phase("backward"):
+            loss.backward()
+        del x, loss
+    assert trace.current == 2 * weights
+    assert trace.phases["backward"] <= trace.peak
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_views_count_once_and_freed_tensors_leave(device):
+    with Trace(device) as trace:
+        x = torch.empty(10, 10, device=device)
+        view = x.view(100)[5:].unsqueeze(0)
+        assert trace.current == 100 * FLOAT
+        del x
+        assert trace.current == 100 * FLOAT
+        del view
+        assert trace.current == 0
+        assert trace.peak == 100 * FLOAT
+
+
+def test_a_view_of_what_is_held_is_not_counted_again():
+    layer = nn.Linear(4, 4, device="meta")
+    trace = Trace()
+    trace.hold(layer)
+    held = trace.current
+    with trace:
+        turned = layer.weight.t()
+        assert trace.current == held
+    assert turned.shape == (4, 4)
+
+
+def test_phases_within_each_other_both_see_the_peak():
+    with Trace() as trace:
+        with trace.phase("outer"):
+            with trace.phase("inner"):
+                torch.empty(8, device="meta")
+            torch.empty(2, device="meta")
+        torch.empty(100, device="meta")
+    assert trace.phases == {"outer": 8 * FLOAT, "inner": 8 * FLOAT}
+    assert trace.peak == 100 * FLOAT
+
+
+def test_tensors_elsewhere_do_not_count():
+    with Trace() as trace:
+        torch.empty(1000)
+    assert trace.peak == 0
+
+
+def test_fused_attention_never_holds_all_pairs():
+    q, k, v = (torch.empty(1, 2, 4096, 16, device="meta", requires_grad=True) for _ in range(3))
+    pairs = 2 * 4096**2 * FLOAT
+    with Trace() as plain:
+        F.scaled_dot_product_attention(q, k, v)
+    with FusedAttention(), Trace() as fused:
+        out = F.scaled_dot_product_attention(q, k, v)
+        torch.autograd.backward(get_gradient_edge(out.sum()), torch.ones((), device="meta"))
+    assert plain.peak > pairs
+    assert fused.peak < pairs / 10
+    assert q.grad.shape == q.shape
+
+
+def test_autocast_gives_the_precisions_that_cuda_documents():
+    layer, norm, conv = (part.to("meta") for part in (nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv1d(4, 4, 1)))
+    with Autocast(torch.bfloat16):
+        y = layer(torch.empty(2, 4, 8, device="meta"))
+        z = norm(y)
+        lower = [y, conv(z), y @ y.mT, F.gelu(y), F.scaled_dot_product_attention(z, z, z)]
+        full = [z, torch.softmax(y, -1), y + z, F.mse_loss(y, y), y.square(), y.pow(2)]
+    assert {t.dtype for t in lower} == {torch.bfloat16}
+    assert {t.dtype for t in full} == {torch.float32}
+
+
+def test_weights_learn_in_their_own_precision_under_autocast():
+    layer = nn.Linear(8, 8, device="meta")
+    with Autocast(torch.bfloat16):
+        loss = layer(torch.empty(2, 8, device="meta")).square().mean()
+    loss.backward()
+    assert layer.weight.grad.dtype == torch.float32
