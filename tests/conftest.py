@@ -16,9 +16,12 @@ import tiny
 import torch
 import yaml
 
+from gdmd_lightning import cli
+
 torch.set_num_threads(1)
 
 HERE = Path(__file__).parent
+REFUSAL = "gdmd_lightning: error: "
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -46,6 +49,29 @@ def run_cli(tmp_path: Path) -> RunCli:
         return done
 
     return run
+
+
+@pytest.fixture
+def complaint(capsys, tmp_path, monkeypatch):
+    """``complaint("fit", ...)`` is the one line with which the command line refuses its arguments."""
+
+    def refused(*arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        before = set(tmp_path.rglob("*.ckpt"))
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        assert stop.value.code == 2
+        told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        lines = [line for line in told if line.startswith(REFUSAL)]
+        assert len(lines) == 1, told
+        assert told[-1] == lines[0]
+        assert len(lines[0]) < 600
+        assert not any(line.startswith(("Traceback", "usage:")) for line in told)
+        assert set(tmp_path.rglob("*.ckpt")) == before, "a checkpoint of a run that never was"
+        assert not list(tmp_path.rglob("*.part"))
+        return lines[0].removeprefix(REFUSAL)
+
+    return refused
 
 
 @pytest.fixture(scope="session")

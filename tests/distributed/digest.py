@@ -20,11 +20,12 @@ class Digest(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         roles = pl_module.networks
+        state = roles.state_dict()
+        names = {role: roles.names_of(role) for role in ("generator", "fake_score", "ema", "old")}
+        names["teacher"] = [name for name in state if roles.is_teachers(name)]
         digests = {
-            role: hashlib.sha256(
-                b"".join(p.detach().cpu().numpy().tobytes() for p in getattr(roles, role).parameters())
-            ).hexdigest()
-            for role in ("teacher", "generator", "fake_score", "ema", "old")
+            role: hashlib.sha256(b"".join(state[name].cpu().numpy().tobytes() for name in its)).hexdigest()
+            for role, its in names.items()
         }
         content = {"prompts": self.prompts, "digests": digests, "updates": trainer.global_step}
         Path(self.directory, f"digest-{trainer.global_rank}.json").write_text(json.dumps(content))

@@ -45,6 +45,27 @@ def test_both_ranks_end_with_the_same_networks_and_saw_different_prompts(two_ran
     assert not rewards[0] & rewards[1]
 
 
+def test_adapters_too_and_the_ranks_share_the_work_of_embedding(two_ranks, tmp_path):
+    (tmp_path / "prompts.txt").write_text(
+        "".join(f"a {c} {s}\n" for c in ("red", "blue") for s in ("circle", "square"))
+    )
+    lora = ["--model.lora.rank=2", "--model.lora.alpha=4", "--model.memory.gradient_checkpointing=true"]
+    cache = [f"--model.embedding_cache.directory={tmp_path / 'cache'}", f"--data.source={tmp_path / 'prompts.txt'}"]
+    one, other = two_ranks("--trainer.strategy=ddp", *lora, *cache)
+    assert one["updates"] == other["updates"] == UPDATES
+    assert one["digests"] == other["digests"]
+    assert len(set(one["digests"].values())) == 5, "roles that have not moved apart"
+    # Each embedded its share, and no prompt was embedded twice.
+    from safetensors import safe_open
+
+    held = []
+    for shard in (tmp_path / "cache").glob("*.safetensors"):
+        with safe_open(shard, "pt") as content:
+            held.append([name for name in content.keys() if name.endswith(".sequence")])  # noqa: SIM118
+    assert len(held) == 2
+    assert len({name for part in held for name in part}) == sum(map(len, held)) >= 5
+
+
 def test_the_ranks_share_the_order_of_one_process(two_ranks, tmp_path):
     """Together they see what one process with twice the batch sees, each prompt once."""
     from gdmd_lightning.data.prompt_data import PromptDataModule

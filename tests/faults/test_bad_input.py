@@ -7,32 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdmd_lightning.cli import main
-
 PREFIX = "gdmd_lightning: error: "
-
-
-@pytest.fixture
-def complaint(capsys, tmp_path, monkeypatch):
-    """``complaint("fit", ...)`` is the one line with which the command line refuses its arguments."""
-
-    def refused(*arguments: object) -> str:
-        monkeypatch.chdir(tmp_path)
-        before = set(tmp_path.rglob("*.ckpt"))
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        assert stop.value.code == 2
-        told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-        lines = [line for line in told if line.startswith(PREFIX)]
-        assert len(lines) == 1, told
-        assert told[-1] == lines[0]
-        assert len(lines[0]) < 600
-        assert not any(line.startswith(("Traceback", "usage:")) for line in told)
-        assert set(tmp_path.rglob("*.ckpt")) == before, "a checkpoint of a run that never was"
-        assert not list(tmp_path.rglob("*.part"))
-        return lines[0].removeprefix(PREFIX)
-
-    return refused
 
 
 def written(path: Path, content: str | bytes) -> Path:

@@ -125,4 +125,5 @@ class RewardScore(TaskScore):
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """See :meth:`TaskScore.judge`."""
+        self.reward.to(images.device)
         return judge(self.reward, images, prompts)
