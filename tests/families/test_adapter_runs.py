@@ -95,7 +95,8 @@ def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained
 def test_a_card_says_how_it_was_made(trained, tmp_path):
     card = (export(load_module(str(trained[1])), tmp_path / "out", form="lora") / "README.md").read_text()
     for row in ("| Method | GDMD |", "| Reward | brightness |", "| Prompts | shapes |", "| Generator updates | 3 |",
-                "| Weights | averaged, adapters |", "| Sampler | ode, 4 steps, no guidance |", "| geneval/overall | "):  # fmt: skip
+                "| Weights | averaged, adapters |", "| Sampler | ode, 4 steps, no guidance |",
+                "| geneval/overall | "):  # fmt: skip
         assert row in card
 
 

@@ -259,7 +259,7 @@ def test_export_refuses_a_directory_that_exists(complaint, checkpoint, tmp_path)
 
 
 def test_an_unknown_option_of_any_command_is_told(complaint):
-    for command in ("demo", "evaluate", "export", "pretrain", "results"):
+    for command in ("demo", "evaluate", "export", "plan", "pretrain", "results", "sample"):
         assert complaint(command, "--no_such_option", "1").startswith(f"{command}: ")
 
 
