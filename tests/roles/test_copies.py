@@ -112,6 +112,18 @@ def test_no_two_roles_share_a_tensor(roles: CopiedRoles) -> None:
     assert len(set(addresses)) == len(addresses)
 
 
+def test_what_learns_is_float32_beside_a_teacher_of_less() -> None:
+    family = TinyFamily()
+    roles = CopiedRoles(family, family.load().bfloat16(), ema_decay=0.9, old_decay=0.5, snapshots=1)
+    kinds = {(name.split(".")[0], p.dtype) for name, p in roles.named_parameters()}
+    learners = {(name, torch.float32) for name in ("generator", "fake_score", "ema", "old", "snapshots")}
+    assert kinds == learners | {("teacher", torch.bfloat16)}
+    with torch.no_grad():
+        for parameter in roles.parameters_of("generator"):
+            parameter.mul_(1 + 1e-4)
+    assert not equal(roles.generator, roles.ema.module), "an update that bfloat16 would have lost"
+
+
 @pytest.mark.parametrize("learner", ["generator", "fake_score"])
 def test_only_the_learning_role_gets_gradient(roles: CopiedRoles, learner: Trainable) -> None:
     x, sigma, told = inputs()

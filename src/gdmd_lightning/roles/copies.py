@@ -17,6 +17,9 @@ from gdmd_lightning.roles.base import Role, Roles, Trainable
 class CopiedRoles(Roles):
     """Full copies of one network in its roles.
 
+    The teacher keeps its precision; what learns, and what follows it, is float32, since updates of a thousandth of a
+    weight are lost in bfloat16.
+
     Args:
         family: Says how a network is used.
         network: The teacher, already loaded; generator and fake score start as its copies.
@@ -36,11 +39,11 @@ class CopiedRoles(Roles):
     ) -> None:
         super().__init__(family, old=old_decay is not None, snapshots=snapshots)
         self.teacher = network.requires_grad_(False).eval()
-        self.generator = copy.deepcopy(network)
-        self.fake_score = copy.deepcopy(network)
+        self.generator = copy.deepcopy(network).float()
+        self.fake_score = copy.deepcopy(network).float()
         self.ema = _average(self.generator, ema_decay)
         self.old = None if old_decay is None else _average(self.generator, old_decay)
-        self.snapshots = nn.ModuleList(copy.deepcopy(network) for _ in range(snapshots))
+        self.snapshots = nn.ModuleList(copy.deepcopy(network).float() for _ in range(snapshots))
         # Between updates too: wrappers such as DDP look once, at the start, for what they are to synchronise.
         self.generator.requires_grad_(True)
         self.fake_score.requires_grad_(True)
