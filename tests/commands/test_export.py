@@ -73,14 +73,14 @@ def test_what_cannot_be_repeated_is_refused_and_nothing_is_left(module, tmp_path
 
 def test_an_export_that_fails_half_way_leaves_no_pipeline(module, tmp_path, monkeypatch):
     def save(pipeline, path, **options):
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         (path / "model_index.json").write_text("{}")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "save_pretrained", save)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="cannot write .*no space left"):
         export(module, tmp_path / "pipeline")
-    assert not (tmp_path / "pipeline").exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     load(export(module, tmp_path / "pipeline"))
 

@@ -196,6 +196,7 @@ def test_a_picture_that_is_cut_off_or_damaged_is_made_again(tmp_path):
     assert sample.already_there(tmp_path, wanted, origin) == set()
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_whole_pictures_and_the_same_command_makes_the_rest(checkpoint, tmp_path):
     arguments = [checkpoint, "shapes", tmp_path / "out", "--count", 100, "--batch_size", 2]
     process = subprocess.Popen(

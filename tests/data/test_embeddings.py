@@ -22,6 +22,8 @@ from gdmd_lightning.prompts import Prompt
 class Letters:
     """A family whose embedding of a text is the codes of its first letters."""
 
+    empty = Conditioning(torch.zeros(1, 1, 1))
+
     def __init__(self):
         self.asked = []
 

@@ -77,7 +77,7 @@ def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained
     with torch.no_grad():  # so few updates move a picture less than rounding does
         for name, parameter in module.networks.named_parameters():
             if ".lora_B.ema." in name:
-                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+                parameter.normal_(0, 1, generator=torch.Generator().manual_seed(0))
     noise = noise_for(module)
     ours = module.generate(noise, TEXTS)
     out = export(module, tmp_path / "lora", form="lora")
@@ -89,7 +89,7 @@ def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained
     assert {p.name for p in out.iterdir()} == {"README.md", "pytorch_lora_weights.safetensors", "scheduler"}
     torch.testing.assert_close(ours, call(space["pipe"], module, noise), atol=1e-4, rtol=0)
     space["pipe"].unload_lora_weights()
-    assert not torch.allclose(ours, call(space["pipe"], module, noise), atol=1e-2)
+    assert float((ours - call(space["pipe"], module, noise)).abs().max()) > 1e-3
 
 
 def test_a_card_says_how_it_was_made(trained, tmp_path):

@@ -102,10 +102,12 @@ VARIANTS = {
     "snapshots": ["--model.targets.over=both", "--model.targets.snapshot_every=2", "--model.targets.size=3"],
     "renoise, fresh": ["--model.sampler.kind=renoise", "--model.matching.critic_samples=fresh"],
     "DMD": ["--config", "shapes_dmd.yaml", "--config", "{saving}"],
+    "adapters": ["--model.lora.rank=2", "--model.lora.alpha=2", "--model.memory.gradient_checkpointing=true"],
 }
+SLOW = ("snapshots", "renoise, fresh")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VARIANTS])
 def test_a_finished_run_that_is_extended_equals_a_longer_one(fast_fit, tmp_path, name):
     saving = tmp_path / "saving.yaml"
     keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
