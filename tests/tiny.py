@@ -93,49 +93,97 @@ CHAT = (
 )
 
 
-def save_flux2(path: Path) -> Path:
-    """Write a ``Flux2KleinPipeline`` with random weights, for 32x32 pictures in 8x8 patches of 4x4 pixels."""
+def save_flux2(path: Path, *, klein: bool = True) -> Path:
+    """Write a ``Flux2KleinPipeline``, or a ``Flux2Pipeline``, with random weights, for 32x32 pictures in 8x8 patches
+    of 4x4 pixels.
+    """
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,
         Flux2KleinPipeline,
+        Flux2Pipeline,
         Flux2Transformer2DModel,
     )
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    from gdmd_lightning.shapes.captions import WORDS
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        trained = ByteLevelBPETokenizer()
-        trained.train_from_iterator([" ".join(WORDS)], vocab_size=300, special_tokens=["<|endoftext|>"])
-        trained.save_model(str(path.parent))
-        tokenizer = Qwen2TokenizerFast.from_pretrained(path.parent, pad_token="<|endoftext|>", chat_template=CHAT)
+        tokenizer, text_encoder = _qwen(path.parent) if klein else _mistral(path.parent)
         vae = AutoencoderKLFlux2(
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=32,
         )  # fmt: skip
         vae.bn.running_mean.normal_()
         vae.bn.running_var.uniform_(0.5, 2.0)
-        pipeline = Flux2KleinPipeline(
+        pipeline = (Flux2KleinPipeline if klein else Flux2Pipeline)(
             transformer=Flux2Transformer2DModel(
                 patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16,
                 num_attention_heads=2, joint_attention_dim=32, timestep_guidance_channels=32,
-                axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+                axes_dims_rope=(4, 4, 4, 4), guidance_embeds=not klein,
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=vae,
-            text_encoder=Qwen3ForCausalLM(
-                Qwen3Config(
-                    vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
-                    num_attention_heads=2, num_key_value_heads=2, head_dim=8,
-                )
-            ),
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
         )  # fmt: skip
     pipeline.save_pretrained(path, safe_serialization=True)
     return path
+
+
+def _bytes(place: Path, *special: str) -> None:
+    """Train a tokenizer on the world's words and leave its files in a directory."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    from gdmd_lightning.shapes.captions import WORDS
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([" ".join(WORDS)], vocab_size=300, special_tokens=["<|endoftext|>", *special])
+    trained.save_model(str(place))
+
+
+def _qwen(place: Path) -> tuple[Any, Any]:
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    _bytes(place)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(place, pad_token="<|endoftext|>", chat_template=CHAT)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return tokenizer, Qwen3ForCausalLM(config)
+
+
+PIECES = (
+    "{% for message in messages %}{% for piece in message['content'] %}{{ piece['text'] }}{% endfor %}"
+    "<|endoftext|>{% endfor %}"
+)
+
+
+def _mistral(place: Path) -> tuple[Any, Any]:
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        MistralConfig,
+        PixtralImageProcessor,
+        PixtralProcessor,
+        PixtralVisionConfig,
+        Qwen2TokenizerFast,
+    )
+
+    images = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    _bytes(place, *images)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(
+        place, pad_token="<|endoftext|>", padding_side="left", additional_special_tokens=list(images)
+    )
+    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=PIECES)
+    text = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=tokenizer.vocab["[IMG]"])
+    return processor, Mistral3ForConditionalGeneration(config)
 
 
 def family(path: Path) -> SD3Family:

@@ -5,7 +5,7 @@ Importing this makes jsonargparse know them; none of these modules imports diffu
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
-from gdmd_lightning.families.flux2 import Flux2KleinFamily
+from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
@@ -20,6 +20,7 @@ __all__ = [
     "GDMD",
     "CombinedReward",
     "ContrastiveReward",
+    "Flux2Family",
     "Flux2KleinFamily",
     "GenEvalScore",
     "GenerationEvaluation",

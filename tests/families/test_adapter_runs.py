@@ -11,10 +11,17 @@ from gdmd_lightning.commands.restore import load_module
 from gdmd_lightning.errors import UserError
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
+
+
+def save_guided(path):
+    return tiny.save_flux2(path, klein=False)
+
+
 FAMILIES = {
     "sd3": (tiny.save_pipeline, "SD3Family", {"max_sequence_length": 0}),
     "sdxl": (tiny.save_sdxl, "SDXLFamily", {}),
     "flux2": (tiny.save_flux2, "Flux2KleinFamily", {"max_sequence_length": 16, "text_layers": [1, 2]}),
+    "flux2, guided": (save_guided, "Flux2Family", {"max_sequence_length": 512, "text_layers": [1, 2]}),
 }
 
 
@@ -27,7 +34,7 @@ def trained(request, tmp_path_factory):
     from conftest import write_fast_config
 
     save, name, arguments = FAMILIES[request.param]
-    place = tmp_path_factory.mktemp(request.param)
+    place = tmp_path_factory.mktemp(request.param[:5])
     pipeline = save(place / "pipeline")
     overlay = place / "family.yaml"
     family = f"{{class_path: {name}, init_args: {{path: {pipeline}, {str(arguments)[1:-1]}}}}}"

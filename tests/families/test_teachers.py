@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from gdmd_lightning.families.flux2 import Flux2KleinFamily
+from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.samplers import FewStepSampler, sample
@@ -13,13 +13,16 @@ TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 STEPS, GUIDANCE = 5, 4.0
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux2"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux2", "flux2, guided"])
 def test_x0_is_the_pipelines(name, tmp_path):
     match name:
         case "sd3":
             family = tiny.family(tiny.save_pipeline(tmp_path / "pipeline", layers=2, shift=3.0))
         case "sdxl":
             family = SDXLFamily(str(tiny.save_sdxl(tmp_path / "pipeline")))
+        case "flux2, guided":
+            path = tiny.save_flux2(tmp_path / "pipeline", klein=False)
+            family = Flux2Family(str(path), max_sequence_length=512, text_layers=(1, 2))
         case _:
             path = tiny.save_flux2(tmp_path / "pipeline")
             family = Flux2KleinFamily(str(path), max_sequence_length=16, text_layers=(1, 2))

@@ -100,6 +100,7 @@ class ModelFamily(ABC):
 
     pipeline_class: ClassVar[str]
     network_component: ClassVar[str] = "transformer"
+    guided_passes: ClassVar[int] = 2
 
     def __init__(self, path: str) -> None:
         self.path = resolve(str(path))

@@ -1,9 +1,9 @@
-"""FLUX.2 klein: rectified flow on patches of a normalised autoencoder, told by several layers of a Qwen3."""
+"""FLUX.2 and its klein variants: rectified flow on patches of a normalised autoencoder, told by layers of an LLM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ class Flux2KleinFamily(ModelFamily):
     """
 
     pipeline_class = "Flux2KleinPipeline"
+    told_guidance = False
+    _pipeline_arguments: ClassVar[dict[str, Any]] = {"is_distilled": True}
 
     def __init__(
         self,
@@ -47,29 +49,30 @@ class Flux2KleinFamily(ModelFamily):
         """See :meth:`ModelFamily.load`.
 
         Raises:
-            UserError: If the text encoder has not the layers asked for, or the network wants guidance told.
+            UserError: If the text encoder has not the layers asked for, or the network is of the other kind: told
+                its guidance, or not.
         """
-        from diffusers import Flux2KleinPipeline
+        import diffusers
 
-        self.pipeline = load_pipeline(Flux2KleinPipeline, self.path, self.dtype)
+        self.pipeline = load_pipeline(getattr(diffusers, self.pipeline_class), self.path, self.dtype)
         return self._network()
 
     def sketch(self) -> nn.Module:
         """See :meth:`ModelFamily.sketch`."""
-        from diffusers import Flux2KleinPipeline
+        import diffusers
 
-        self.pipeline = sketch_pipeline(Flux2KleinPipeline, self.path, self.dtype)
+        self.pipeline = sketch_pipeline(getattr(diffusers, self.pipeline_class), self.path, self.dtype)
         self._empty = self.blank_conditioning(torch.device("meta"))
         return self._network()
 
     def _network(self) -> nn.Module:
-        layers = self.loaded.text_encoder.config.num_hidden_layers
+        layers = self.loaded.text_encoder.config.get_text_config().num_hidden_layers
         if max(self.text_layers) > layers:
             raise UserError(
                 f"the text encoder has {layers} layers, not {max(self.text_layers)}", where="family.text_layers"
             )
-        if self.loaded.transformer.config.guidance_embeds:
-            raise UserError("its network is told its guidance; klein's is not", where="family.path")
+        if self.loaded.transformer.config.guidance_embeds != self.told_guidance:
+            raise UserError("only klein's network is not told its guidance", where="family.path")
         return self.loaded.transformer
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
@@ -91,10 +94,15 @@ class Flux2KleinFamily(ModelFamily):
 
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`ModelFamily.velocity`; the network's time is ``sigma``, a latent's every place a token."""
+        return self._ask(network, x_sigma, sigma, conditioning, None)
+
+    def _ask(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None
+    ) -> Tensor:
         tokens = network(
             hidden_states=x_sigma.flatten(2).transpose(1, 2).to(conditioning.sequence.dtype),
             timestep=sigma,
-            guidance=None,
+            guidance=guidance,
             encoder_hidden_states=conditioning.sequence,
             txt_ids=conditioning.ids,
             img_ids=self.loaded._prepare_latent_ids(x_sigma).to(x_sigma.device),
@@ -143,13 +151,13 @@ class Flux2KleinFamily(ModelFamily):
 
     def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
         """See :meth:`ModelFamily.to_pipeline`; the pipeline's own levels in ``steps`` steps are the generator's."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(
             self.loaded.scheduler.config, stochastic_sampling=stochastic
         )
         components = dict(self.loaded.components, transformer=network, scheduler=scheduler)
-        return Flux2KleinPipeline(**components, is_distilled=True)
+        return type(self.loaded)(**components, **self._pipeline_arguments)
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the shift that the pipeline gives to so many
@@ -175,3 +183,52 @@ class Flux2KleinFamily(ModelFamily):
     def sampling_arguments(self) -> dict[str, Any]:
         """See :meth:`ModelFamily.sampling_arguments`."""
         return {"max_sequence_length": self.max_sequence_length, "text_encoder_out_layers": self.text_layers}
+
+
+class Flux2Family(Flux2KleinFamily):
+    """FLUX.2, whose network is told a guidance scale and so needs no second, unconditional pass.
+
+    Its text encoder's processor needs torchvision (``pip install gdmd_lightning[flux2]``).
+
+    A scale of 1, which fake score and student have, is told as 1, as a call of the exported pipeline with
+    ``guidance_scale=1.0`` tells it.
+
+    Args:
+        path: Directory or hub id of a ``Flux2Pipeline``.
+        max_sequence_length: Tokens a prompt is padded or cut to, as in the pipeline's call.
+        text_layers: Layers of the text encoder whose states are told to the network, as in the pipeline's call.
+        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+
+    Source: diffusers' ``Flux2Pipeline``.
+    """
+
+    pipeline_class = "Flux2Pipeline"
+    told_guidance = True
+    guided_passes = 1
+    _pipeline_arguments: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        path: str,
+        max_sequence_length: int = 512,
+        text_layers: tuple[int, ...] = (10, 20, 30),
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(path, max_sequence_length, text_layers, dtype)
+
+    def predict_velocity(
+        self,
+        network: nn.Module,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The velocity, guided by telling the network the scale."""
+        told = conditioning.cast(next(network.parameters()).dtype)
+        guidance = torch.full_like(sigma, guidance_scale)
+        return self._ask(network, x_sigma, sigma, told, guidance).to(x_sigma.dtype)
+
+    def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :meth:`ModelFamily.velocity`."""
+        return self._ask(network, x_sigma, sigma, conditioning, torch.ones_like(sigma))

@@ -30,7 +30,8 @@ class Roles(nn.Module, ABC):
         snapshots: How many past states of the fake score are kept.
 
     Attributes:
-        evaluations: Network evaluations of single latents so far, by role; a guided one counts two.
+        evaluations: Network evaluations of single latents so far, by role; a guided one counts as many as the family
+            makes for it, two as a rule.
         learner: The role inside :meth:`learning`, if any.
     """
 
@@ -58,7 +59,7 @@ class Roles(nn.Module, ABC):
         """
         if role == "old" and not self.has_old:
             raise RuntimeError("this method keeps no old policy; give its roles an old_decay")
-        self.evaluations[role] += len(x_sigma) * (1 if guidance_scale == 1.0 else 2)
+        self.evaluations[role] += len(x_sigma) * (1 if guidance_scale == 1.0 else self.family.guided_passes)
         learns = torch.is_grad_enabled() and role == self.learner and not snapshot
         with self._speaking(role, snapshot) as network, torch.set_grad_enabled(learns):
             return self.family.predict_velocity(network, x_sigma, sigma, conditioning, guidance_scale)
