@@ -63,7 +63,7 @@ def overlay_name(family: str, overlay: str) -> str:
 
 @pytest.mark.parametrize("overlay", ["cold_start", "lora_24gb"])
 @pytest.mark.parametrize("family", REAL)
-def test_a_real_configuration_trains_three_updates_of_a_tiny_pipeline(family, overlay, tmp_path, monkeypatch):
+def test_a_real_configuration_is_planned_and_trains_on_a_tiny_pipeline(family, overlay, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
     pipeline = REAL[family](tmp_path / "pipeline")
@@ -79,9 +79,18 @@ def test_a_real_configuration_trains_three_updates_of_a_tiny_pipeline(family, ov
             del mine["model"]["init_args"][key]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(mine))
     overlays = ["--config", overlay_name(family, overlay), "--config", "tiny.yaml"]
+    main(["plan", "--config", f"{family}.yaml", *overlays])
+    assert "in all, at most" in capsys.readouterr().out
     main(["fit", "--config", f"{family}.yaml", *overlays])
     (last,) = (tmp_path / "runs").rglob("last.ckpt")
     state = torch.load(last, weights_only=True)
     assert state["global_step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["state_dict"].values())
     assert len(list((tmp_path / "runs").glob("*_embeddings/*.safetensors"))) == (overlay == "lora_24gb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REAL)
+def test_a_published_model_with_adapters_fits_24_gb(family, capsys):
+    main(["plan", "--config", f"{family}.yaml", "--config", f"{family}_lora_24gb.yaml", "--gpu_memory", "24"])
+    assert "fits in 24 GiB: yes" in capsys.readouterr().out
