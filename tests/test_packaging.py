@@ -143,7 +143,6 @@ def test_the_malicious_releases_are_excluded_and_not_installed():
         assert version(name) not in ("2.6.2", "2.6.3")
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_every_module_the_configs_and_the_assets(tmp_path):
     source = tmp_path / "source"
     for name in ("src", "configs", "setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
