@@ -1,5 +1,7 @@
 """Adapters of every family: trained, resumed and exported by the command line, sampled by plain diffusers."""
 
+import json
+
 import diffusers
 import pytest
 import tiny
@@ -9,6 +11,7 @@ from gdmd_lightning.cli import main
 from gdmd_lightning.commands.export import export
 from gdmd_lightning.commands.restore import load_module
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.samplers import FewStepSampler
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 
@@ -97,6 +100,15 @@ def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained
     torch.testing.assert_close(ours, call(space["pipe"], module, noise), atol=1e-4, rtol=0)
     space["pipe"].unload_lora_weights()
     assert float((ours - call(space["pipe"], module, noise)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ode", "renoise"])
+def test_a_card_loads_the_scheduler_that_was_saved(trained, tmp_path, kind):
+    module = load_module(str(trained[1]))
+    module.sampler = FewStepSampler(4, kind)
+    out = export(module, tmp_path / "lora", form="lora")
+    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    assert f"pipe.scheduler = diffusers.{saved}.from_pretrained(" in (out / "README.md").read_text()
 
 
 def test_a_card_says_how_it_was_made(trained, tmp_path):

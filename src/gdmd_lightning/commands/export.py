@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
+from torch import nn
 
 from gdmd_lightning.commands.restore import load_module
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import Pipeline
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.roles import AdapterRoles
 
@@ -47,22 +49,25 @@ def export(module: DistillationModule, out: Path, *, averaged: bool = True, form
     except Exception as error:
         shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # a full disk, as either tells it
-            raise UserError(f"cannot write {str(out)!r}: {error}", where="export", remedy="free some space") from error
+            raise UserError(
+                f"cannot write {str(out)!r}: {error}", where="export", remedy="see that there is room"
+            ) from error
         raise
     return out
 
 
 def _write(module: DistillationModule, place: Path, role: Literal["ema", "generator"], form: Form) -> None:
-    roles, stochastic = module.networks, module.sampler.kind == "renoise"
+    roles = module.networks
     if form == "lora":
         assert isinstance(roles, AdapterRoles)
         module.family.save_lora(place, *roles.lora_of(role))
-        pipeline = module.family.to_pipeline(roles.network, module.sampler.steps, stochastic=stochastic)
-        pipeline.scheduler.save_pretrained(place / "scheduler")
+        _pipeline(module, roles.network).scheduler.save_pretrained(place / "scheduler")
     else:
-        network = roles.standing_alone(role)
-        pipeline = module.family.to_pipeline(network, module.sampler.steps, stochastic=stochastic)
-        pipeline.save_pretrained(place, safe_serialization=True)
+        _pipeline(module, roles.standing_alone(role)).save_pretrained(place, safe_serialization=True)
+
+
+def _pipeline(module: DistillationModule, network: nn.Module) -> Pipeline:
+    return module.family.to_pipeline(network, module.sampler.steps, stochastic=module.sampler.kind == "renoise")
 
 
 def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> str:
@@ -74,9 +79,8 @@ def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> s
     path = out if form == "pipeline" else family.path
     lines = [f'pipe = diffusers.{pipeline}.from_pretrained("{path}"{absent})']
     if form == "lora":
-        scheduler = type(
-            family.to_pipeline(module.networks.standing_alone("teacher"), steps, stochastic=False).scheduler
-        )
+        assert isinstance(module.networks, AdapterRoles)
+        scheduler = type(_pipeline(module, module.networks.network).scheduler)
         lines += [
             f'pipe.load_lora_weights("{out}")',
             f'pipe.scheduler = diffusers.{scheduler.__name__}.from_pretrained("{out}", subfolder="scheduler")',
