@@ -22,8 +22,14 @@ ARMS: dict[str, tuple[str, ...]] = {
     "DMD": DMD,
     "GDMD": GDMD,
     "GDMD, lambda 0": (*GDMD, "--model.lambda_policy=0"),
-    "GDMD, lambda 1": (*GDMD, "--model.lambda_policy=1"),
-    "GDMD, lambda 30": (*GDMD, "--model.lambda_policy=30"),
+    "GDMD, lambda 5": (*GDMD, "--model.lambda_policy=5"),
+    "GDMD, lambda 10": (*GDMD, "--model.lambda_policy=10"),
+    "GDMD, levels not centred": (*GDMD, "--model.verdict.centre_levels=false"),
+    "GDMD, lambda 10, levels not centred": (
+        *GDMD,
+        "--model.lambda_policy=10",
+        "--model.verdict.centre_levels=false",
+    ),
     "GDMD, one target": (*GDMD, "--model.targets.size=1"),
     "GDMD, four targets": (*GDMD, "--model.targets.size=4"),
     "GDMD, weighted": (*GDMD, "--model.policy.form=weighted"),
@@ -32,7 +38,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "GDMD, against the sample": (*GDMD, "--model.verdict.compare=sample"),
     "GDMD, groups over snapshots": (*GDMD, "--model.targets.over=snapshot"),
     "GDMD, groups over both": (*GDMD, "--model.targets.over=both"),
-    "GDMD, levels centred": (*GDMD, "--model.verdict.centre_levels=true"),
 }
 # Nothing that watches a training, so that its seconds and evaluations are the method's own.
 LAST = '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true, "save_top_k": 0}}]'

@@ -257,6 +257,7 @@ class DistillationModule(pl.LightningModule):
             loss, x0, logs = self.generator_loss(batch, conditioning)
             update("generator", loss)
         x0 = x0.detach()
+        logs["sample_std"] = x0.std()
         for turn in range(self.matching.critic_updates):
             if self.matching.critic_samples == "fresh":
                 with torch.no_grad():

@@ -25,8 +25,9 @@ class Verdict:
         compare: The targets of one ``state`` with each other (the paper's), all targets of a ``prompt``'s states,
             or each target with its own ``sample``.
         spread: Whose standard deviation divides, see :func:`group_advantages`.
-        centre_levels: Remove the mean of each renoise level's rank within its group first, so that directions
-            are compared and not levels.
+        centre_levels: Remove the batch's mean of each place in the group first (the rank of its renoise level, or
+            its snapshot), so that directions are compared and not levels: targets at high noise please a reward
+            less wherever they point, and would always be the ones pushed away from.
         clip: ``A_max``.
         score_samples: Judge the samples too, to log and record them; ``compare: sample`` does anyway.
     """
