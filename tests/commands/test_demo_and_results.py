@@ -37,7 +37,9 @@ def test_results_compare_arms_over_seeds_and_go_on_where_they_were_cut_off(tmp_p
     report = (tmp_path / "runs" / "results" / "results.md").read_text()
     assert report in capsys.readouterr().out
     assert re.search(r"^\| DMD, 4 steps \| \d\.\d{3} ± \d", report, re.MULTILINE)
-    paired = re.search(r"^\| GDMD, 4 steps (?:\|[^|]*){3}\| (-?\d\.\d{3}) ±", report, re.MULTILINE)
+    paired = re.search(
+        r"^\| GDMD, 4 steps (?:\|[^|]*){3}\| (-?\d\.\d{3}) ±[^|]*\| (-?\d\.\d{3}) ±", report, re.MULTILINE
+    )
     scores = {
         (arm, seed): json.loads((tmp_path / "runs" / "results" / f"seed{seed}" / arm / "scores_1.json").read_text())
         for arm in ("dmd", "gdmd")
@@ -45,7 +47,13 @@ def test_results_compare_arms_over_seeds_and_go_on_where_they_were_cut_off(tmp_p
     }
     differences = [scores["gdmd", s]["shapes/overall"] - scores["dmd", s]["shapes/overall"] for s in (0, 1)]
     assert paired is not None
-    assert abs(float(paired[1]) - sum(differences) / 2) < 6e-4
+    assert abs(float(paired[2]) - sum(differences) / 2) < 6e-4
+    teacher = json.loads((tmp_path / "runs" / "results" / "teacher.json").read_text())
+    best = teacher["teacher, 30 steps, guided"]["shapes/overall"]
+    assert abs(float(paired[1]) - sum(scores["gdmd", s]["shapes/overall"] - best for s in (0, 1)) / 2) < 6e-4
+    start = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("cold_start/scores_1.json"))]
+    mean = sum(score["geneval/overall"] for score in start) / len(start)
+    assert f"| cold start: DMD, 1 updates, 4 steps | {mean:.3f}" in report
     checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")} == checkpoints

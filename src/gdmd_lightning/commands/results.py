@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "GDMD, groups over snapshots": (*GDMD, "--model.targets.over=snapshot"),
     "GDMD, groups over both": (*GDMD, "--model.targets.over=both"),
 }
+COLD_START = "cold start"
 # Nothing that watches a training, so that its seconds and evaluations are the method's own.
 LAST = '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true, "save_top_k": 0}}]'
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=50", f"--trainer.callbacks={LAST}")
@@ -104,27 +105,40 @@ def summary(values: list[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def report(out: Path, seeds: list[int], arms: list[str], updates: int, teacher: dict[str, dict[str, float]]) -> str:
-    """A Markdown table: overall scores over seeds, and each arm's graded reward against DMD's of the same seed."""
-    runs = {arm: [json.loads(scored(_place(out, arm, s), updates).read_text()) for s in seeds] for arm in arms}
-    control = runs.get("DMD")
+def report(
+    out: Path, seeds: list[int], arms: list[str], cold_start: int, updates: int, teacher: dict[str, dict[str, float]]
+) -> str:
+    """A Markdown table: overall scores over seeds, and each graded reward against the teacher's and against DMD's.
+
+    The teacher's is that of its first row; DMD's is that of the same seed.
+    """
+
+    def read(arm: str, after: int) -> list[dict[str, float]]:
+        return [json.loads(scored(_place(out, arm, seed), after).read_text()) for seed in seeds]
+
+    start = f"cold start: DMD, {cold_start} updates"
+    runs = {start: read(COLD_START, cold_start), **{arm: read(arm, updates) for arm in arms}}
+    control = [run["shapes/overall"] for run in runs["DMD"]] if "DMD" in arms else None
+    best = next(iter(teacher.values()))["shapes/overall"]
     names = ["geneval/overall", "shapes/overall", "hps_like/overall"]
     lines = [
-        "| generator | GenEval | graded reward | HPS-like | graded, minus DMD's | evaluations/update | s/update |",
-        "|---|---|---|---|---|---|---|",
+        "| generator | GenEval | graded reward | HPS-like | graded, minus the teacher's | graded, minus DMD's "
+        "| evaluations/update | s/update |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, scores in teacher.items():
-        lines.append(f"| {name} | " + " | ".join(f"{scores[key]:.3f}" for key in names) + " | | | |")
+        lines.append(f"| {name} | " + " | ".join(f"{scores[key]:.3f}" for key in names) + " | | | | |")
     for arm, results in runs.items():
-        cells = [summary([r[key] for r in results]) for key in names]
-        paired = "" if control is None or arm == "DMD" else summary(
-            [mine["shapes/overall"] - theirs["shapes/overall"] for mine, theirs in zip(results, control, strict=True)]
-        )  # fmt: skip
-        cost = [
-            f"{sum(r[key] for r in results) / len(results):.{digits}f}"
+        cells = [summary([run[key] for run in results]) for key in names]
+        graded = [run["shapes/overall"] for run in results]
+        cells.append(summary([mine - best for mine in graded]))
+        paired = control is not None and arm not in ("DMD", start)
+        cells.append(summary([a - b for a, b in zip(graded, control or [], strict=True)]) if paired else "")
+        cells += [
+            f"{sum(run[key] for run in results) / len(results):.{digits}f}"
             for key, digits in (("evaluations", 0), ("seconds", 2))
         ]
-        lines.append(f"| {arm}, 4 steps | " + " | ".join([*cells, paired, *cost]) + " |")
+        lines.append(f"| {arm}, 4 steps | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -150,14 +164,16 @@ def main(arguments: list[str]) -> int:
     out, count = options.out, options.count
     read_test_prompts("shapes", count)  # a count that makes no sense is told before any training
     for seed in options.seeds:
-        cold = _place(out, "cold start", seed)
+        cold = _place(out, COLD_START, seed)
         run_arm(cold, "DMD", options.cold_start, seed, None, count, options.fit)
         start = cold / "checkpoints" / "last.ckpt"
         for arm in options.arms:
             run_arm(_place(out, arm, seed), arm, options.updates, seed + 1000, start, count, options.fit)
             print(f"seed {seed}, {arm}: done", flush=True)
-    first = load_module(str(_place(out, "cold start", options.seeds[0]) / "checkpoints" / "last.ckpt"))
-    text = report(out, options.seeds, options.arms, options.updates, teacher_scores(out, first, count))
+    first = load_module(str(_place(out, COLD_START, options.seeds[0]) / "checkpoints" / "last.ckpt"))
+    text = report(
+        out, options.seeds, options.arms, options.cold_start, options.updates, teacher_scores(out, first, count)
+    )
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
