@@ -1,0 +1,41 @@
+"""How far generators stand from the teacher's manifold: the standard deviation of their latents beside the teacher's.
+
+.venv/bin/python benchmarks/latent_spread.py CHECKPOINT ... [--count N]
+"""
+
+import argparse
+
+import torch
+
+from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.samplers import FewStepSampler, draw_noise, sample
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of Shapes; the teacher is the first's")
+    parser.add_argument("--count", type=int, default=600, help="test prompts")
+    parser.add_argument("--steps", type=int, default=30, help="of the teacher")
+    options = parser.parse_args()
+    texts = [prompt.text for prompt in read_test_prompts("shapes", options.count)]
+    teacher_told = False
+    for path in options.checkpoints:
+        module = load_module(path)
+        noise = draw_noise((len(texts), *module.latent_shape), torch.Generator().manual_seed(0), module.device)
+        conditioning = module.embeddings(texts)
+        if not teacher_told:
+            predict = module.predictor("teacher", conditioning, module.matching.guidance_scale)
+            levels = module.family.teacher_sigmas(options.steps)
+            start = module.family.teacher_start(options.steps) * noise
+            latents = sample(predict, start, levels, FewStepSampler(options.steps, "ode"))
+            print(f"{latents.std():.3f}  teacher, {options.steps} steps, guided", flush=True)
+            teacher_told = True
+        stream = torch.Generator().manual_seed(module.seed)
+        latents = sample(module.predictor("ema", conditioning), noise, module.sigmas, module.sampler, stream)
+        print(f"{latents.std():.3f}  {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
