@@ -3,7 +3,11 @@
 import json
 import re
 
+import pytest
+import torch
+
 from gdmd_lightning.cli import main
+from gdmd_lightning.methods.checkpointing import read_checkpoint
 
 CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.critic_updates=1"]
 FIT = f"--fit={json.dumps([*CHEAP, '--trainer.enable_progress_bar=false'])}"
@@ -58,3 +62,36 @@ def test_results_compare_arms_over_seeds_and_go_on_where_they_were_cut_off(tmp_p
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")} == checkpoints
     assert capsys.readouterr().out.endswith(report)
+
+
+def test_results_go_on_with_more_updates_where_their_directory_has_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--seeds=[0]", '--arms=["DMD"]', "--cold_start=1", "--count=6", f"--fit={json.dumps(CHEAP)}"]
+    main(["results", *short, "--updates=1"])
+    (tmp_path / "runs" / "results").rename(tmp_path / "moved")
+    main(["results", *short, "--updates=2", "--out=moved"])
+    (checkpoint,) = (tmp_path / "moved" / "seed0" / "dmd" / "checkpoints").iterdir()
+    assert checkpoint.name == "last.ckpt"
+    assert read_checkpoint(str(checkpoint), in_memory=False)["global_step"] == 2
+    scores = tmp_path / "moved" / "seed0" / "dmd" / "scores_2.json"
+    found = scores.read_text()
+    # Cut off between training and scoring, it scores what was trained and knows what that cost.
+    scores.unlink()
+    main(["results", *short, "--updates=2", "--out=moved"])
+    assert scores.read_text() == found
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"), [("--updates=1", "is 2 updates old, not 1"), ("--cold_start=2", "start from another")]
+)
+def test_results_do_not_mistake_a_longer_run_for_a_shorter(tmp_path, complaint, changed, said):
+    given = {"--updates": "2", "--cold_start": "1"}
+    for place, updates in (("cold_start", 1), ("dmd", 2)):
+        run = tmp_path / "runs" / "results" / "seed0" / place
+        (run / "checkpoints").mkdir(parents=True)
+        (run / f"scores_{updates}.json").write_text("{}")
+        torch.save({"state_dict": {}, "global_step": updates}, run / "checkpoints" / "last.ckpt")
+    given.update([changed.split("=")])
+    line = complaint("results", "--seeds=[0]", '--arms=["DMD"]', *(f"{k}={v}" for k, v in given.items()))
+    assert said in line
+    assert "use another --out" in line

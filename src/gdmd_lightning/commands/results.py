@@ -40,30 +40,52 @@ ARMS: dict[str, tuple[str, ...]] = {
     "GDMD, groups over both": (*GDMD, "--model.targets.over=both"),
 }
 COLD_START = "cold start"
-# Nothing that watches a training, so that its seconds and evaluations are the method's own.
-LAST = '[{"class_path": "ModelCheckpoint", "init_args": {"save_last": true, "save_top_k": 0}}]'
+ANOTHER = "use another --out"
+# Nothing that watches a training, so that its seconds and evaluations are the method's own. Without the counter a run
+# that goes on overwrites its last.ckpt even where --out is spelt otherwise than before; with it, a last-v1.ckpt would
+# lie beside the one that is scored.
+LAST = json.dumps(
+    [
+        {
+            "class_path": "ModelCheckpoint",
+            "init_args": {"save_last": True, "save_top_k": 0, "enable_version_counter": False},
+        }
+    ]
+)
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=50", f"--trainer.callbacks={LAST}")
 
 
 def run_arm(out: Path, name: str, updates: int, seed: int, start: Path | None, count: int, more: list[str]) -> None:
-    """Train and score one arm of one seed into ``out``; goes on from the checkpoint that lies there, if any."""
+    """Train and score one arm of one seed into ``out``; goes on from what lies there, if anything."""
     if scored(out, updates).is_file():
         return
+    cost = out / f"cost_{updates}.json"
+    if not cost.is_file():
+        _write(cost, _train(out, name, updates, seed, start, more))
+    module = load_module(str(_last(out)))
+    _write(scored(out, updates), {**_scores(module, name, count), **json.loads(cost.read_text(encoding="utf-8"))})
+
+
+def _train(out: Path, name: str, updates: int, seed: int, start: Path | None, more: list[str]) -> dict[str, float]:
+    """Network evaluations and seconds an update."""
     arguments = [*ARMS[name], f"--trainer.max_steps={updates}", f"--model.seed={seed}", f"--data.seed={seed}"]
     if start is not None:
         arguments.append(f"--model.start_from={start}")
-    last, before = out / "checkpoints" / "last.ckpt", 0
-    if last.is_file():
-        arguments.append(f"--ckpt_path={last}")
-        before = int(read_checkpoint(str(last), in_memory=False)["global_step"])
+    before = 0
+    if _last(out).is_file():
+        arguments.append(f"--ckpt_path={_last(out)}")
+        before = int(read_checkpoint(str(_last(out)), in_memory=False)["global_step"])
+    if before > updates:
+        raise UserError(f"{_last(out)} is {before} updates old, not {updates}", where="results", remedy=ANOTHER)
     began = time.perf_counter()
-    checkpoint, cli = train(out, *arguments, f"--seed_everything={seed}", *QUIET, *more)
+    _, cli = train(out, *arguments, f"--seed_everything={seed}", *QUIET, *more)
     seconds = time.perf_counter() - began
-    module = load_module(str(checkpoint))
-    result = _scores(module, name, count)
     done = max(updates - before, 1)
-    evaluations = sum(cli.model.networks.evaluations.values()) / done
-    _write(scored(out, updates), {**result, "evaluations": evaluations, "seconds": seconds / done})
+    return {"evaluations": sum(cli.model.networks.evaluations.values()) / done, "seconds": seconds / done}
+
+
+def _last(out: Path) -> Path:
+    return out / "checkpoints" / "last.ckpt"
 
 
 def scored(out: Path, updates: int) -> Path:
@@ -165,12 +187,13 @@ def main(arguments: list[str]) -> int:
     read_test_prompts("shapes", count)  # a count that makes no sense is told before any training
     for seed in options.seeds:
         cold = _place(out, COLD_START, seed)
+        if any(path != scored(cold, options.cold_start) for path in cold.glob("scores_*.json")):
+            raise UserError(f"arms in {out} start from another cold start", where="--cold_start", remedy=ANOTHER)
         run_arm(cold, "DMD", options.cold_start, seed, None, count, options.fit)
-        start = cold / "checkpoints" / "last.ckpt"
         for arm in options.arms:
-            run_arm(_place(out, arm, seed), arm, options.updates, seed + 1000, start, count, options.fit)
+            run_arm(_place(out, arm, seed), arm, options.updates, seed + 1000, _last(cold), count, options.fit)
             print(f"seed {seed}, {arm}: done", flush=True)
-    first = load_module(str(_place(out, COLD_START, options.seeds[0]) / "checkpoints" / "last.ckpt"))
+    first = load_module(str(_last(_place(out, COLD_START, options.seeds[0]))))
     text = report(
         out, options.seeds, options.arms, options.cold_start, options.updates, teacher_scores(out, first, count)
     )
