@@ -20,18 +20,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of the teacher")
     options = parser.parse_args()
     texts = [prompt.text for prompt in read_test_prompts("shapes", options.count)]
-    teacher_told = False
-    for path in options.checkpoints:
+    for number, path in enumerate(options.checkpoints):
         module = load_module(path)
         noise = draw_noise((len(texts), *module.latent_shape), torch.Generator().manual_seed(0), module.device)
         conditioning = module.embeddings(texts)
-        if not teacher_told:
+        if number == 0:
             predict = module.predictor("teacher", conditioning, module.matching.guidance_scale)
             levels = module.family.teacher_sigmas(options.steps)
             start = module.family.teacher_start(options.steps) * noise
             latents = sample(predict, start, levels, FewStepSampler(options.steps, "ode"))
             print(f"{latents.std():.3f}  teacher, {options.steps} steps, guided", flush=True)
-            teacher_told = True
         stream = torch.Generator().manual_seed(module.seed)
         latents = sample(module.predictor("ema", conditioning), noise, module.sigmas, module.sampler, stream)
         print(f"{latents.std():.3f}  {path}", flush=True)

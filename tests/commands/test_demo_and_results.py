@@ -90,6 +90,7 @@ def test_results_do_not_mistake_a_longer_run_for_a_shorter(tmp_path, complaint, 
         run = tmp_path / "runs" / "results" / "seed0" / place
         (run / "checkpoints").mkdir(parents=True)
         (run / f"scores_{updates}.json").write_text("{}")
+        (run / "cost_1.json").write_text("{}")  # as if cut off before the shorter run was scored
         torch.save({"state_dict": {}, "global_step": updates}, run / "checkpoints" / "last.ckpt")
     given.update([changed.split("=")])
     line = complaint("results", "--seeds=[0]", '--arms=["DMD"]', *(f"{k}={v}" for k, v in given.items()))

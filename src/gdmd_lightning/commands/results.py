@@ -59,24 +59,25 @@ def run_arm(out: Path, name: str, updates: int, seed: int, start: Path | None, c
     """Train and score one arm of one seed into ``out``; goes on from what lies there, if anything."""
     if scored(out, updates).is_file():
         return
+    before = int(read_checkpoint(str(_last(out)), in_memory=False)["global_step"]) if _last(out).is_file() else 0
+    if before > updates:
+        raise UserError(f"{_last(out)} is {before} updates old, not {updates}", where="results", remedy=ANOTHER)
     cost = out / f"cost_{updates}.json"
     if not cost.is_file():
-        _write(cost, _train(out, name, updates, seed, start, more))
+        _write(cost, _train(out, name, updates, before, seed, start, more))
     module = load_module(str(_last(out)))
     _write(scored(out, updates), {**_scores(module, name, count), **json.loads(cost.read_text(encoding="utf-8"))})
 
 
-def _train(out: Path, name: str, updates: int, seed: int, start: Path | None, more: list[str]) -> dict[str, float]:
-    """Network evaluations and seconds an update."""
+def _train(
+    out: Path, name: str, updates: int, before: int, seed: int, start: Path | None, more: list[str]
+) -> dict[str, float]:
+    """Train on from ``before`` to ``updates``; network evaluations and seconds an update."""
     arguments = [*ARMS[name], f"--trainer.max_steps={updates}", f"--model.seed={seed}", f"--data.seed={seed}"]
     if start is not None:
         arguments.append(f"--model.start_from={start}")
-    before = 0
-    if _last(out).is_file():
+    if before:
         arguments.append(f"--ckpt_path={_last(out)}")
-        before = int(read_checkpoint(str(_last(out)), in_memory=False)["global_step"])
-    if before > updates:
-        raise UserError(f"{_last(out)} is {before} updates old, not {updates}", where="results", remedy=ANOTHER)
     began = time.perf_counter()
     _, cli = train(out, *arguments, f"--seed_everything={seed}", *QUIET, *more)
     seconds = time.perf_counter() - began
