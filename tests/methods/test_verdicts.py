@@ -5,10 +5,10 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
-
 from gdmd_lightning.methods.targets import Targets
 from gdmd_lightning.methods.verdicts import Judged, Verdict, correlation
+from torch import Tensor
+
 from gdmd_lightning.objectives.advantages import Spread
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
 from gdmd_lightning.prompts import Prompt, PromptBatch

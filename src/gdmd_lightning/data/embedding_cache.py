@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning
+from gdmd_lightning.latents import Conditioning
 
 FIELDS = ("sequence", "pooled", "ids")
 FINGERPRINT = "text_fingerprint"

@@ -11,7 +11,8 @@ import torch
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, key_of, size
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def fill(
                         where=f"{type(family).__name__}.encode",
                         remedy="pad all prompts to one length",
                     )
-                rows |= {text: encoded.slice(i, i + 1) for i, text in enumerate(batch)}
+                rows |= {text: encoded.select(slice(i, i + 1)) for i, text in enumerate(batch)}
                 bar.update(len(batch))
             store.write(rows)
     barrier()

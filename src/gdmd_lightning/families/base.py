@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.schedules import x0_from_velocity
 
@@ -26,65 +26,6 @@ Pipeline = Any
 """A ``diffusers.DiffusionPipeline``. To build the help, jsonargparse runs imports under ``TYPE_CHECKING`` too, and
 diffusers takes seconds, so its classes stand in no signature here.
 """
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a network is told beside its input.
-
-    Args:
-        sequence: Token embeddings, ``[B, L, D]``.
-        pooled: One embedding a prompt, ``[B, P]``, where the family has one.
-        ids: Further tensors of the family's own (SDXL's time ids, FLUX.2's text positions), ``[B, ...]``.
-    """
-
-    sequence: Tensor
-    pooled: Tensor | None = None
-    ids: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(*(None if t is None else function(t) for t in (self.sequence, self.pooled, self.ids)))  # type: ignore[arg-type]
-
-    def repeat(self, times: int) -> Conditioning:
-        """Each row ``times`` in a row, ``[B * times, ...]``."""
-        return self._map(lambda t: t.repeat_interleave(times, dim=0))
-
-    def select(self, rows: Tensor) -> Conditioning:
-        """The given rows, in their order."""
-        return self._map(lambda t: t[rows])
-
-    def slice(self, start: int, stop: int) -> Conditioning:
-        """Rows ``start`` to ``stop``, as a view."""
-        return self._map(lambda t: t[start:stop])
-
-    def expand(self, batch: int) -> Conditioning:
-        """One row (``B = 1``) seen as ``batch`` rows."""
-        return self._map(lambda t: t.expand(batch, *t.shape[1:]))
-
-    def to(self, device: torch.device) -> Conditioning:
-        """The same on another device."""
-        return self._map(lambda t: t.to(device))
-
-    def cast(self, dtype: torch.dtype) -> Conditioning:
-        """Embeddings in another precision; ``ids`` keep theirs."""
-        return Conditioning(self.sequence.to(dtype), None if self.pooled is None else self.pooled.to(dtype), self.ids)
-
-    @staticmethod
-    def concat(parts: Sequence[Conditioning]) -> Conditioning:
-        """One batch of several; all must carry the same tensors."""
-
-        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-            present = [t for t in tensors if t is not None]
-            return torch.cat(present) if present else None
-
-        return Conditioning(
-            torch.cat([part.sequence for part in parts]),
-            joined([part.pooled for part in parts]),
-            joined([part.ids for part in parts]),
-        )
 
 
 class ModelFamily(ABC):
@@ -174,11 +115,11 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def few_step_sigmas(self, steps: int) -> Tensor:
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """Levels of a few-step generator of this family, ``[steps + 1]``, from most noise to 0."""
 
     @abstractmethod
-    def teacher_sigmas(self, steps: int) -> Tensor:
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """Levels that the pipeline's own scheduler would visit in ``steps`` steps, ``[steps + 1]``."""
 
     def teacher_start(self, steps: int) -> float:

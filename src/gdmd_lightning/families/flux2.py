@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.sketch import sketch_pipeline
+from gdmd_lightning.latents import Conditioning
 
 
 class Flux2KleinFamily(ModelFamily):
@@ -159,7 +160,7 @@ class Flux2KleinFamily(ModelFamily):
         components = dict(self.loaded.components, transformer=network, scheduler=scheduler)
         return type(self.loaded)(**components, **self._pipeline_arguments)
 
-    def few_step_sigmas(self, steps: int) -> Tensor:
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the shift that the pipeline gives to so many
         steps on so many tokens.
 
@@ -176,7 +177,7 @@ class Flux2KleinFamily(ModelFamily):
         scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(self._tokens, steps))
         return scheduler.sigmas.clone()
 
-    def teacher_sigmas(self, steps: int) -> Tensor:
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """See :meth:`ModelFamily.teacher_sigmas`."""
         return self.few_step_sigmas(steps)
 

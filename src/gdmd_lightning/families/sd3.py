@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.sketch import sketch_pipeline
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import few_step_sigmas
 
 _T5 = ("text_encoder_3", "tokenizer_3")
@@ -144,11 +145,11 @@ class SD3Family(ModelFamily):
         )
         return StableDiffusion3Pipeline(**dict(self.loaded.components, transformer=network, scheduler=scheduler))
 
-    def few_step_sigmas(self, steps: int) -> Tensor:
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the scheduler's shift."""
         return few_step_sigmas(steps, self.loaded.scheduler.config.shift)
 
-    def teacher_sigmas(self, steps: int) -> Tensor:
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """See :meth:`ModelFamily.teacher_sigmas`."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.sketch import sketch_pipeline
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import per_sample, sigma_from_vp, vp_from_sigma
 
 
@@ -175,13 +176,13 @@ class SDXLFamily(ModelFamily):
             **components, force_zeros_for_empty_prompt=self.loaded.config.force_zeros_for_empty_prompt
         )
 
-    def few_step_sigmas(self, steps: int) -> Tensor:
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """See :meth:`ModelFamily.few_step_sigmas`: those of timesteps 999, 749, 499, 249, as in DMD2 (2405.14867)."""
         count = len(self.levels)
         timesteps = (torch.arange(steps, 0, -1).double() * count / steps).round().long() - 1
         return torch.cat([self.levels[timesteps], torch.zeros(1)]).float()
 
-    def teacher_sigmas(self, steps: int) -> Tensor:
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """See :meth:`ModelFamily.teacher_sigmas`, under Euler steps."""
         sigmas = self._euler(steps).sigmas.double()
         return (sigmas / (1 + sigmas)).float()

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from gdmd_lightning.prompts import Prompt
-from gdmd_lightning.rewards.base import Reward, judge
+from gdmd_lightning.rewards.base import Reward, checked_score
 
 NO_TASK = "all"
 
@@ -126,4 +126,4 @@ class RewardScore(TaskScore):
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """See :meth:`TaskScore.judge`."""
         self.reward.to(images.device)
-        return judge(self.reward, images, prompts)
+        return checked_score(self.reward, images, prompts)

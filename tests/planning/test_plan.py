@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
+from gdmd_lightning.commands.footprint import plan
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.commands import plan as command
-from gdmd_lightning.commands.footprint import plan
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
