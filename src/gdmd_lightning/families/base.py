@@ -39,8 +39,14 @@ class ModelFamily(ABC):
     """
 
     pipeline_class: ClassVar[str]
+    """Name of the diffusers class."""
+
     network_component: ClassVar[str] = "transformer"
+    """Name of the denoising network in the pipeline."""
+
     guided_passes: ClassVar[int] = 2
+    """Network evaluations per guided sample."""
+
     _encoders_freed = False
 
     def __init__(self, path: str) -> None:
@@ -72,6 +78,14 @@ class ModelFamily(ABC):
         """
         raise UserError(f"{type(self).__name__} has no blank", where="family", remedy="implement blank_conditioning()")
 
+    def feature_module(self, network: nn.Module) -> nn.Module:
+        """The submodule of ``network`` with the output that :meth:`features` returns.
+
+        Raises:
+            UserError: If the family does not implement this.
+        """
+        raise UserError(f"{type(self).__name__} has no features", where="family", remedy="implement feature_module()")
+
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> Conditioning:
         """Embed prompts. :meth:`encode` calls this, without gradient, unless the encoders are freed."""
@@ -86,10 +100,6 @@ class ModelFamily(ABC):
             sigma: Noise levels in [0, 1], ``[B]``.
             conditioning: ``B`` rows in the network's dtype.
         """
-
-    @abstractmethod
-    def feature_module(self, network: nn.Module) -> nn.Module:
-        """The submodule of ``network`` whose output :meth:`features` returns."""
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -20,8 +20,7 @@ class Flux2KleinFamily(ModelFamily):
     """FLUX.2 klein, base or distilled.
 
     Latents, here and in the pipeline's ``latents`` argument, are 2x2 patches of the autoencoder's ``c``
-    channels, each channel normalized with the autoencoder's statistics: ``[B, 4 c, height / 16, width /
-    16]``.
+    channels, ``[B, 4 c, height / 16, width / 16]``, normalized with the autoencoder's statistics.
 
     Args:
         path: Directory or hub id of a ``Flux2KleinPipeline``.
