@@ -27,10 +27,10 @@ class Words:
     """A family with random embeddings that depend only on the text; it records the texts it encodes."""
 
     def __init__(self):
-        self.asked = []
+        self.encoded = []
 
     def encode(self, texts):
-        self.asked += [list(texts)]
+        self.encoded += [list(texts)]
         draws = [torch.Generator().manual_seed(int(key_of(text)[:12], 16)) for text in texts]
         rows = torch.stack([torch.randn(4, 3, generator=draw) for draw in draws])
         return Conditioning(rows[:, :2], rows[:, 2], rows[:, 3].long())
@@ -69,15 +69,15 @@ def test_cache_is_reused_by_a_second_run(tmp_path):
     family = Words()
     store = filled(tmp_path, TEXTS, family)
     rows = PromptEmbeddings(family, store=store)(TEXTS)
-    assert family.asked == []
+    assert family.encoded == []
     assert same(rows, Words().encode(TEXTS))
 
 
 def test_fill_encodes_each_text_once_in_batches_and_files_of_the_given_size(tmp_path):
     family = Words()
     filled(tmp_path, TEXTS + TEXTS[::-1], family)
-    assert [len(batch) for batch in family.asked] == [2] * 5
-    assert [text for batch in family.asked for text in batch] == TEXTS
+    assert [len(batch) for batch in family.encoded] == [2] * 5
+    assert [text for batch in family.encoded for text in batch] == TEXTS
     assert len(files(tmp_path, "safetensors")) == 3
 
 
@@ -85,7 +85,7 @@ def test_fill_encodes_only_new_texts(tmp_path):
     filled(tmp_path, TEXTS[:6], Words())
     family = Words()
     filled(tmp_path, TEXTS, family)
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[6:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[6:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -120,8 +120,8 @@ def fill_share(place, rank):
     family = Words()
     store = filled(place / "cache", TEXTS, family, rank, world_size=2, barrier=barrier)
     read = all(same(store.read(text, CPU), Words().encode([text])) for text in TEXTS)
-    asked = [text for batch in family.asked for text in batch]
-    (place / f"report-{rank}.json").write_text(json.dumps({"asked": asked, "read": read}))
+    encoded = [text for batch in family.encoded for text in batch]
+    (place / f"report-{rank}.json").write_text(json.dumps({"encoded": encoded, "read": read}))
 
 
 def test_two_processes_share_the_work_and_read_each_others_shards(tmp_path):
@@ -129,9 +129,9 @@ def test_two_processes_share_the_work_and_read_each_others_shards(tmp_path):
     stderr = [process.communicate(timeout=100)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], stderr
     one, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
-    assert one["asked"]
-    assert other["asked"]
-    assert sorted(one["asked"] + other["asked"]) == TEXTS
+    assert one["encoded"]
+    assert other["encoded"]
+    assert sorted(one["encoded"] + other["encoded"]) == TEXTS
     assert one["read"]
     assert other["read"]
 
@@ -145,9 +145,9 @@ def test_fill_shares_do_not_depend_on_shards_already_seen(tmp_path):
 
     store = filled(tmp_path, TEXTS, early, 1, world_size=2, barrier=fill_other_share)
     assert store.missing(TEXTS) == []
-    asked = [[text for batch in family.asked for text in batch] for family in (early, late)]
-    assert all(asked)
-    assert sorted(asked[0] + asked[1]) == TEXTS
+    encoded = [[text for batch in family.encoded for text in batch] for family in (early, late)]
+    assert all(encoded)
+    assert sorted(encoded[0] + encoded[1]) == TEXTS
 
 
 def test_fill_refuses_ranks_with_different_directories(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_interrupted_write_keeps_earlier_shards_and_leaves_no_file(tmp_path, mon
     assert files(tmp_path, "part") == []
     family = Words()
     again = filled(tmp_path, TEXTS, family)
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[4:]
     assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
 
 
@@ -203,7 +203,7 @@ def test_killed_write_leaves_a_usable_cache(tmp_path):
     family = Words()
     again = filled(tmp_path, TEXTS, family)
     assert files(tmp_path, "part") == []
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[4:]
     assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
 
 
@@ -267,7 +267,7 @@ def test_full_disk_is_a_one_line_error_and_keeps_earlier_shards(tmp_path):
     assert len(files(tmp_path, "safetensors")) == 1
     family = Words()
     filled(tmp_path, TEXTS, family)
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[4:]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
@@ -287,7 +287,7 @@ def test_fill_refuses_a_disk_without_room_before_encoding(tmp_path, monkeypatch)
     family = Words()
     with pytest.raises(UserError, match=r"10 prompts of 60 bytes each need 600 bytes; 100 bytes are free"):
         filled(tmp_path, TEXTS, family)
-    assert family.asked == []
+    assert family.encoded == []
 
 
 def test_store_refuses_a_path_that_is_a_file(tmp_path):

@@ -25,10 +25,10 @@ class Letters:
     empty = Conditioning(torch.zeros(1, 1, 1))
 
     def __init__(self):
-        self.asked = []
+        self.encoded = []
 
     def encode(self, texts):
-        self.asked.append(list(texts))
+        self.encoded.append(list(texts))
         return Conditioning(torch.tensor([[[float(ord(text[0]))]] for text in texts]))
 
 
@@ -39,7 +39,7 @@ def test_embeddings_follow_the_texts_and_encode_each_once():
     second = embeddings(["c", "a"])
     assert first.sequence.flatten().tolist() == [ord("b"), ord("a"), ord("b")]
     assert second.sequence.flatten().tolist() == [ord("c"), ord("a")]
-    assert family.asked == [["b"], ["a"], ["c"]]
+    assert family.encoded == [["b"], ["a"], ["c"]]
 
 
 def test_embeddings_drop_the_least_recently_used_prompts():
@@ -47,7 +47,7 @@ def test_embeddings_drop_the_least_recently_used_prompts():
     embeddings = PromptEmbeddings(family, capacity=2)
     for texts in (["a", "b"], ["a"], ["c"], ["a"], ["b"]):
         embeddings(texts)
-    assert family.asked == [["a"], ["b"], ["c"], ["b"]]
+    assert family.encoded == [["a"], ["b"], ["c"], ["b"]]
 
 
 def test_embeddings_accept_a_batch_larger_than_the_capacity():
@@ -170,7 +170,7 @@ def test_freed_encoders_release_memory_and_embeddings_stay_available(pipelines, 
         family = loaded(kind, path)
         before, empty = PromptEmbeddings(family)(TEXTS), family.empty
         encoders = [part for name, part in family.loaded.components.items() if name.startswith("text_encoder") and part]
-        gone = [weakref.ref(thing) for encoder in encoders for thing in (encoder, next(encoder.parameters()))]
+        gone = [weakref.ref(part) for encoder in encoders for part in (encoder, next(encoder.parameters()))]
         assert len(gone) >= 2
         del encoders
         prompts = embed_ahead(family, EmbeddingCache(str(tmp_path / kind)), data, [], **alone)
