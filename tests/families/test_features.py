@@ -8,7 +8,7 @@ from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.families.sdxl import SDXLFamily
 
 TEXTS = ["a red circle", "two blue squares"]
-# 8x8 latents: SD3 has patches of 2x2, SDXL's middle block is reached after one halving, FLUX.2 has patches of 1x1.
+# Tokens and width for 8x8 latents: SD3 has 2x2 patches, SDXL halves the sides once before its middle block.
 SHAPES = {"sd3": (16, 32), "sdxl": (16, 32), "flux2": (64, 32)}
 
 
