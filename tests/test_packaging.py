@@ -23,6 +23,7 @@ FLOORS = {
     "prompts": 0,
     "schedules": 0,
     "families": 1,
+    "geneval": 1,
     "objectives": 1,
     "rewards": 1,
     "samplers": 1,
@@ -41,6 +42,7 @@ FLOORS = {
 SIDEWAYS = {
     ("locations", "errors"),  # a configuration that is not found
     ("rewards", "families"),  # a reward's network without its weights
+    ("shapes", "geneval"),  # the Shapes detector is judged by GenEval's rules
     ("rewards", "shapes"),  # the Shapes detector as a reward
     ("callbacks", "methods"),  # callbacks watch a method
     ("commands", "components"),  # parsers must know every class by its bare name

@@ -80,11 +80,10 @@ def world():
 
     import numpy as np
 
-    from gdmd_lightning.shapes.captions import prompt_stream
+    from gdmd_lightning.shapes.captions import prompt_at
     from gdmd_lightning.shapes.scenes import render, sample_scenes
 
-    stream = prompt_stream("test", 3)
-    prompts = [next(stream) for _ in range(200)]
+    prompts = [prompt_at("test", 3, row) for row in range(200)]
     pictures = render(sample_scenes([p.metadata for p in prompts], np.random.default_rng(0)))
     shuffled = prompts[:]
     random.Random(0).shuffle(shuffled)
