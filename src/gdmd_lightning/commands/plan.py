@@ -10,17 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jsonargparse import ArgumentError
-from omegaconf.errors import OmegaConfBaseException
-
-from gdmd_lightning.commands.complaints import complaint
-from gdmd_lightning.commands.configs import with_found_configs
-from gdmd_lightning.commands.fit import DistillationCLI, quiet
 from gdmd_lightning.commands.footprint import Component, Plan, plan
-from gdmd_lightning.commands.restore import _parser
-from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.configuration.restore import build_module
+from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.methods.base import DistillationModule
 
 GIB = 2**30
 SPARE = GIB
@@ -40,19 +33,6 @@ SWITCHES = (
 """What can be turned; of no use are those that are on already."""
 
 
-class _Parsed(DistillationCLI):
-    """``fit`` up to its parsed configuration: no trainer, which would look for the GPUs that are yet to be bought."""
-
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-    def _set_seed(self) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Saving:
     """What an argument would save.
@@ -66,41 +46,18 @@ class Saving:
     total: int
 
 
-def parsed(arguments: Sequence[str]) -> Any:
-    """The configuration of ``fit`` that these arguments give.
-
-    Raises:
-        UserError: If they are wrong.
-    """
-    quiet()
-    try:
-        cli = _Parsed(
-            DistillationModule,
-            PromptDataModule,
-            args=["fit", *with_found_configs(arguments)],
-            subclass_mode_model=True,
-            save_config_callback=None,
-            seed_everything_default=False,
-            parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
-            auto_configure_optimizers=False,
-        )
-    except (ArgumentError, OmegaConfBaseException) as error:
-        raise complaint(error, "plan") from error
-    return cli.config.fit
-
-
 def plan_of(arguments: Sequence[str]) -> Plan:
     """The plan of ``fit`` with these arguments, the reserve included.
 
     Raises:
         UserError: If they are wrong, or name what cannot be planned.
     """
-    settings = parsed(arguments)
+    settings = parse(arguments, "plan")
     strategy = str(settings.trainer.strategy)
     if strategy != "auto" and not strategy.startswith(("ddp", "single")):
         raise UserError(f"{strategy!r} is not planned yet", where="trainer.strategy", remedy="plan it with ddp")
     found = plan(
-        _built(settings.model),
+        build_module(settings.model),
         settings.data.batch_size,
         settings.data.group_size,
         settings.trainer.precision,
@@ -110,12 +67,6 @@ def plan_of(arguments: Sequence[str]) -> Plan:
     if strategy.startswith("ddp") or _several(settings.trainer.devices):
         more.insert(0, _buckets(found))
     return replace(found, components=(*found.components, *more))
-
-
-def _built(model: Any) -> DistillationModule:
-    parser = _parser()
-    module: DistillationModule = parser.instantiate_classes(parser.parse_object({"model": model})).model
-    return module
 
 
 def _several(devices: Any) -> bool:
@@ -136,12 +87,12 @@ def savings(arguments: Sequence[str], now: int) -> list[Saving]:
 
 
 def _tried(arguments: Sequence[str], now: int) -> Iterator[Saving]:
-    settings = parsed(arguments)
+    settings = parse(arguments, "plan")
     size, group = settings.data.batch_size, settings.data.group_size
     smaller = max(size // 2 // group, 1) * group
     for switch in (*SWITCHES, (f"--data.batch_size={smaller}",)):
         try:
-            if parsed([*arguments, *switch]) != settings:
+            if parse([*arguments, *switch], "plan") != settings:
                 yield Saving(switch, plan_of([*arguments, *switch]).total)
         except UserError:
             continue  # it has no place in this configuration

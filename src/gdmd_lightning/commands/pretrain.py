@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection
 
-from gdmd_lightning.commands.configs import with_found_configs
+from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.schedules import LogitNormalLaw
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (

@@ -1,4 +1,4 @@
-"""A module back from its checkpoint, with the configuration that the checkpoint carries."""
+"""Build modules from configurations, and restore them from checkpoints, which carry their configuration."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-import gdmd_lightning.components  # noqa: F401  (makes every class known by its bare name)
+import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import Provenance, check_fits, read_checkpoint
 
 
-def _parser() -> ArgumentParser:
+def module_parser() -> ArgumentParser:
+    """A parser whose only argument is ``model``, any :class:`DistillationModule`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DistillationModule, "model", required=True)
     return parser
 
 
 def describe_module(model: Any) -> str:
-    """The model part of a parsed configuration as text, to travel in checkpoints."""
-    parser = _parser()
+    """The ``model`` part of a parsed configuration as YAML, to be stored in checkpoints."""
+    parser = module_parser()
     return str(parser.dump(parser.parse_object({"model": model}), skip_validation=True))
 
 
+def build_module(model: Any) -> DistillationModule:
+    """The module that the ``model`` part of a parsed configuration describes; nothing is loaded yet."""
+    parser = module_parser()
+    module: DistillationModule = parser.instantiate_classes(parser.parse_object({"model": model})).model
+    return module
+
+
 def load_module(path: str, device: str = "cpu") -> DistillationModule:
-    """The module of a checkpoint, its roles loaded, in evaluation mode.
+    """Restore the module of a checkpoint, with its roles loaded, in evaluation mode.
+
+    Args:
+        path: A ``.ckpt`` written by ``fit``.
+        device: Where the module is placed.
 
     Raises:
         UserError: If the checkpoint is unreadable, carries no configuration, or does not fit the pipeline on disk.
@@ -34,13 +46,13 @@ def load_module(path: str, device: str = "cpu") -> DistillationModule:
     checkpoint = read_checkpoint(path)
     provenance = Provenance(**checkpoint.get("provenance", {}))
     if not provenance.configuration:
-        raise UserError(f"{path!r} carries no configuration", where="checkpoint", remedy="use one that fit has written")
-    parser = _parser()
+        raise UserError(f"{path!r} has no configuration", where="checkpoint", remedy="use a .ckpt written by fit")
+    parser = module_parser()
     try:
         configured = parser.parse_string(provenance.configuration)
     except ArgumentError as error:
-        raise UserError(f"the configuration in {path!r} is not understood: {error}", where="checkpoint") from error
-    configured.model.init_args.start_from = None  # all it gave is in the checkpoint
+        raise UserError(f"cannot parse the configuration in {path!r}: {error}", where="checkpoint") from error
+    configured.model.init_args.start_from = None  # the checkpoint already has everything that was taken from there
     module: DistillationModule = parser.instantiate_classes(configured).model
     module.provenance = provenance
     module.configure_model()
