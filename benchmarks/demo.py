@@ -1,4 +1,4 @@
-"""Run the demo as a user would and measure what it promises: time, first step, peak memory, cost of the command line.
+"""Run the demo as a user would and measure its time, first step and peak memory, and the command line's start-up.
 
 .venv/bin/python benchmarks/demo.py [arguments of demo]
 """
@@ -27,7 +27,7 @@ def command_line() -> None:
 
 def demo(arguments: list[str]) -> None:
     began, first, tail = time.perf_counter(), None, []
-    bar = '--fit=["--trainer.callbacks+=TQDMProgressBar"]'  # whatever bar Lightning would choose, one to be read here
+    bar = '--fit=["--trainer.callbacks+=TQDMProgressBar"]'  # a bar whose output is parsed below
     command = [sys.executable, "-u", "-m", "gdmd_lightning", "demo", bar, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None

@@ -6,9 +6,9 @@
 import argparse
 
 import torch
-
-from gdmd_lightning.commands.restore import load_module
 from gdmd_lightning.data.test_prompts import read_test_prompts
+
+from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.samplers import FewStepSampler, draw_noise, sample
 
 

@@ -125,9 +125,9 @@ def fast_fit(tmp_path: Path, tiny_pipeline: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def recorded_run(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) -> Path:
     """The log directory of one finished run of GDMD, six updates, that tests may read but not change."""
-    from gdmd_lightning.commands import fit
+    from gdmd_lightning.configuration import training
 
     directory = tmp_path_factory.mktemp("recorded")
     arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
-    fit.run([*arguments, "--trainer.max_steps=6", "--model.verdict.score_samples=true", "--model.targets.size=3"])
+    training.run([*arguments, "--trainer.max_steps=6", "--model.verdict.score_samples=true", "--model.targets.size=3"])
     return directory / "run"

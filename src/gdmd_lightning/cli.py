@@ -1,6 +1,6 @@
-"""The command line: finds the command, and tells a person's mistakes in one line.
+"""The command line: runs a command, and reports a user's mistake in one line.
 
-Nothing heavy is imported before a command is known, so that ``--help`` answers at once.
+Nothing heavy is imported until the command is known, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from gdmd_lightning.errors import UserError
 
 COMMANDS = {
     "fit": "train a generator: fit --config shapes.yaml [--trainer.max_steps 50 ...]",
-    "plan": "say what fit needs per GPU, before any download: plan --config shapes.yaml [--gpu_memory 24 ...]",
-    "evaluate": "score teacher, checkpoints and exported pipelines on fixed prompts",
-    "sample": "draw pictures of prompts: sample CHECKPOINT PROMPTS OUT [--per_prompt 4 ...]",
+    "plan": "estimate what fit needs per GPU, without downloads: plan --config shapes.yaml [--gpu_memory 24 ...]",
+    "evaluate": "score the teacher and checkpoints on fixed prompts",
+    "sample": "generate pictures of prompts: sample CHECKPOINT PROMPTS OUT [--per_prompt 4 ...]",
     "export": "write a checkpoint's generator as a diffusers pipeline directory",
-    "demo": "distil the embedded teacher with DMD, then GDMD, and show the table",
-    "pretrain": "train the embedded Shapes teacher from nothing",
-    "results": "compare methods on Shapes over seeds, with intervals",
+    "demo": "distill the embedded teacher with DMD, then GDMD, and print a table of scores",
+    "pretrain": "train the embedded Shapes teacher from scratch",
+    "results": "compare methods on Shapes over seeds, with confidence intervals",
 }
 
 
 def usage() -> str:
-    """What ``--help`` prints."""
+    """The text of ``--help``."""
     rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
     return (
         "usage: python -m gdmd_lightning COMMAND [options]\n\n"
-        "Distil text-to-image diffusion models into few-step generators, with gradient rewards.\n\n"
+        "Distill text-to-image diffusion models into few-step generators, with gradient rewards.\n\n"
         f"commands:\n{rows}\n\n"
         "options:\n"
-        "  --help     this text; COMMAND --help for a command's own options\n"
-        "  --version  the version\n"
+        "  --help     show this text; COMMAND --help shows the options of a command\n"
+        "  --version  show the version\n"
         "  --debug    show the traceback of an error\n"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; exits with status 2 after a user's error, 128 + N after signal N."""
+    """Run a command; exit with status 2 after a user's mistake, and with 128 + N after signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}", remedy=f"use one of: {', '.join(COMMANDS)}")
-        # Third parties' banners and progress of loading are no help to a reader of ours.
+        # Silence banners and loading progress of other libraries.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         if not isinstance(error, UserError):
-            from gdmd_lightning.commands.complaints import complaint
+            from gdmd_lightning.configuration.messages import readable_error
 
-            error = complaint(error, name)
+            error = readable_error(error, name)
         print(f"gdmd_lightning: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

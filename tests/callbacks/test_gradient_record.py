@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from gdmd_lightning.callbacks.gradient_record import COLUMNS, GradientRewardRecord
-from gdmd_lightning.commands import fit
-from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.configuration import training
+from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 
 UPDATES, STATES, TARGETS = 6, 8, 3
@@ -78,13 +78,13 @@ def test_the_pictures_are_those_that_were_judged(rows, recorded_run):
 
 
 def test_samples_that_were_not_judged_have_no_reward(fast_fit, tmp_path):
-    fit.run([*fast_fit, "--trainer.max_steps=1"])
+    training.run([*fast_fit, "--trainer.max_steps=1"])
     assert table(tmp_path / "run")["reward_sample"].null_count == STATES * 2
 
 
 def test_snapshots_are_told_apart(fast_fit, tmp_path):
     many = ["--model.targets.over=snapshot", "--model.targets.size=3", "--model.targets.snapshots=2"]
-    fit.run([*fast_fit, "--trainer.max_steps=1", *many])
+    training.run([*fast_fit, "--trainer.max_steps=1", *many])
     rows = table(tmp_path / "run").to_pylist()
     assert {(row["target"], row["snapshot"]) for row in rows} == {(0, 0), (1, 1), (2, 2)}
     # One level a state, whose targets differ by the fake score alone.
@@ -92,11 +92,11 @@ def test_snapshots_are_told_apart(fast_fit, tmp_path):
 
 
 def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(fast_fit, tmp_path):
-    fit.run([*fast_fit, "--trainer.max_steps=2"])
+    training.run([*fast_fit, "--trainer.max_steps=2"])
     at_two = (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "two.ckpt")
-    fit.run([*fast_fit, "--trainer.max_steps=5", f"--ckpt_path={at_two}"])
+    training.run([*fast_fit, "--trainer.max_steps=5", f"--ckpt_path={at_two}"])
     before = table(tmp_path / "run").sort_by("step").to_pylist()
-    fit.run([*fast_fit, "--trainer.max_steps=4", f"--ckpt_path={at_two}"])
+    training.run([*fast_fit, "--trainer.max_steps=4", f"--ckpt_path={at_two}"])
     after = table(tmp_path / "run").sort_by("step").to_pylist()
     assert Counter(row["step"] for row in after) == dict.fromkeys(range(4), STATES * 2)
     assert [row for row in before if row["step"] < 2] == [row for row in after if row["step"] < 2]

@@ -1,4 +1,4 @@
-"""The command line finds commands and configurations, answers quickly, and lets later arguments win."""
+"""The command line finds commands and configurations, answers quickly, and prefers later arguments."""
 
 import os
 import subprocess
@@ -16,15 +16,15 @@ HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse")
 
 
 def printed_config(capsys, *arguments: str) -> dict:
-    """What ``fit --print_config`` says of the arguments."""
+    """The configuration that ``fit --print_config`` prints for the arguments."""
     with pytest.raises(SystemExit) as stop:
         main(["fit", *arguments, "--print_config"])
     assert stop.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--version"], 0), (["distil"], 2), ([], 2)])
-def test_trivial_answers_come_at_once_and_import_nothing_heavy(arguments, status):
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--version"], 0), (["distill"], 2), ([], 2)])
+def test_trivial_answers_import_nothing_heavy_and_take_under_a_second(arguments, status):
     code = (
         "import atexit, sys\n"
         "from gdmd_lightning.cli import main\n"
@@ -38,20 +38,20 @@ def test_trivial_answers_come_at_once_and_import_nothing_heavy(arguments, status
     assert "HEAVY []" in done.stdout
 
 
-def test_help_names_every_command(capsys):
+def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
-def test_version_is_the_packages(capsys):
+def test_version_prints_the_package_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out.split() == ["gdmd_lightning", __version__]
 
 
 def cpu_seconds(code: str, *arguments: str) -> tuple[float, str]:
-    """CPU time of a Python process (the wall's depends on who else is running) and what it printed."""
+    """CPU seconds of a Python process, which other processes do not change, and its output."""
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=write, stderr=subprocess.STDOUT)
     os.close(write)
@@ -72,7 +72,7 @@ FIT = (
 )
 
 
-def test_help_and_print_config_of_fit_cost_little_more_than_lightnings_cli():
+def test_fit_help_and_print_config_cost_little_more_than_importing_lightning():
     best = {"import": float("inf"), "help": float("inf"), "print": float("inf")}
     for _ in range(3):
         for name, code, arguments in [
@@ -88,7 +88,7 @@ def test_help_and_print_config_of_fit_cost_little_more_than_lightnings_cli():
     pytest.fail(f"CPU seconds: {best}")
 
 
-def test_a_bare_name_is_looked_for_in_the_working_directory_before_the_shipped_configs(capsys, tmp_path, monkeypatch):
+def test_config_in_the_working_directory_hides_a_shipped_one(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert printed_config(capsys, "--config", "shapes.yaml")["model"]["class_path"].endswith("GDMD")
     Path("shapes.yaml").write_text("trainer: {max_steps: 77}\nmodel: {class_path: DMD}\n")
@@ -97,7 +97,7 @@ def test_a_bare_name_is_looked_for_in_the_working_directory_before_the_shipped_c
     assert found["model"]["class_path"].endswith("DMD")
 
 
-def test_of_several_configs_the_later_wins_and_flags_win_over_both(capsys, tmp_path):
+def test_later_configs_override_earlier_ones_and_options_override_both(capsys, tmp_path):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("trainer: {max_steps: 11, log_every_n_steps: 12}\n")
     two.write_text("trainer: {max_steps: 21}\nmodel: {init_args: {policy: {beta: 0.5}}}\n")
@@ -111,7 +111,7 @@ def test_of_several_configs_the_later_wins_and_flags_win_over_both(capsys, tmp_p
     assert found["model"]["init_args"]["reward"]["class_path"].endswith("ShapesReward")
 
 
-def test_shapes_dmd_over_shapes_is_dmd_on_the_same_family(capsys):
+def test_shapes_dmd_over_shapes_gives_dmd_with_the_same_family(capsys):
     gdmd = printed_config(capsys, "--config", "shapes.yaml")["model"]
     dmd = printed_config(capsys, "--config", "shapes.yaml", "--config", "shapes_dmd.yaml")["model"]
     assert dmd["class_path"] == "gdmd_lightning.methods.dmd.DMD"
@@ -120,14 +120,14 @@ def test_shapes_dmd_over_shapes_is_dmd_on_the_same_family(capsys):
 
 
 @pytest.mark.parametrize("name", ["shapes.yaml"])
-def test_a_printed_config_is_a_config(capsys, tmp_path, name):
+def test_printed_config_is_a_valid_config(capsys, tmp_path, name):
     first = printed_config(capsys, "--config", name)
     copy = tmp_path / "copy.yaml"
     copy.write_text(yaml.safe_dump(first))
     assert printed_config(capsys, "--config", str(copy)) == first
 
 
-def test_flags_are_seen_in_the_saved_config_and_obeyed(fast_fit, tmp_path):
+def test_fit_saves_and_obeys_options(fast_fit, tmp_path):
     main(["fit", *fast_fit, "--model.lambda_policy", "0.5", "--trainer.max_steps", "4"])
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["model"]["init_args"]["lambda_policy"] == 0.5
@@ -137,14 +137,14 @@ def test_flags_are_seen_in_the_saved_config_and_obeyed(fast_fit, tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
-def test_dmd_trains_from_its_shipped_config(fast_fit, tmp_path):
+def test_fit_trains_dmd_from_its_shipped_config(fast_fit, tmp_path):
     main(["fit", *fast_fit, "--config", "shapes_dmd.yaml"])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_a_run_from_the_shell_ends_well_and_speaks_of_nothing_that_a_reader_cannot_act_on(run_cli, fast_fit, tmp_path):
+def test_fit_as_a_process_prints_no_irrelevant_warnings(run_cli, fast_fit, tmp_path):
     done = run_cli("fit", *fast_fit, "--trainer.max_steps=2", check=True)
-    said = done.stdout + done.stderr
+    printed = done.stdout + done.stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     for noise in ("Warning", "warn", "Loading pipeline", "Loading weights", "Tip", "optimization"):
-        assert noise not in said, said
+        assert noise not in printed, printed

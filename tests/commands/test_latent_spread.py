@@ -1,4 +1,4 @@
-"""The benchmark that tells how far generators stand from their teacher's manifold."""
+"""The benchmark that measures how far generators are from their teacher's manifold."""
 
 import runpy
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "latent_spread.py"
 
 
-def test_the_teacher_and_each_checkpoint_have_a_line(recorded_run, monkeypatch, capsys):
+def test_latent_spread_prints_a_line_for_the_teacher_and_each_checkpoint(recorded_run, monkeypatch, capsys):
     last = str(recorded_run / "checkpoints" / "last.ckpt")
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), last, last, "--count", "6", "--steps", "2"])
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -8,10 +8,10 @@ import tiny
 import torch
 
 from gdmd_lightning.cli import main
-from gdmd_lightning.commands.export import export
-from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.samplers import FewStepSampler
+from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 

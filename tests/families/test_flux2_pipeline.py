@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 
-from gdmd_lightning.commands.export import export
-from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.samplers import FewStepSampler, sample
+from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 CALL = {

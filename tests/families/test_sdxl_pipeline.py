@@ -4,13 +4,13 @@ import pytest
 import tiny
 import torch
 
-from gdmd_lightning.commands.export import export
-from gdmd_lightning.commands.restore import load_module
+from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.samplers import FewStepSampler, sample
 from gdmd_lightning.schedules import TimestepLaw, vp_from_sigma, x0_from_velocity
+from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 CALL = {"height": 32, "width": 32, "output_type": "pt"}

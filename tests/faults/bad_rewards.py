@@ -1,4 +1,4 @@
-"""Rewards as users write them, each wrong in its own way; configurations name them by ``bad_rewards.<class>``."""
+"""Broken rewards, one per kind of mistake; configurations name them ``bad_rewards.<class>``."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Every mistake ends in one line that says what and where, a status that is not 0, and nothing half-written."""
+"""Every mistake gives one line that says what and where, a nonzero status, and no incomplete output."""
 
 import json
 import shutil
@@ -15,32 +15,32 @@ def written(path: Path, content: str | bytes) -> Path:
     return path
 
 
-# Configurations: the key, the value, and what would be right.
+# Configurations: the message names the key, the value, and the right form.
 
 
-def test_an_unknown_config_is_told_with_those_that_ship(complaint):
+def test_fit_unknown_config_lists_the_shipped_ones(complaint):
     assert complaint("fit", "--config", "shapse.yaml").startswith("--config: no configuration 'shapse.yaml'; ")
     assert "shapes.yaml" in complaint("fit", "--config", "shapse.yaml")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("trainer: {max_steps: 3\nmodel: [\n", "broken.yaml: not a readable YAML file: "),
         (b"trainer: caf\xe9\n", "broken.yaml: not a readable YAML file: "),
-        ("- a\n- b\n", "broken.yaml: it holds no keys; "),
-        ("", "broken.yaml: it holds no keys; "),
+        ("- a\n- b\n", "broken.yaml: the file has no keys; "),
+        ("", "broken.yaml: the file has no keys; "),
         ("trainer: {max_stepps: 3}\n", "unknown key 'trainer.max_stepps'"),
         ("model: {init_args: {lambda_polciy: 3}}\n", "model: unknown key 'lambda_polciy'"),
         ("data: {batch_size: '${nowhere}'}\n", "'nowhere' not found full_key: data.batch_size"),
     ],
 )
-def test_a_broken_config_file_is_named_or_its_key_is(complaint, fast_fit, tmp_path, content, told):
-    assert told in complaint("fit", *fast_fit, "--config", written(tmp_path / "broken.yaml", content))
+def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, content, expected):
+    assert expected in complaint("fit", *fast_fit, "--config", written(tmp_path / "broken.yaml", content))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--trainer.max_stepps", "3"], "fit: unrecognized arguments: --trainer.max_stepps 3; "),
         (["--model.lambda_polciy", "3"], "model: unknown key 'lambda_polciy'; "),
@@ -50,15 +50,15 @@ def test_a_broken_config_file_is_named_or_its_key_is(complaint, fast_fit, tmp_pa
         (["--model.policy.form", "half"], "model.policy.form: expected one of 'full', 'weighted', got 'half'; "),
         (["--model.targets.size", "four"], "model.targets.size: expected int, got 'four'; "),
         (["--trainer.precision", "7"], "trainer.precision: expected one of 64, 32, 16 or "),
-        (["--model", "GDDM"], "model: no class 'GDDM' is known; "),
-        (["--model.reward", "NoReward"], "model.reward: no class 'NoReward' is known; "),
+        (["--model", "GDDM"], "model: unknown class 'GDDM'; "),
+        (["--model.reward", "NoReward"], "model.reward: unknown class 'NoReward'; "),
         (
             ["--model.reward.class_path", "no.such.Reward"],
             "model.reward: Problem with given class_path 'no.such.Reward'",
         ),
-        (["--trainer.callbacks+=Nope"], "trainer.callbacks: no class 'Nope' is known; "),
+        (["--trainer.callbacks+=Nope"], "trainer.callbacks: unknown class 'Nope'; "),
         (["--trainer.strategy", "dpd"], "invalid strategy name: `strategy='dpd'`"),
-        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val: it has no meaning with two optimizers; "),
+        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val: not supported with two optimizers; "),
         (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
         (["--model.sampler.steps", "0"], "sampler.steps is 0"),
         (["--model.policy.beta", "0"], "policy.beta is 0"),
@@ -66,11 +66,11 @@ def test_a_broken_config_file_is_named_or_its_key_is(complaint, fast_fit, tmp_pa
         (["--model.height", "33"], "resolution: 33x32 is not a multiple of "),
     ],
 )
-def test_a_wrong_argument_is_told_by_key_and_value(complaint, fast_fit, arguments, told):
-    assert told in complaint("fit", *fast_fit, *arguments)
+def test_fit_names_key_and_value_of_a_wrong_argument(complaint, fast_fit, arguments, expected):
+    assert expected in complaint("fit", *fast_fit, *arguments)
 
 
-def test_a_missing_model_is_told(complaint):
+def test_fit_reports_a_missing_model(complaint):
     assert "required: fit.model" in complaint("fit")
 
 
@@ -79,7 +79,7 @@ def test_a_missing_model_is_told(complaint):
 
 @pytest.fixture
 def pipeline(tiny_pipeline, tmp_path) -> Path:
-    """A copy to break."""
+    """A copy of the tiny pipeline, to be damaged."""
     return Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
 
 
@@ -87,9 +87,9 @@ def on(pipeline: Path) -> list[str]:
     return ["--model.family.init_args.path", str(pipeline)]
 
 
-def test_a_missing_pipeline_directory_is_told(complaint, fast_fit):
-    told = complaint("fit", *fast_fit, *on(Path("/nowhere/pipeline")))
-    assert told.startswith("family.path: no directory '/nowhere/pipeline'; ")
+def test_fit_reports_a_missing_pipeline_directory(complaint, fast_fit):
+    line = complaint("fit", *fast_fit, *on(Path("/nowhere/pipeline")))
+    assert line.startswith("family.path: no directory '/nowhere/pipeline'; ")
 
 
 def truncated(path: Path) -> None:
@@ -101,7 +101,7 @@ def edited(path: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("breakage", "told"),
+    ("damage", "expected"),
     [
         (lambda p: truncated(p / "transformer/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
         (lambda p: truncated(p / "vae/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
@@ -120,11 +120,11 @@ def edited(path: Path, **values: object) -> None:
         (lambda p: (p / "model_index.json").unlink(), "has no readable model_index.json"),
     ],
 )
-def test_a_corrupt_pipeline_is_told_with_its_path(complaint, fast_fit, pipeline, breakage, told):
-    breakage(pipeline)
+def test_fit_reports_a_corrupt_pipeline_with_its_path(complaint, fast_fit, pipeline, damage, expected):
+    damage(pipeline)
     line = complaint("fit", *fast_fit, *on(pipeline))
     assert line.startswith("family.path: ")
-    assert told in line
+    assert expected in line
     assert str(pipeline) in line
 
 
@@ -132,7 +132,7 @@ def test_a_corrupt_pipeline_is_told_with_its_path(complaint, fast_fit, pipeline,
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         ("p.txt", "", "p.txt: there is no prompt in it"),
         ("p.txt", "\n  \n", "p.txt: there is no prompt in it"),
@@ -144,21 +144,21 @@ def test_a_corrupt_pipeline_is_told_with_its_path(complaint, fast_fit, pipeline,
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_prompts_are_told_with_file_and_line(complaint, fast_fit, tmp_path, name, content, told, workers):
+def test_fit_reports_bad_prompts_with_file_and_line(complaint, fast_fit, tmp_path, name, content, expected, workers):
     source = written(tmp_path / name, content)
-    assert told in complaint("fit", *fast_fit, "--data.source", source, "--data.num_workers", workers)
+    assert expected in complaint("fit", *fast_fit, "--data.source", source, "--data.num_workers", workers)
 
 
-def test_a_missing_prompt_file_is_told(complaint, fast_fit):
+def test_fit_reports_a_missing_prompt_file(complaint, fast_fit):
     assert complaint("fit", *fast_fit, "--data.source", "prompts.txt").startswith("prompts.txt: no such file")
 
 
-def test_a_group_that_does_not_divide_the_batch_is_told(complaint, fast_fit):
-    told = complaint("fit", *fast_fit, "--data.batch_size", 8, "--data.group_size", 3)
-    assert told.startswith("data.group_size: group_size 3 does not divide batch_size 8; ")
+def test_fit_reports_a_group_size_that_does_not_divide_the_batch(complaint, fast_fit):
+    line = complaint("fit", *fast_fit, "--data.batch_size", 8, "--data.group_size", 3)
+    assert line.startswith("data.group_size: group_size 3 does not divide batch_size 8; ")
 
 
-def test_prompts_without_the_metadata_that_the_reward_needs_are_told(complaint, fast_fit, tmp_path):
+def test_fit_reports_prompts_without_the_metadata_that_the_reward_needs(complaint, fast_fit, tmp_path):
     source = written(tmp_path / "p.txt", "a red circle\n")
     assert "'a red circle'" in complaint("fit", *fast_fit, "--data.source", source, "--model.reward", "ShapesReward")
 
@@ -167,7 +167,7 @@ def test_prompts_without_the_metadata_that_the_reward_needs_are_told(complaint, 
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("NotANumber", "reward 'not_a_number': returned nan for 1 of 16 pictures, the first with prompt "),
         ("WrongShape", "reward 'wrong_shape': returned (16, 1) for 16 pictures; return a tensor of shape (16,)"),
@@ -176,8 +176,8 @@ def test_prompts_without_the_metadata_that_the_reward_needs_are_told(complaint, 
         ("Unfinished", "abstract"),
     ],
 )
-def test_a_bad_reward_is_told_by_its_name(complaint, fast_fit, name, told):
-    assert told in complaint("fit", *fast_fit, "--model.reward", f"bad_rewards.{name}")
+def test_fit_names_a_bad_reward(complaint, fast_fit, name, expected):
+    assert expected in complaint("fit", *fast_fit, "--model.reward", f"bad_rewards.{name}")
 
 
 # Checkpoints.
@@ -188,22 +188,22 @@ def checkpoint(recorded_run) -> Path:
     return recorded_run / "checkpoints" / "last.ckpt"
 
 
-def test_a_missing_checkpoint_is_told(complaint, fast_fit, tmp_path):
+def test_fit_and_export_report_a_missing_checkpoint(complaint, fast_fit, tmp_path):
     for arguments in (["fit", *fast_fit, "--ckpt_path", "no.ckpt"], ["export", "no.ckpt", "out"]):
         assert complaint(*arguments).startswith("checkpoint: no checkpoint 'no.ckpt'; ")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 and garbage"])
-def test_a_file_that_is_no_checkpoint_is_told(complaint, fast_fit, tmp_path, content):
+def test_fit_and_export_report_a_file_that_is_not_a_checkpoint(complaint, fast_fit, tmp_path, content):
     path = written(tmp_path / "bad.ckpt", content)
     for arguments in (["fit", *fast_fit, "--ckpt_path", path], ["export", path, "out"]):
         assert complaint(*arguments).startswith(f"checkpoint: '{path}' is not a readable checkpoint: ")
-    told = complaint("fit", *fast_fit, "--model.start_from", path)
-    assert f"'{path}' is not a readable checkpoint: " in told
+    line = complaint("fit", *fast_fit, "--model.start_from", path)
+    assert f"'{path}' is not a readable checkpoint: " in line
 
 
-def test_a_truncated_checkpoint_is_told(complaint, fast_fit, checkpoint, tmp_path):
+def test_fit_reports_a_truncated_checkpoint(complaint, fast_fit, checkpoint, tmp_path):
     path = written(tmp_path / "half.ckpt", checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
     assert "half.ckpt' is not a readable checkpoint: " in complaint("fit", *fast_fit, "--ckpt_path", path)
     path.unlink()
@@ -214,39 +214,39 @@ class Sneaky:
         return (Path.touch, (Path("sneaked"),))
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(complaint, fast_fit, tmp_path):
+def test_fit_refuses_a_checkpoint_that_would_run_code(complaint, fast_fit, tmp_path):
     torch.save({"state_dict": Sneaky()}, tmp_path / "sneaky.ckpt")
-    told = complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "sneaky.ckpt")
-    assert "is not a readable checkpoint" in told
+    line = complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "sneaky.ckpt")
+    assert "is not a readable checkpoint" in line
     assert not (tmp_path / "sneaked").exists()
 
 
-def test_a_file_of_mere_weights_is_told(complaint, fast_fit, tmp_path):
+def test_fit_reports_a_file_of_plain_weights(complaint, fast_fit, tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.ckpt")
     assert "is not a Lightning checkpoint" in complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "weights.ckpt")
 
 
 @pytest.mark.parametrize("size", [{"layers": 2}, {"heads": 2}])
-def test_a_checkpoint_of_another_network_is_told(complaint, fast_fit, checkpoint, tmp_path, size):
+def test_fit_reports_a_checkpoint_of_another_network(complaint, fast_fit, checkpoint, tmp_path, size):
     import tiny
 
     other = tiny.save_pipeline(tmp_path / "other", **size)
-    for key, told in (("ckpt_path", "it is of another model"), ("model.start_from", "is not this model's")):
+    for key, expected in (("ckpt_path", "it is of another model"), ("model.start_from", "is not this model's")):
         line = complaint("fit", *fast_fit, *on(other), f"--{key}", checkpoint)
-        assert told in line
+        assert expected in line
         assert "checkpoint" in line or str(checkpoint) in line
 
 
-def test_a_checkpoint_of_another_method_is_told(complaint, fast_fit, checkpoint, tmp_path):
-    told = complaint("fit", *fast_fit, "--config", "shapes_dmd.yaml", "--ckpt_path", checkpoint)
-    assert "it is of another model: this model has no roles.old." in told
-    told = complaint("fit", *fast_fit, "--model.policy.form=weighted", "--ckpt_path", checkpoint)
-    assert "it is of another model: this model has no roles.old." in told
+def test_fit_reports_a_checkpoint_of_another_method(complaint, fast_fit, checkpoint, tmp_path):
+    line = complaint("fit", *fast_fit, "--config", "shapes_dmd.yaml", "--ckpt_path", checkpoint)
+    assert "it is of another model: this model has no roles.old." in line
+    line = complaint("fit", *fast_fit, "--model.policy.form=weighted", "--ckpt_path", checkpoint)
+    assert "it is of another model: this model has no roles.old." in line
 
 
-def test_a_checkpoint_that_counts_its_prompts_otherwise_is_told(complaint, fast_fit, checkpoint):
-    told = complaint("fit", *fast_fit, "--data.batch_size", 16, "--ckpt_path", checkpoint)
-    assert "data: the checkpoint counts its prompts with batch_size 8 (now 16); " in told
+def test_fit_reports_a_checkpoint_with_another_batch_size(complaint, fast_fit, checkpoint):
+    line = complaint("fit", *fast_fit, "--data.batch_size", 16, "--ckpt_path", checkpoint)
+    assert "data: the checkpoint counts its prompts with batch_size 8 (now 16); " in line
 
 
 # Export.
@@ -258,28 +258,28 @@ def test_export_refuses_a_directory_that_exists(complaint, checkpoint, tmp_path)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_unknown_option_of_any_command_is_told(complaint):
+def test_every_command_reports_an_unknown_option(complaint):
     for command in ("demo", "evaluate", "export", "plan", "pretrain", "results", "sample"):
         assert complaint(command, "--no_such_option", "1").startswith(f"{command}: ")
 
 
-# As a process.
+# As a separate process.
 
 
-def test_as_a_process_a_mistake_has_status_2_and_one_line_and_debug_shows_where(run_cli, fast_fit):
+def test_fit_as_a_process_prints_one_line_and_with_debug_a_traceback(run_cli, fast_fit):
     arguments = ["fit", *fast_fit, "--model.reward", "bad_rewards.NotANumber"]
     plain = run_cli(*arguments)
     assert plain.returncode == 2
-    told = [line for line in plain.stderr.splitlines() if line.startswith(PREFIX)]
-    assert len(told) == 1
+    lines = [line for line in plain.stderr.splitlines() if line.startswith(PREFIX)]
+    assert len(lines) == 1
     assert "Traceback" not in plain.stderr
     shown = run_cli(*arguments, "--debug")
     assert shown.returncode != 0
     assert "Traceback" in shown.stderr
-    assert told[0].removeprefix(PREFIX) in shown.stderr
+    assert lines[0].removeprefix(PREFIX) in shown.stderr
 
 
-def test_as_a_process_a_wrong_config_says_one_line_and_nothing_else(run_cli):
+def test_fit_as_a_process_prints_only_one_line_for_an_unknown_config(run_cli):
     done = run_cli("fit", "--config", "nothing.yaml")
     assert done.returncode == 2
     assert not done.stdout

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or extended ends where one that was left alone does, to the bit."""
+"""A run that is stopped, killed or extended ends with the same bits as an uninterrupted one."""
 
 import signal
 import subprocess
@@ -10,17 +10,16 @@ import tiny
 import torch
 from conftest import cli_command, cli_environment
 
-from gdmd_lightning.commands import fit
+from gdmd_lightning.configuration import training
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 
-# What tells two runs' checkpoints apart without a difference in the runs: where they were written, what was passed
-# on the way, and the version.
+# The parts of a checkpoint that equal runs have in common. The others (paths, callbacks' progress, versions) may differ.
 CONTENTS = ("state_dict", "optimizer_states", "lr_schedulers", "PromptDataModule", "global_step")
 
 
 def train(fast_fit: list[str], directory: Path, *arguments: str) -> Path:
-    """Run ``fit`` in this process, its logs in ``directory / "run"``; returns the last checkpoint."""
-    fit.run([*fast_fit, f"--trainer.logger.init_args.save_dir={directory}", *arguments])
+    """Run ``fit`` in this process with its logs in ``directory / "run"``; returns the last checkpoint."""
+    training.run([*fast_fit, f"--trainer.logger.init_args.save_dir={directory}", *arguments])
     return directory / "run" / "checkpoints" / "last.ckpt"
 
 
@@ -34,7 +33,7 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tuple[int, str, Path]:
-    """Start ``fit`` as a process, send it a signal in mid-training; status, output and the checkpoints' directory."""
+    """Start ``fit`` as a process and signal it during training; returns status, output and checkpoint directory."""
     endless = ["--trainer.max_steps=100000", f"--trainer.logger.init_args.save_dir={directory}"]
     process = subprocess.Popen(
         cli_command("fit", *fast_fit, *endless),
@@ -49,7 +48,7 @@ def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tup
         limit = time.monotonic() + 120
         while not last.exists() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.01)
-        time.sleep(0.2)  # somewhere within an update, or within a checkpoint
+        time.sleep(0.2)  # now within an update, or within the writing of a checkpoint
         process.send_signal(number)
         said, _ = process.communicate(timeout=60)
     finally:
@@ -58,9 +57,7 @@ def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tup
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_as_if_nothing_had_been(
-    fast_fit, tmp_path, number, status
-):
+def test_fit_resumes_exactly_from_the_checkpoint_of_a_signal(fast_fit, tmp_path, number, status):
     code, said, checkpoints = stopped(fast_fit, tmp_path, number)
     assert code == status, said
     assert "Traceback" not in said
@@ -69,12 +66,12 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on_as_if_nothi
     step = step_of(interrupted)
     until = f"--trainer.max_steps={step + 3}"
     resumed = train(fast_fit, tmp_path / "resumed", until, f"--ckpt_path={interrupted}")
-    left_alone = train(fast_fit, tmp_path / "alone", until)
+    uninterrupted = train(fast_fit, tmp_path / "alone", until)
     assert step_of(resumed) == step + 3
-    assert differing(resumed, left_alone) == []
+    assert differing(resumed, uninterrupted) == []
 
 
-def test_kill_9_loses_nothing_before_the_last_checkpoint_and_the_run_goes_on_to_the_bit(fast_fit, tmp_path):
+def test_fit_resumes_exactly_after_kill_9(fast_fit, tmp_path):
     code, said, checkpoints = stopped(fast_fit, tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL, said
     last = checkpoints / "last.ckpt"
@@ -82,11 +79,11 @@ def test_kill_9_loses_nothing_before_the_last_checkpoint_and_the_run_goes_on_to_
     assert step >= 2
     assert step % 2 == 0
     until = f"--trainer.max_steps={step + 3}"
-    # In the same directory, as one does: the record drops what the killed run wrote after its last checkpoint.
+    # In the same directory, as a user would: the record drops rows that the killed run wrote after its checkpoint.
     resumed = train(fast_fit, tmp_path, until, f"--ckpt_path={last}")
-    left_alone = train(fast_fit, tmp_path / "alone", until)
+    uninterrupted = train(fast_fit, tmp_path / "alone", until)
     assert resumed == last
-    assert differing(resumed, left_alone) == []
+    assert differing(resumed, uninterrupted) == []
     assert rows(tmp_path / "run") == rows(tmp_path / "alone" / "run")
 
 
@@ -108,13 +105,13 @@ SLOW = ("snapshots", "renoise, fresh")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VARIANTS])
-def test_a_finished_run_that_is_extended_equals_a_longer_one(fast_fit, tmp_path, name):
+def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name):
     saving = tmp_path / "saving.yaml"
     keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
     saving.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
     variant = [argument.format(saving=saving) for argument in VARIANTS[name]]
-    # Ends where ModelCheckpoint saves, within Lightning's epoch, and one where the run's end does. By the last, prompts
-    # have come again, which the resumed run does not remember.
+    # At 2 updates ModelCheckpoint saves, at 3 only the end of the run does. By 40 the prompts have repeated, which the
+    # resumed run does not remember.
     for end in (2, 3, 40):
         first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
         assert step_of(first) == end
@@ -125,7 +122,7 @@ def test_a_finished_run_that_is_extended_equals_a_longer_one(fast_fit, tmp_path,
         assert differing(resumed, alone) == []
 
 
-def test_updates_and_not_optimizer_steps_count(fast_fit, tmp_path):
+def test_max_steps_counts_updates_not_optimizer_steps(fast_fit, tmp_path):
     last = train(fast_fit, tmp_path, "--trainer.max_steps=5", "--model.matching.critic_updates=3")
     content = read_checkpoint(str(last))
     steps = [int(state["state"][0]["step"]) for state in content["optimizer_states"]]
@@ -142,24 +139,24 @@ def test_every_n_train_steps_counts_updates(fast_fit, tmp_path):
     assert names == {"step=2.ckpt", "step=4.ckpt"}
 
 
-def test_the_last_checkpoint_holds_the_last_update_also_between_two_savings(fast_fit, tmp_path):
+def test_last_checkpoint_holds_the_last_update(fast_fit, tmp_path):
     assert step_of(train(fast_fit, tmp_path, "--trainer.max_steps=3")) == 3
 
 
-def test_the_signals_are_the_processs_own_again_after_a_run(fast_fit, tmp_path):
+def test_fit_restores_signal_handlers(fast_fit, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(fast_fit, tmp_path, "--trainer.max_steps=1")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 class Unsavable:
-    """Fails in the middle of being written, as a full disk does."""
+    """Fails while it is being written, like a full disk."""
 
     def __reduce__(self):
         raise OSError("no space left on device")
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+def test_save_checkpoint_that_fails_keeps_the_previous_one(tmp_path):
     place = tmp_path / "last.ckpt"
     WholeCheckpoints().save_checkpoint({"state_dict": {"x": torch.ones(1)}}, place)
     with pytest.raises(OSError, match="no space"):
@@ -167,8 +164,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert read_checkpoint(str(place))["state_dict"]["x"].item() == 1
 
 
-def test_checkpoints_are_written_beside_their_place_whatever_the_temporary_directory(fast_fit, tmp_path, monkeypatch):
+def test_fit_writes_checkpoints_without_the_temporary_directory(fast_fit, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkstemp", None)
-    cli = fit.run([*fast_fit, "--trainer.max_steps=1"])
+    cli = training.run([*fast_fit, "--trainer.max_steps=1"])
     assert type(cli.trainer.strategy.checkpoint_io) is WholeCheckpoints
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt"}

@@ -39,9 +39,9 @@ def test_tokenizer_has_one_token_per_known_word():
 
 @pytest.mark.slow
 def test_teacher_is_good_but_beatable():
-    from gdmd_lightning.commands.evaluate import bare_teacher, score, shapes_scores, teachers
-    from gdmd_lightning.data.test_prompts import read_test_prompts
+    from gdmd_lightning.studies.contestants import bare_teacher, teachers
+    from gdmd_lightning.studies.scorecards import score
+    from gdmd_lightning.studies.tasks import SHAPES
 
-    module = bare_teacher(str(ASSETS))
-    rows = score(teachers(module, 30, 3.0)[:1], shapes_scores(), read_test_prompts("shapes", 600), module.latent_shape)
+    rows = score(teachers(bare_teacher(SHAPES), 30, 3.0)[:1], SHAPES, 600).rows
     assert 0.55 <= rows[0].scores["geneval/overall"].mean <= 0.85

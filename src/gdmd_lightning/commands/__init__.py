@@ -1,1 +1,1 @@
-"""What the command line does beside training: one file a command, callable from Python too."""
+"""One file per command: parse arguments, call, print. No command imports another."""

@@ -1,86 +1,63 @@
-"""The whole idea on one CPU: DMD as the cold start, GDMD from there, a table, pictures, a pipeline to take home."""
+"""The whole method on one CPU: DMD as the cold start, then GDMD, a table of scores, pictures, and a pipeline."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from gdmd_lightning.commands import fit
-from gdmd_lightning.commands.evaluate import draw, save, score, shapes_scores, student, table, teachers
-from gdmd_lightning.commands.export import export, snippet
-from gdmd_lightning.commands.restore import load_module
-from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.studies.arms import DMD, GDMD, last_checkpoint, option, train
+from gdmd_lightning.studies.contestants import draw, student, teachers
+from gdmd_lightning.studies.export import export, snippet
+from gdmd_lightning.studies.scorecards import score, write_scorecard
+from gdmd_lightning.studies.tables import score_table
+from gdmd_lightning.studies.tasks import SHAPES
 
 
-def train(out: Path, *arguments: str) -> tuple[Path, Any]:
-    """Run ``fit`` with its logs in ``out``; returns the last checkpoint and the finished command line.
-
-    Raises:
-        KeyboardInterrupt: If a signal ended the run early.
-    """
-    where = [f"--trainer.logger.init_args.{key}={value}" for key, value in _logger(out).items()]
-    cli = fit.run([*arguments, *where])
-    if fit.signal_received(cli):
-        raise KeyboardInterrupt
-    return out / "checkpoints" / "last.ckpt", cli
-
-
-def _logger(out: Path) -> dict[str, str]:
-    return {"save_dir": str(out.parent), "name": out.name, "version": "."}
-
-
-def demo(out: Path, cold_start: int, updates: int, count: int, more: list[str]) -> None:
-    """Train both, score them beside the teacher, export the last and print what was found.
+def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str]) -> None:
+    """Train DMD, then GDMD from it; score both and the teacher; export GDMD's generator; print what was found.
 
     Args:
-        out: Directory of everything written; an earlier demo's is replaced.
+        out: Directory of everything written; an earlier demo there is replaced.
         cold_start: DMD updates.
-        updates: GDMD updates after them.
+        updates: GDMD updates after the cold start.
         count: Test prompts.
-        more: Further arguments of both trainings.
+        extra: Further arguments of both trainings.
     """
     began = time.perf_counter()
-    prompts = read_test_prompts("shapes", count)
+    prompts = SHAPES.read_prompts(count)  # fails before training if the count is impossible
     shutil.rmtree(out, ignore_errors=True)
+    dmd, gdmd = out / "dmd", out / "gdmd"
     print(f"1/3  DMD, {cold_start} updates: from the teacher to four steps")
-    dmd, _ = train(
-        out / "dmd",
-        "--config",
-        "shapes.yaml",
-        "--config",
-        "shapes_dmd.yaml",
-        f"--trainer.max_steps={cold_start}",
-        *more,
-    )
-    print(f"2/3  GDMD, {updates} updates: the reward weighs where each distillation gradient leads")
-    gdmd, _ = train(
-        out / "gdmd", "--config", "shapes.yaml", f"--trainer.max_steps={updates}", f"--model.start_from={dmd}", *more
-    )
+    train(dmd, [*DMD.arguments, option("trainer.max_steps", cold_start), *extra])
+    print(f"2/3  GDMD, {updates} updates: a reward weighs each distillation gradient by where it leads")
+    start = option("model.start_from", str(last_checkpoint(dmd)))
+    train(gdmd, [*GDMD.arguments, option("trainer.max_steps", updates), start, *extra])
     print(f"3/3  scores on {count} test prompts")
-    modules = {"DMD": load_module(str(dmd)), "GDMD": load_module(str(gdmd))}
-    module = modules["GDMD"]
-    contestants = teachers(module, 30, module.matching.guidance_scale)
-    contestants += [student(name, each) for name, each in modules.items()]
-    rows = score(contestants, shapes_scores(), prompts, module.latent_shape)
-    save(rows, out / "scores.json")
-    draw(contestants, prompts, module.latent_shape, out / "pictures.png")
-    pipeline = export(module, out / "pipeline")
-    print(f"\n{table(rows)}\n")
+    modules = {
+        "DMD": load_module(str(last_checkpoint(dmd)), role="ema"),
+        "GDMD": load_module(str(last_checkpoint(gdmd)), role="ema"),
+    }
+    contestants = [*teachers(modules["GDMD"]), *(student(name, each) for name, each in modules.items())]
+    card = score(contestants, SHAPES, count)
+    write_scorecard(card, out / "scores.json")
+    draw(contestants, prompts, out / "pictures.png")
+    pipeline = export(modules["GDMD"], out / "pipeline")
+    print(f"\n{score_table(card.rows)}\n")
     print(f"pictures:       {out / 'pictures.png'}")
-    print(f"checkpoint:     {gdmd}")
-    print(f"record:         {out / 'gdmd' / 'gradient_rewards'}  (open notebooks/gradient_rewards.ipynb)")
-    print(f"pipeline:       {pipeline}\n\nimport diffusers\n{snippet(module, pipeline)}\n")
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes in all")
+    print(f"checkpoint:     {last_checkpoint(gdmd)}")
+    print(f"record:         {gdmd / 'gradient_rewards'}  (open notebooks/gradient_rewards.ipynb)")
+    print(f"pipeline:       {pipeline}\n\nimport diffusers\n{snippet(modules['GDMD'], pipeline)}\n")
+    print(f"total: {(time.perf_counter() - began) / 60:.1f} minutes")
 
 
 def main(arguments: list[str]) -> int:
-    """``demo``; what it does not know goes to both trainings."""
+    """``demo [--cold_start 60 --updates 100 ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory to write; replaced if it exists")
     parser.add_argument("--cold_start", type=int, default=60, help="DMD updates")
     parser.add_argument("--updates", type=int, default=100, help="GDMD updates")
     parser.add_argument("--count", type=int, default=600, help="test prompts")

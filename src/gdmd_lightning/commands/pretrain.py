@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from gdmd_lightning.commands.configs import with_found_configs
+from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.files import atomic_directory
-from gdmd_lightning.schedules import LogitNormalLaw
+from gdmd_lightning.schedules import LogitNormal
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (
     AutoencoderTraining,
@@ -129,7 +129,7 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
         transformer = SD3Transformer2DModel.from_pretrained(earlier / "transformer", dtype=torch.float32)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
     stage = settings.teacher
-    distribution = LogitNormalLaw(shift=parts.SHIFT, low=1e-3, high=1.0)
+    distribution = LogitNormal(shift=parts.SHIFT, low=1e-3, high=1.0)
     module = TeacherTraining(
         transformer,
         encoders,

@@ -83,7 +83,7 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
     """
     mine, theirs = module.state_dict(), checkpoint["state_dict"]
     remedy = "use the configuration that the checkpoint was trained with, or start a new run with model.start_from"
-    for name in [*mine, *theirs]:
+    for name in [*mine, *(() if module.restricted else theirs)]:
         if name not in theirs or name not in mine:
             who = "the checkpoint" if name in mine else "this model"
             raise UserError(f"it is of another model: {who} has no {name}", where="checkpoint", remedy=remedy)

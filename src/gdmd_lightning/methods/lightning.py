@@ -133,8 +133,13 @@ class RoleModule(pl.LightningModule):
             self.roles.checkpoint_activations()
 
     def only_role(self, role: str) -> None:
-        """Build nothing but one role, for sampling and export; call it before :meth:`configure_model`."""
+        """Build only one role besides the teacher, for sampling and export; call before :meth:`configure_model`."""
         self._only = role
+
+    @property
+    def restricted(self) -> bool:
+        """Whether only one of the method's roles is built."""
+        return self._only is not None
 
     def stream(self, purpose: str, turn: int = 0) -> torch.Generator:
         """Random stream of a purpose in this update on this rank.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gdmd_lightning.schedules import LogitNormalLaw, draw_levels, renoise
+from gdmd_lightning.schedules import LogitNormal, draw_renoise_sigmas, renoise
 from gdmd_lightning.shapes.captions import corrupt, describe, prompt_at
 from gdmd_lightning.shapes.scenes import render, sample_scenes
 from gdmd_lightning.streams import python_stream
@@ -128,7 +128,7 @@ class TeacherTraining(_OneCycle):
         transformer: torch.nn.Module,
         encoders: tuple[torch.nn.Module, torch.nn.Module],
         empty: Tensor,
-        distribution: LogitNormalLaw,
+        distribution: LogitNormal,
         learning_rate: float = 1e-3,
         dropout: float = 0.1,
         caption_noise: float = 0.3,
@@ -153,7 +153,7 @@ class TeacherTraining(_OneCycle):
         dropped = torch.rand(len(tokens), generator=self.rng) < self.dropout
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.encoders]
-        sigma = draw_levels(self.distribution, 1, len(latents), self.rng)[0]
+        sigma = draw_renoise_sigmas(self.distribution, 1, len(latents), self.rng)[0]
         eps = torch.randn(latents.shape, generator=self.rng)
         velocity = self.transformer(
             hidden_states=renoise(latents, sigma, eps),

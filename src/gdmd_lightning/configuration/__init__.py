@@ -1,0 +1,1 @@
+"""From arguments and checkpoints to modules: finding configs, explaining wrong arguments, training, restoring."""

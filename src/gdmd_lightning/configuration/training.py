@@ -1,0 +1,162 @@
+"""Training from arguments: LightningCLI over the distillation methods, callable from Python."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf.errors import OmegaConfBaseException
+
+import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
+from gdmd_lightning.callbacks.interruption import StopOnSignal
+from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
+from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.restore import describe_module
+from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
+
+PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
+
+
+class DistillationCLI(LightningCLI):
+    """``fit`` of any :class:`DistillationModule` on a :class:`PromptDataModule`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Training only; scoring and sampling are separate commands."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def _parse_ckpt_path(self) -> None:
+        """Check that a checkpoint to resume from is one; Lightning would take the model's arguments from it."""
+        path = self.config.fit.ckpt_path if "subcommand" in self.config else None
+        if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
+            read_checkpoint(str(path), in_memory=False)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; report what a constructor refuses as an error in the configuration."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise readable_error(error, "fit") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer that writes checkpoints atomically and whose DDP processes expect unused parameters."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        if isinstance(trainer.strategy, DDPStrategy):
+            # A backward pass reaches one role; DDP would wait for the gradients of the others. The public name
+            # "ddp_find_unused_parameters_true" does not help where Lightning chooses DDP itself ("auto").
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        return trainer
+
+    def before_fit(self) -> None:
+        """Store the configuration in checkpoints; refuse a setting that Lightning would reject less clearly."""
+        settings = self.config.fit
+        self.model.provenance = Provenance(describe_module(settings.model), str(settings.data.source))
+        if self.trainer.gradient_clip_val:
+            raise UserError(
+                "not supported: each role has its own optimizer",
+                where="trainer.gradient_clip_val",
+                remedy="set model.generator.gradient_clip and model.fake_score.gradient_clip",
+            )
+
+
+class _ParsingCLI(DistillationCLI):
+    """``fit`` up to its parsed configuration; builds no trainer, which would look for GPUs that may not be there."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def _set_seed(self) -> None:
+        pass
+
+
+def run(arguments: Sequence[str]) -> DistillationCLI:
+    """Run ``fit`` with these arguments.
+
+    Returns:
+        The command line after training; its ``trainer`` and ``model`` are the trained ones.
+
+    Raises:
+        UserError: If the configuration is wrong.
+    """
+    quiet()
+    try:
+        return DistillationCLI(
+            DistillationModule,
+            PromptDataModule,
+            # Read a checkpoint to resume from as tensors and plain values only.
+            args=["fit", "--weights_only=true", *with_found_configs(arguments)],
+            subclass_mode_model=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=PARSER,
+            trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate()]},
+            auto_configure_optimizers=False,
+        )
+    except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:
+        raise readable_error(error, "fit") from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits this way after Ctrl-C while loading
+            raise KeyboardInterrupt from error
+        raise
+
+
+def parse(arguments: Sequence[str], command: str = "fit") -> Any:
+    """The configuration that ``fit`` would get from these arguments; nothing is built.
+
+    Args:
+        arguments: As for ``fit``.
+        command: The command whose ``--help`` an error points to.
+
+    Raises:
+        UserError: If the arguments are wrong.
+    """
+    quiet()
+    try:
+        cli = _ParsingCLI(
+            DistillationModule,
+            PromptDataModule,
+            args=["fit", *with_found_configs(arguments)],
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=False,
+            parser_kwargs=PARSER,
+            auto_configure_optimizers=False,
+        )
+    except (ArgumentError, OmegaConfBaseException) as error:
+        raise readable_error(error, command) from error
+    return cli.config.fit
+
+
+def quiet() -> None:
+    """Silence advice of Lightning and torch that is meant for developers, not for users of this project."""
+    for message in (
+        "LeafSpec",
+        "does not have many workers",
+        "in eval mode",
+        "args parameter is intended",
+        "with manual optimization",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(noisy).addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+def signal_received(cli: DistillationCLI) -> int:
+    """The number of the signal that ended the run, or 0."""
+    return next(c.received for c in cli.trainer.callbacks if isinstance(c, StopOnSignal))  # type: ignore[attr-defined]

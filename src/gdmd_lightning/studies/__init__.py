@@ -1,0 +1,1 @@
+"""What the commands that score, sample, export and compare generators share."""

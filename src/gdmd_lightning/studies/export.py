@@ -1,0 +1,114 @@
+"""Write a generator for diffusers: a pipeline directory that samples in its few steps, or a LoRA file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import Pipeline
+from gdmd_lightning.files import atomic_directory
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.roles import Form
+
+
+def export(module: DistillationModule, out: Path, *, averaged: bool = True, form: Form = "pipeline") -> Path:
+    """Save the generator with a scheduler for its few steps and a model card.
+
+    Args:
+        module: A module with its roles loaded.
+        out: Directory to write; must not exist, and appears complete or not at all.
+        averaged: Export the averaged weights.
+        form: ``pipeline``: the whole pipeline, for ``from_pretrained``; ``lora``: only the adapter, for
+            ``load_lora_weights`` on the teacher's pipeline.
+
+    Raises:
+        UserError: If ``out`` exists or cannot be written, if no diffusers scheduler repeats the sampler, or if an
+            adapter is requested but full weights were trained.
+    """
+    if out.exists():
+        raise UserError(f"{str(out)!r} exists", where="export", remedy="remove it or give another directory")
+    if module.sampler.scheduler is None:
+        sampler = type(module.sampler).__name__
+        raise UserError(f"diffusers has no scheduler for {sampler}", where="sampler", remedy="use ODE or Renoise")
+    try:
+        with atomic_directory(out) as part:
+            _write(module, part, "ema" if averaged else "generator", form)
+            (part / "README.md").write_text(_card(module, out, averaged, form), encoding="utf-8")
+    except Exception as error:
+        # A full disk is an OSError, or safetensors' own error, which has no public base class.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            reason = f"cannot write {str(out)!r}: {error}"
+            raise UserError(reason, where="export", remedy="free disk space or give another directory") from error
+        raise
+    return out
+
+
+def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> str:
+    """Python lines that load an export and sample from it."""
+    family, steps = module.family, module.steps
+    pipeline = type(family.loaded).__name__
+    absent = "".join(f", {name}={value}" for name, value in family.loading_arguments().items())
+    more = "".join(f", {name}={value}" for name, value in family.sampling_arguments().items())
+    path = out if form == "pipeline" else family.path
+    lines = [f'pipe = diffusers.{pipeline}.from_pretrained("{path}"{absent})']
+    if form == "lora":
+        teacher = getattr(family.loaded, family.network_component)
+        scheduler = type(_pipeline(module, teacher).scheduler)
+        lines += [
+            f'pipe.load_lora_weights("{out}")',
+            f'pipe.scheduler = diffusers.{scheduler.__name__}.from_pretrained("{out}", subfolder="scheduler")',
+        ]
+    call = f'pipe(prompt="a red circle", num_inference_steps={steps}, guidance_scale=1.0{more})'
+    return "\n".join([*lines, f'{call}.images[0].save("picture.png")'])
+
+
+def _write(module: DistillationModule, directory: Path, role: Literal["ema", "generator"], form: Form) -> None:
+    if form == "lora":
+        base = module.roles.write_adapter(role, directory)
+        _pipeline(module, base).scheduler.save_pretrained(directory / "scheduler")
+    else:
+        _pipeline(module, module.roles.standalone(role)).save_pretrained(directory, safe_serialization=True)
+
+
+def _pipeline(module: DistillationModule, network: nn.Module) -> Pipeline:
+    stochastic = module.sampler.scheduler == "renoise"
+    return module.family.to_pipeline(network, module.steps, module.latent_shape, stochastic=stochastic)
+
+
+def _card(module: DistillationModule, out: Path, averaged: bool, form: Form) -> str:
+    """The model card: teacher, method, settings, scores, and how to load the export."""
+    teacher = module.family.path
+    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(module.provenance.scores.items()))
+    facts = {
+        "Teacher": f"`{Path(teacher).name if Path(teacher).exists() else teacher}`; its license applies",
+        "License of the teacher": _license(Path(teacher)),
+        "Method": type(module).__name__,
+        "Reward": _reward_name(module),
+        "Prompts": module.provenance.prompts or "not recorded",
+        "Generator updates": str(module.provenance.updates),
+        "Weights": f"{'averaged' if averaged else 'last'}, {'adapters' if module.lora else 'full fine-tuning'}",
+        "Sampler": f"{type(module.sampler).__name__}, {module.steps} steps, no guidance",
+        "Resolution": f"{module.height}x{module.width}",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    measured = f"\nScores of the averaged generator at its last evaluation:\n\n| score | value |\n|---|---|\n{scores}\n"
+    return (
+        f"# A {module.steps}-step generator\n\n| | |\n|---|---|\n{rows}\n"
+        f"{measured if scores else ''}\n```python\nimport diffusers\n{snippet(module, Path(out.name), form)}\n```\n"
+    )
+
+
+def _reward_name(module: DistillationModule) -> str:
+    return "none" if module.judge is None else module.judge.reward.name
+
+
+def _license(teacher: Path) -> str:
+    """The license named in the teacher's model card."""
+    card = teacher / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    found = re.search(r"^license(?:_name)?:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else "see its model card"

@@ -1,0 +1,61 @@
+"""Tasks that generators are compared on: a teacher, test prompts, and the scores of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore, TaskScore
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.clip import ContrastiveReward
+from gdmd_lightning.rewards.shapes import ShapesReward
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a study scores generators on.
+
+    Args:
+        name: The task's name in :data:`TASKS`.
+        config: A configuration that trains on the task; its model describes the teacher.
+        teacher: Pipeline directory of the teacher.
+        prompts: Source of the test prompts, as :func:`read_test_prompts` takes it.
+        scores: Makes the scores, empty.
+        titles: Column title of each score, by its name.
+        compared: The score whose differences to the teacher and to the control are reported.
+    """
+
+    name: str
+    config: str
+    teacher: str
+    prompts: str
+    scores: Callable[[], list[TaskScore]]
+    titles: Mapping[str, str]
+    compared: str
+
+    def read_prompts(self, count: int) -> list[Prompt]:
+        """The first ``count`` test prompts.
+
+        Raises:
+            UserError: If the source is broken or cannot give this many.
+        """
+        return read_test_prompts(self.prompts, count)
+
+
+def shapes_scores() -> list[TaskScore]:
+    """GenEval's verdict, the graded reward, and the contrastive scorer, which stands for HPS."""
+    hps = ContrastiveReward("package:assets/shapes/scorer", name="hps_like")
+    return [GenEvalScore(), RewardScore(ShapesReward()), RewardScore(hps)]
+
+
+SHAPES = Task(
+    name="shapes",
+    config="shapes.yaml",
+    teacher="package:assets/shapes",
+    prompts="shapes",
+    scores=shapes_scores,
+    titles={"geneval": "GenEval", "shapes": "graded reward", "hps_like": "HPS-like"},
+    compared="shapes",
+)
+TASKS = {task.name: task for task in (SHAPES,)}

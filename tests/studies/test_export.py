@@ -1,0 +1,87 @@
+"""An exported generator is a plain diffusers pipeline that makes the same pictures from the same noise."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.samplers import FewStepSampler
+from gdmd_lightning.studies.export import export, snippet
+
+TEXTS = ["a red circle", "two blue squares left of a green triangle"]
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def module(recorded_run):
+    return load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
+
+
+def load(path) -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pictures(pipeline, noise, steps=4) -> torch.Tensor:
+    """Call the pipeline as the snippet does, with given noise."""
+    settings = {"num_inference_steps": steps, "guidance_scale": 1.0, "max_sequence_length": 0}
+    return pipeline(TEXTS, **settings, latents=noise.clone(), output_type="pt").images
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_export_pipeline_makes_the_same_pictures_from_the_same_noise(recorded_run, tmp_path, noise, steps):
+    module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
+    module.sampler = FewStepSampler(steps)
+    module.sigmas = module.family.few_step_sigmas(steps)
+    path = export(module, tmp_path / "pipeline")
+    torch.testing.assert_close(pictures(load(path), noise, steps), module.generate(noise, TEXTS), atol=1e-4, rtol=0)
+
+
+def test_export_renoising_pipeline_makes_the_same_pictures_from_the_same_noise(module, tmp_path, noise):
+    module.sampler = FewStepSampler(4, "renoise")
+    pipeline = load(export(module, tmp_path / "pipeline"))
+    torch.manual_seed(module.seed)  # diffusers' scheduler draws from torch's global stream
+    theirs = pictures(pipeline, noise)
+    torch.testing.assert_close(theirs, module.generate(noise, TEXTS), atol=1e-4, rtol=0)
+    torch.manual_seed(module.seed + 1)
+    assert not torch.allclose(pictures(pipeline, noise), theirs, atol=1e-3)
+
+
+def test_export_takes_averaged_weights_by_default(module, tmp_path):
+    averaged = load(export(module, tmp_path / "averaged")).transformer
+    present = load(export(module, tmp_path / "present", averaged=False)).transformer
+    networks = module.networks
+    for mine, theirs in ((networks.ema.module, averaged), (networks.generator, present)):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(averaged.proj_out.weight, present.proj_out.weight)
+
+
+def test_export_refuses_cps_and_writes_nothing(module, tmp_path):
+    module.sampler = FewStepSampler(4, "cps")
+    with pytest.raises(UserError, match="no scheduler for cps"):
+        export(module, tmp_path / "pipeline")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_that_fails_leaves_no_directory(module, tmp_path, monkeypatch):
+    def save(pipeline, path, **options):
+        path.mkdir(exist_ok=True)
+        (path / "model_index.json").write_text("{}")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "save_pretrained", save)
+    with pytest.raises(UserError, match=r"cannot write .*no space left"):
+        export(module, tmp_path / "pipeline")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    load(export(module, tmp_path / "pipeline"))
+
+
+def test_snippet_has_two_lines(module, tmp_path):
+    assert len(snippet(module, tmp_path).splitlines()) == 2
