@@ -165,5 +165,7 @@ def _misplaced(
         for landmark in landmarks:
             held = relations(found.box, landmark.box, rules.position_threshold)
             if relation not in held:
-                return [f"expected {name} {relation} {landmark.label}, found {' and '.join(sorted(held)) or 'no relation'}"]
+                return [
+                    f"expected {name} {relation} {landmark.label}, found {' and '.join(sorted(held)) or 'no relation'}"
+                ]
     return []
