@@ -6,9 +6,9 @@
 import argparse
 
 import torch
-from gdmd_lightning.data.test_prompts import read_test_prompts
 
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
 from gdmd_lightning.samplers import FewStepSampler, draw_noise, sample
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--steps", type=int, default=30, help="of the teacher")
     options = parser.parse_args()
-    texts = [prompt.text for prompt in read_test_prompts("shapes", options.count)]
+    texts = [prompt.text for prompt in read_evaluation_prompts("shapes", options.count)]
     for number, path in enumerate(options.checkpoints):
         module = load_module(path)
         noise = draw_noise((len(texts), *module.latent_shape), torch.Generator().manual_seed(0), module.device)

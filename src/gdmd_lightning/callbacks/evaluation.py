@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from gdmd_lightning.callbacks.pictures import picture_grid
-from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import evaluate, shown
@@ -54,7 +54,7 @@ class GenerationEvaluation(pl.Callback):
                 where="GenerationEvaluation",
             )
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
-        self.prompts = read_test_prompts(prompts, count)
+        self.prompts = read_evaluation_prompts(prompts, count)
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None

@@ -6,7 +6,6 @@ A *row* is one prompt; rows are numbered from 0 in the order of the source. Line
 
 from __future__ import annotations
 
-import random
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from gdmd_lightning.data.files import BATCH_ROWS, CsvTable, JsonLines, ParquetTa
 from gdmd_lightning.data.rows import as_prompt, no_column
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
-from gdmd_lightning.shapes.captions import TASK_WEIGHTS, Split, prompts
+from gdmd_lightning.shapes.captions import Split, prompt_at
 
 if TYPE_CHECKING:
     import datasets
@@ -175,11 +174,8 @@ class ShapesPrompts:
     name: str = "shapes"
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        tasks, weights = list(TASK_WEIGHTS), list(TASK_WEIGHTS.values())
         for row in range(start, self.count()):
-            rng = random.Random(f"shapes {self.seed} {row}")
-            (task,) = rng.choices(tasks, weights)
-            yield rng.choice(prompts(task, self.split))
+            yield prompt_at(self.split, self.seed, row)
 
     def count(self) -> int:
         """More rows than any run reads."""
