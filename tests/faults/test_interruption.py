@@ -13,7 +13,7 @@ from conftest import cli_command, cli_environment
 from gdmd_lightning.configuration import training
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 
-# The parts of a checkpoint that equal runs have in common. The others (paths, callbacks' progress, versions) may differ.
+# The parts of a checkpoint that equal runs have in common; paths, callbacks' progress and versions may differ.
 CONTENTS = ("state_dict", "optimizer_states", "lr_schedulers", "PromptDataModule", "global_step")
 
 
@@ -50,19 +50,19 @@ def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tup
             time.sleep(0.01)
         time.sleep(0.2)  # now within an update, or within the writing of a checkpoint
         process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    return process.returncode, said, last.parent
+    return process.returncode, printed, last.parent
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_fit_resumes_exactly_from_the_checkpoint_of_a_signal(fast_fit, tmp_path, number, status):
-    code, said, checkpoints = stopped(fast_fit, tmp_path, number)
-    assert code == status, said
-    assert "Traceback" not in said
+    code, printed, checkpoints = stopped(fast_fit, tmp_path, number)
+    assert code == status, printed
+    assert "Traceback" not in printed
     interrupted = checkpoints / "interrupted.ckpt"
-    assert f"--ckpt_path {interrupted}" in said
+    assert f"--ckpt_path {interrupted}" in printed
     step = step_of(interrupted)
     until = f"--trainer.max_steps={step + 3}"
     resumed = train(fast_fit, tmp_path / "resumed", until, f"--ckpt_path={interrupted}")
@@ -72,8 +72,8 @@ def test_fit_resumes_exactly_from_the_checkpoint_of_a_signal(fast_fit, tmp_path,
 
 
 def test_fit_resumes_exactly_after_kill_9(fast_fit, tmp_path):
-    code, said, checkpoints = stopped(fast_fit, tmp_path, signal.SIGKILL)
-    assert code == -signal.SIGKILL, said
+    code, printed, checkpoints = stopped(fast_fit, tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL, printed
     last = checkpoints / "last.ckpt"
     step = step_of(last)
     assert step >= 2

@@ -175,23 +175,11 @@ class RoleModule(pl.LightningModule):
                 barrier=self.trainer.strategy.barrier,
             )
 
-    def optimization_of(self, role: str) -> Optimization:
-        """Optimizer settings of a trained role."""
-        settings = {spec.name: spec.optimizer for spec in self.roles.specs}[role]
-        assert settings is not None
-        return settings
-
-    def optimizer_of(self, role: str) -> Any:
-        """A trained role's optimizer, in Lightning's wrapper."""
-        optimizers: Any = self.optimizers()
-        every = optimizers if isinstance(optimizers, list) else [optimizers]
-        return every[self.roles.trained.index(role)]
-
     def configure_optimizers(self) -> Any:
         """One optimizer per trained role, in the order of the specs, each with its warm-up."""
         out = []
         for role in self.roles.trained:
-            settings = self.optimization_of(role)
+            settings = self.roles.optimization_of(role)
             optimizer = settings.optimizer(self.roles.parameters_of(role))
             out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": settings.schedule(optimizer)}})
         return out
@@ -199,10 +187,12 @@ class RoleModule(pl.LightningModule):
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any] | None:
         """One update of the method."""
         conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
-        done = self.update(Batch(batch.prompts, batch.groups, conditioning), LightningEngine(self))
+        optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
+        done = self.update(
+            Batch(batch.prompts, batch.groups, conditioning), LightningEngine(self, self.roles, optimizers)
+        )
         self.updates += 1
-        schedules: Any = self.lr_schedulers()
-        for schedule in schedules if isinstance(schedules, list) else [schedules]:
+        for schedule in _listed(self.lr_schedulers()):
             schedule.step()
         logs = dict(done.logs)
         self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
@@ -231,3 +221,8 @@ class RoleModule(pl.LightningModule):
 
     def _is_frozen(self, name: str) -> bool:
         return name.startswith("roles.") and self.roles.is_frozen(name.removeprefix("roles."))
+
+
+def _listed(found: Any) -> list[Any]:
+    """Lightning returns one optimizer or schedule as itself and several as a list."""
+    return found if isinstance(found, list) else [found]

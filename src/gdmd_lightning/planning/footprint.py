@@ -26,7 +26,7 @@ from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
-from gdmd_lightning.roles import TEACHER
+from gdmd_lightning.roles import TEACHER, Roles
 
 META = torch.device("meta")
 LOWER = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -91,9 +91,9 @@ class _PlannedJudge(Judge):
 class _TracedEngine(Engine):
     """Steps roles on the meta device."""
 
-    def __init__(self, module: DistillationModule, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        super().__init__(module.roles)
-        self.module, self.optimizers = module, optimizers
+    def __init__(self, roles: Roles, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        super().__init__(roles)
+        self.optimizers = optimizers
 
     def zero_grad(self, role: str) -> None:
         self.optimizers[role].zero_grad(set_to_none=True)
@@ -103,14 +103,13 @@ class _TracedEngine(Engine):
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
 
     def step(self, role: str) -> None:
-        clip_grad_norm_(self.roles.parameters_of(role), self.module.optimization_of(role).gradient_clip)
+        clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
         self.optimizers[role].step()
 
 
 def plan(
     module: DistillationModule,
     batch_size: int,
-    group_size: int = 1,
     precision: str | None = "32-true",
     accelerator: Literal["cuda", "cpu"] = "cuda",
 ) -> Plan:
@@ -119,7 +118,6 @@ def plan(
     Args:
         module: A new one, before ``configure_model``; it cannot be used afterwards.
         batch_size: Samples per update on one GPU.
-        group_size: Samples per prompt.
         precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
 
@@ -136,14 +134,48 @@ def plan(
     if isinstance(module, MatchingModule):
         module.matching = replace(module.matching, fake_score_updates=1)  # the others are like it
     optimizers = {role: _optimizer(module, role, accelerator) for role in module.roles.trained}
+    components = tuple(_components(module, optimizers, reward))
+    held = sum(c.size for c in components if c.name != "reward")
+    phases = {
+        name: max(round(size) - held, 0) for name, size in _peaks(module, optimizers, batch_size, precision).items()
+    }
+    if module.memory.reward == "offloaded" and "decoding" in phases:
+        phases["decoding"] += _count("", _tensors(reward)).size
+    return Plan(components, phases)
 
+
+def _peaks(
+    module: DistillationModule,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch_size: int,
+    precision: str | None,
+) -> dict[str, float]:
+    """Peak bytes in each phase of an update.
+
+    Of many micro-batches only two, and then three, are followed: each further one adds the same latents and text
+    embeddings and nothing else.
+    """
+    micro = module.micro_batch_size
+    if micro is None or batch_size <= 3 * micro:
+        return {name: float(size) for name, size in _follow(module, optimizers, batch_size, precision).items()}
+    two, three = (_follow(module, optimizers, count * micro, precision) for count in (2, 3))
+    return {name: two[name] + (three[name] - two[name]) * (batch_size / micro - 2) for name in two}
+
+
+def _follow(
+    module: DistillationModule,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch_size: int,
+    precision: str | None,
+) -> dict[str, int]:
+    """Peak bytes in each phase of an update of ``batch_size`` samples, followed as a whole."""
     trace = Trace()
     trace.hold(module)
     for optimizer in optimizers.values():
         trace.see(_states(optimizer))
     for part in _parts(module).values():
         trace.hold(part)
-    prompts = PromptBatch((Prompt(""),) * batch_size, group_size)
+    prompts = PromptBatch((Prompt(""),) * batch_size, 1)
     row = module.family.blank_conditioning(META)
     with ExitStack() as modes:
         modes.enter_context(FusedAttention())
@@ -152,13 +184,8 @@ def plan(
         modes.enter_context(trace)
         modes.enter_context(listening(trace.phase))
         batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size))
-        module.update(batch, _TracedEngine(module, optimizers))
-    components = tuple(_components(module, optimizers, reward))
-    held = sum(c.size for c in components if c.name != "reward")
-    phases = {name: max(size - held, 0) for name, size in trace.phases.items()}
-    if module.memory.reward == "offloaded" and "decoding" in phases:
-        phases["decoding"] += _count("", _tensors(reward)).size
-    return Plan(components, phases)
+        module.update(batch, _TracedEngine(module.roles, optimizers))
+    return trace.phases
 
 
 def _take_reward(module: DistillationModule) -> nn.Module | None:
@@ -186,7 +213,7 @@ def _frees_encoders(module: DistillationModule) -> bool:
 
 def _optimizer(module: DistillationModule, role: str, accelerator: str) -> torch.optim.Optimizer:
     """The role's optimizer as the previous update left it: with states, and with gradients not yet dropped."""
-    parameters, settings = module.roles.parameters_of(role), module.optimization_of(role)
+    parameters, settings = module.roles.parameters_of(role), module.roles.optimization_of(role)
     optimizer = EightBit(parameters) if settings.algorithm == "adamw_8bit" else settings.optimizer(parameters)
     for group in optimizer.param_groups:
         group["foreach"] = accelerator == "cuda"

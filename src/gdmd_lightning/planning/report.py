@@ -55,7 +55,6 @@ def plan_of(arguments: Sequence[str]) -> Plan:
     found = plan(
         build_module(settings.model),
         settings.data.batch_size,
-        settings.data.group_size,
         settings.trainer.precision,
         accelerator="cpu" if settings.trainer.accelerator == "cpu" else "cuda",
     )

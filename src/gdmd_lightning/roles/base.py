@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import NoisyLatents, micro_batches
-from gdmd_lightning.roles.spec import TEACHER, RoleSpec, check_specs
+from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec, check_specs
 
 Form = Literal["pipeline", "lora"]
 
@@ -148,6 +148,10 @@ class Roles(nn.Module, ABC):
     def trained(self) -> tuple[str, ...]:
         """Names of the trained roles, in the order of their specs."""
         return tuple(spec.name for spec in self.specs if spec.optimizer is not None)
+
+    def optimization_of(self, role: str) -> Optimization:
+        """Optimizer settings of a trained role; raises ``KeyError`` for any other."""
+        return {spec.name: spec.optimizer for spec in self.specs if spec.optimizer is not None}[role]
 
     def update_averages(self, role: str) -> None:
         """Move the averages of a trained role toward it."""
