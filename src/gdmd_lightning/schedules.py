@@ -70,6 +70,19 @@ class RenoiseDistribution(ABC):
     def quantile(self, u: Tensor) -> Tensor:
         """Levels ``sigma`` at the quantiles ``u`` in [0, 1]."""
 
+    def quantile_above(self, u: Tensor, sigma_min: Tensor) -> Tensor:
+        """Levels at the quantiles ``u`` of the same distribution restricted to levels above ``sigma_min``.
+
+        Where no level is above ``sigma_min`` the highest level is returned.
+        """
+        low, high = torch.zeros_like(sigma_min), torch.ones_like(sigma_min)
+        for _ in range(30):  # bisection for the probability of levels below sigma_min, to float32's precision
+            middle = (low + high) / 2
+            below = self.quantile(middle) < sigma_min
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        start = torch.where(sigma_min <= self.quantile(torch.zeros_like(sigma_min)), torch.zeros_like(high), high)
+        return self.quantile(start + (1 - start) * u)
+
 
 @dataclass(frozen=True)
 class Uniform(RenoiseDistribution):
@@ -123,14 +136,29 @@ class LogitNormal(RenoiseDistribution):
 
 
 def draw_renoise_sigmas(
-    distribution: RenoiseDistribution, batch: int, group: int, rng: torch.Generator, *, stratify: bool = True
+    distribution: RenoiseDistribution,
+    batch: int,
+    group: int,
+    rng: torch.Generator,
+    *,
+    stratify: bool = True,
+    sigma_min: Tensor | None = None,
 ) -> Tensor:
     """Draw renoise levels ``[batch, group]``, on the CPU.
 
     With ``stratify`` the ``j``-th level of a group falls into the ``j``-th of ``group`` equally likely intervals,
     so that each group spans the distribution; averaged over ``j`` the distribution is unchanged.
+
+    Args:
+        distribution: Of the levels.
+        batch, group: Shape of the draw.
+        rng: Random stream.
+        stratify: Spread the levels of a group.
+        sigma_min: Draw each row's levels only above this one, ``[batch]`` on the CPU; ``None`` for all levels.
     """
     u = torch.rand(batch, group, generator=rng)
     if stratify:
         u = (torch.arange(group) + u) / group
-    return distribution.quantile(u)
+    if sigma_min is None:
+        return distribution.quantile(u)
+    return distribution.quantile_above(u, sigma_min[:, None].expand(batch, group))

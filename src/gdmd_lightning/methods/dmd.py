@@ -21,7 +21,7 @@ class DMD(MatchingModule):
     def update(self, batch: Batch, learn: Learn) -> Update:
         """One generator step on the distribution-matching loss, then the fake score's steps."""
         state = self.rollout_state(batch)
-        draw = self.draw_renoise(len(batch))
+        draw = self.draw_renoise(state)
         samples: list[Tensor] = []
         logs: dict[str, Tensor] = {}
         with learn("generator") as backward:
@@ -38,4 +38,4 @@ class DMD(MatchingModule):
                 )
         x0 = torch.cat(samples)
         logs["sample_std"] = x0.std()
-        return Update(logs | self.train_fake_score(batch, x0, learn))
+        return Update(logs | self.train_fake_score(batch, state, x0, learn))

@@ -92,13 +92,13 @@ class GDMD(MatchingModule):
                 backward(share * loss)
                 weighted_sum(loss_logs, share, loss=loss)
         logs = {**loss_logs, **judged.logs(), "sample_std": judged.x.std()}
-        return Update(logs | self.train_fake_score(batch, judged.x, learn), record=judged)
+        return Update(logs | self.train_fake_score(batch, state, judged.x, learn), record=judged)
 
     def _judge_targets(self, x: Tensor, state: State, batch: Batch) -> tuple[JudgedTargets, Tensor]:
         """The group of targets of each sample with its advantages, and the normalizers ``[B, M]``."""
         size, over = self.targets.size, self.targets.over
         scores = ("fake_score", *self.snapshots)
-        draw = self.draw_renoise(len(x), size, share_sigma=over == "snapshot")
+        draw = self.draw_renoise(state, size, share_sigma=over == "snapshot")
         match = self.match(x, batch.conditioning, draw, scores)
         latents = match.target
         prompts = tuple(prompt for prompt in batch.prompts for _ in range(size))

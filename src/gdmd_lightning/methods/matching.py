@@ -15,13 +15,13 @@ from torch import Tensor
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents
-from gdmd_lightning.methods.base import DistillationModule, weighted_sum
+from gdmd_lightning.methods.base import DistillationModule, State, weighted_sum
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.objectives.distribution_matching import dm_direction, normalizer
 from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.phases import phase
 from gdmd_lightning.roles import Optimization, RoleSpec
-from gdmd_lightning.schedules import draw_renoise_sigmas, renoise
+from gdmd_lightning.schedules import RenoiseDistribution, draw_renoise_sigmas, renoise
 from gdmd_lightning.streams import draw_noise
 
 
@@ -102,16 +102,24 @@ class MatchingModule(DistillationModule, ABC):
     def teacher_guidance(self) -> float:
         return self.matching.guidance_scale
 
-    def draw_renoise(self, batch: int, group: int = 1, *, share_sigma: bool = False) -> RenoiseDraw:
+    def sigma_min(self, state: State) -> Tensor | None:
+        """Level above which each sample is matched, ``[B]`` on the CPU; ``None`` for all levels.
+
+        Source: the sub-intervals of AC-DMD in RTDMD (2605.26108), here with ``x0`` instead of the step's own end.
+        """
+        return self.sigmas[state.step_index + 1] if self.matching.interval == "step" else None
+
+    def draw_renoise(self, state: State, group: int = 1, *, share_sigma: bool = False) -> RenoiseDraw:
         """Levels and noise for ``group`` matches of each sample; levels are stratified within a group.
 
         Args:
-            batch: ``B``.
+            state: Where the ``B`` samples were taken.
             group: ``M``.
             share_sigma: One level for all matches of a sample.
         """
-        levels = 1 if share_sigma else group
-        sigma = draw_renoise_sigmas(self.matching.renoise_distribution, batch, levels, self.stream("level"))
+        batch, levels = len(state.latents), 1 if share_sigma else group
+        distribution, sigma_min = self.matching.renoise_distribution, self.sigma_min(state)
+        sigma = draw_renoise_sigmas(distribution, batch, levels, self.stream("level"), sigma_min=sigma_min)
         eps = draw_noise((batch * group, *self.latent_shape), self.stream("renoise"), self.device)
         return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)))
 
@@ -139,6 +147,13 @@ class MatchingModule(DistillationModule, ABC):
             fake = self._ask(scores, latents, torch.arange(group).repeat(batch))
         return Match(x, latents, real, fake, normalizer(x, real, self.matching.floor))
 
+    def _fake_score_sigma(self, distribution: RenoiseDistribution, state: State, rng: torch.Generator) -> Tensor:
+        """Levels at which the fake score learns, ``[B]``; over the whole interval they are stratified in the batch."""
+        batch, sigma_min = len(state.latents), self.sigma_min(state)
+        if sigma_min is None:
+            return draw_renoise_sigmas(distribution, 1, batch, rng)[0]
+        return draw_renoise_sigmas(distribution, batch, 1, rng, sigma_min=sigma_min)[:, 0]
+
     def _ask(self, scores: tuple[str, ...], latents: NoisyLatents, turn: Tensor) -> Tensor:
         """``x0`` of each row from the role whose turn it is, one pass per role."""
         if len(scores) == 1:
@@ -150,11 +165,12 @@ class MatchingModule(DistillationModule, ABC):
                 fake[rows] = self.roles.x0(role, latents.select(rows)).to(fake.dtype)
         return fake
 
-    def train_fake_score(self, batch: Batch, x0: Tensor, learn: Learn) -> dict[str, Tensor]:
+    def train_fake_score(self, batch: Batch, state: State, x0: Tensor, learn: Learn) -> dict[str, Tensor]:
         """Flow matching of the fake score on generator samples, ``matching.fake_score_updates`` times.
 
         Args:
             batch: ``B`` samples.
+            state: Where the generator's step started.
             x0: Samples of the generator's step, ``[B, C, H, W]``, detached.
             learn: Steps the fake score.
 
@@ -167,10 +183,11 @@ class MatchingModule(DistillationModule, ABC):
         logs: dict[str, Tensor] = {}
         for turn in range(self.matching.fake_score_updates):
             if self.matching.fake_score_samples == "fresh":
+                state = self.rollout_state(batch, f"critic rollout {turn}")
                 with torch.no_grad():
-                    x0 = self.student_x0(self.rollout_state(batch, f"critic rollout {turn}").latents)
+                    x0 = self.student_x0(state.latents)
             rng = self.stream("critic", turn)
-            sigma = draw_renoise_sigmas(distribution, 1, len(x0), rng)[0].to(x0)
+            sigma = self._fake_score_sigma(distribution, state, rng).to(x0)
             eps = draw_noise(tuple(x0.shape), rng, x0.device)
             latents = NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning)
             with learn("fake_score") as backward:

@@ -21,6 +21,8 @@ class Matching:
         fake_score_updates: Fake-score updates per generator update, at least 1.
         fake_score_samples: ``reused``: the fake score learns from the samples of the generator's step, at no extra
             evaluation of the generator; ``fresh``: it simulates its own for each of its updates, as DMD2's code does.
+        interval: Levels at which a sample is matched and shown to the fake score: ``whole``: all; ``step``: only those
+            above the level at which its step ends. The step's work is done there; below it the next step takes over.
         floor: Lower clamp of the normalizer ``n``, above 0.
 
     Raises:
@@ -32,6 +34,7 @@ class Matching:
     fake_score_renoise_distribution: RenoiseDistribution | None = None
     fake_score_updates: int = 5
     fake_score_samples: Literal["reused", "fresh"] = "reused"
+    interval: Literal["whole", "step"] = "whole"
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
