@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd_lightning.objectives.distribution_matching import dm_direction, dm_loss, normaliser
+from gdmd_lightning.objectives.distribution_matching import dm_direction, dm_loss, normalizer
 from gdmd_lightning.schedules import (
-    LogitNormalLaw,
-    RenoiseLaw,
-    UniformLaw,
-    draw_levels,
+    LogitNormal,
+    RenoiseDistribution,
+    Uniform,
+    draw_renoise_sigmas,
     few_step_sigmas,
     renoise,
     shift_sigma,
@@ -102,7 +102,7 @@ def test_one_network_in_both_dresses_gives_the_same_distillation_gradient() -> N
     gradients = []
     for real in (x0_from_velocity(x_sigma, in_flow_dress(x_sigma, SIGMA), SIGMA), vp_x0(x_t, SIGMA)):
         x = X0.clone().requires_grad_()
-        loss = dm_loss(x, x - dm_direction(real, fake), normaliser(x, real))
+        loss = dm_loss(x, x - dm_direction(real, fake), normalizer(x, real))
         gradients += torch.autograd.grad(loss, x)
     torch.testing.assert_close(*gradients)
 
@@ -142,11 +142,11 @@ def test_few_step_levels_fall_from_one_to_zero(steps: int, shift: float) -> None
     assert (sigmas.diff() < 0).all()
 
 
-LAWS = [UniformLaw(), UniformLaw(0.1, 0.7, shift=3.0), LogitNormalLaw(), LogitNormalLaw(0.5, 0.8, shift=2.0)]
+LAWS = [Uniform(), Uniform(0.1, 0.7, shift=3.0), LogitNormal(), LogitNormal(0.5, 0.8, shift=2.0)]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
-def test_quantiles_rise_within_the_open_interval(law: RenoiseLaw) -> None:
+def test_quantiles_rise_within_the_open_interval(law: RenoiseDistribution) -> None:
     levels = law.quantile(torch.linspace(0, 1, 201))
     assert (levels.diff() >= 0).all()
     assert levels[0] > 0
@@ -154,26 +154,26 @@ def test_quantiles_rise_within_the_open_interval(law: RenoiseLaw) -> None:
 
 
 def test_the_logit_normals_median_is_its_means_sigmoid() -> None:
-    assert LogitNormalLaw(0.7, 2.0).quantile(torch.tensor([0.5])) == pytest.approx(1 / (1 + math.exp(-0.7)), rel=1e-6)
+    assert LogitNormal(0.7, 2.0).quantile(torch.tensor([0.5])) == pytest.approx(1 / (1 + math.exp(-0.7)), rel=1e-6)
 
 
 def test_the_logit_normals_quantiles_are_the_normals() -> None:
     one_sigma = torch.special.ndtr(torch.tensor([-1.0, 1.0], dtype=F64))
     expected = torch.sigmoid(torch.tensor([0.3 - 0.8, 0.3 + 0.8], dtype=F64))
-    torch.testing.assert_close(LogitNormalLaw(0.3, 0.8).quantile(one_sigma), expected)
+    torch.testing.assert_close(LogitNormal(0.3, 0.8).quantile(one_sigma), expected)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 @pytest.mark.parametrize("group", [1, 2, 4])
-def test_each_level_of_a_group_falls_into_its_stratum(law: RenoiseLaw, group: int) -> None:
-    levels = draw_levels(law, 500, group, torch.Generator().manual_seed(0))
+def test_each_level_of_a_group_falls_into_its_stratum(law: RenoiseDistribution, group: int) -> None:
+    levels = draw_renoise_sigmas(law, 500, group, torch.Generator().manual_seed(0))
     edges = law.quantile(torch.arange(group + 1) / group)
     assert levels.shape == (500, group)
     assert (levels >= edges[:-1] - 1e-6).all()
     assert (levels <= edges[1:] + 1e-6).all()
 
 
-def distance_from(law: RenoiseLaw, levels: Tensor) -> float:
+def distance_from(law: RenoiseDistribution, levels: Tensor) -> float:
     """Kolmogorov's distance between drawn levels and a law without atoms."""
     count = levels.numel()
     ranks = torch.arange(1, count + 1) / count
@@ -184,26 +184,26 @@ def distance_from(law: RenoiseLaw, levels: Tensor) -> float:
 
 @pytest.mark.parametrize("stratify", [True, False])
 def test_the_marginal_law_is_the_law_stratified_or_not(stratify: bool) -> None:
-    law = UniformLaw(0.1, 0.9, shift=3.0)
-    levels = draw_levels(law, 5000, 4, torch.Generator().manual_seed(0), stratify=stratify)
+    law = Uniform(0.1, 0.9, shift=3.0)
+    levels = draw_renoise_sigmas(law, 5000, 4, torch.Generator().manual_seed(0), stratify=stratify)
     assert distance_from(law, levels) < 1.63 / math.sqrt(levels.numel())  # 1 % level
 
 
 def test_one_stratum_alone_is_not_the_law() -> None:
-    law = UniformLaw()
-    first = draw_levels(law, 5000, 4, torch.Generator().manual_seed(0))[:, 0]
+    law = Uniform()
+    first = draw_renoise_sigmas(law, 5000, 4, torch.Generator().manual_seed(0))[:, 0]
     assert distance_from(law, first) > 0.7
 
 
 def test_a_stratified_group_spans_the_law_more_evenly() -> None:
     means = [
-        draw_levels(UniformLaw(), 2000, 4, torch.Generator().manual_seed(0), stratify=stratify).mean(1).var()
+        draw_renoise_sigmas(Uniform(), 2000, 4, torch.Generator().manual_seed(0), stratify=stratify).mean(1).var()
         for stratify in (True, False)
     ]
     assert means[0] < means[1] / 10
 
 
 def test_levels_are_a_function_of_their_stream() -> None:
-    one, same, other = (draw_levels(UniformLaw(), 3, 4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    one, same, other = (draw_renoise_sigmas(Uniform(), 3, 4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

@@ -46,7 +46,7 @@ def cast(family: ModelFamily, *, checkpointing: bool = False, **options) -> Adap
     stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in roles.named_parameters():
-            if not roles.is_teachers(name):
+            if not roles.is_frozen(name):
                 parameter.copy_(torch.randn(parameter.shape, generator=stream) / 4)
     return roles
 
@@ -171,7 +171,7 @@ def test_averages_move_by_their_decay_and_a_snapshot_stays(family):
 
 def test_a_role_standing_alone_is_a_plain_network_that_answers_as_the_role(family):
     roles = cast(family, checkpointing=True)
-    network = roles.standing_alone("ema")
+    network = roles.standalone("ema")
     assert {n for n, _ in network.named_parameters()} == {n for n, _ in network_of(family).named_parameters()}
     with torch.no_grad():
         found = family.predict_velocity(network, *inputs(family))
@@ -195,7 +195,7 @@ def test_one_base_is_in_memory(family):
     network = network_of(family)
     base = storage_bytes([*network.parameters(), *network.buffers()])
     roles = AdapterRoles(family, network, lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
-    adapters = storage_bytes(p for name, p in roles.named_parameters() if not roles.is_teachers(name))
+    adapters = storage_bytes(p for name, p in roles.named_parameters() if not roles.is_frozen(name))
     assert storage_bytes([*roles.parameters(), *roles.buffers()]) <= 1.1 * (base + adapters)
 
 
@@ -210,7 +210,7 @@ def test_one_base_is_in_memory_at_half_a_billion_parameters():
         family = tiny.SD3Family.__new__(tiny.SD3Family)  # nothing of it but its list of targets is asked
         roles = AdapterRoles(family, network, lora=LoRA(), ema_decay=0.9, old_decay=0.5, snapshots=2)
     assert base > 4 * 5e8
-    adapters = sum(4 * p.numel() for name, p in roles.named_parameters() if not roles.is_teachers(name))
+    adapters = sum(4 * p.numel() for name, p in roles.named_parameters() if not roles.is_frozen(name))
     whole = storage_bytes([*roles.parameters(), *roles.buffers()])
     assert base + adapters <= whole <= 1.1 * (base + adapters)
     assert whole <= 1.2 * base
@@ -218,7 +218,7 @@ def test_one_base_is_in_memory_at_half_a_billion_parameters():
 
 def test_adapters_are_float32_on_a_base_of_less(family):
     roles = AdapterRoles(family, network_of(family).bfloat16(), lora=LORA, ema_decay=0.9)
-    kinds = {(roles.is_teachers(name), p.dtype) for name, p in roles.named_parameters()}
+    kinds = {(roles.is_frozen(name), p.dtype) for name, p in roles.named_parameters()}
     assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
     with roles.learning("generator"):
         v = roles.velocity("generator", *inputs(family))
@@ -238,5 +238,5 @@ def test_all_state_survives_a_checkpoint(family):
     roles, other = cast(family), AdapterRoles(
         family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1
     )  # fmt: skip
-    other.load_state_dict({k: v for k, v in roles.state_dict().items() if not roles.is_teachers(k)}, strict=False)
+    other.load_state_dict({k: v for k, v in roles.state_dict().items() if not roles.is_frozen(k)}, strict=False)
     assert tiny.differing(dict(roles.state_dict()), dict(other.state_dict())) == []
