@@ -132,7 +132,8 @@ def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fa
 
     overlay = tmp_path / "sdxl.yaml"
     family = f"{{class_path: SDXLFamily, init_args: {{path: {saved}}}}}"
-    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {{renoise_distribution: {{class_path: UniformTimestep}}}}}}}}\n")
+    matching = "{renoise_distribution: {class_path: UniformTimestep}}"
+    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {matching}}}}}\n")
     config = [*fast_fit, *(["--config", "shapes_dmd.yaml"] if method == "DMD" else []), "--config", str(overlay)]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]

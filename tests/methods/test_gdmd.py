@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.advantages import TargetGroup
+from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.reward_terms import Policy
 

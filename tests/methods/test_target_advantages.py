@@ -49,18 +49,14 @@ def test_advantages_ignore_a_constant_added_to_all_rewards(advantages: TargetAdv
 def test_advantages_follow_a_permutation_of_a_prompts_states(advantages: TargetAdvantages) -> None:
     r, own = rewards()
     order = torch.tensor([1, 0, 3, 2, 5, 4])
-    torch.testing.assert_close(
-        advantages(r[order], own[order], PROMPTS), advantages(r, own, PROMPTS)[order]
-    )
+    torch.testing.assert_close(advantages(r[order], own[order], PROMPTS), advantages(r, own, PROMPTS)[order])
 
 
 @every
 def test_advantages_follow_a_permutation_of_the_strata(advantages: TargetAdvantages) -> None:
     r, own = rewards()
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(
-        advantages(r[:, order], own, PROMPTS), advantages(r, own, PROMPTS)[:, order]
-    )
+    torch.testing.assert_close(advantages(r[:, order], own, PROMPTS), advantages(r, own, PROMPTS)[:, order])
 
 
 @uncentered
