@@ -108,7 +108,7 @@ def write_fast_config(path: Path, pipeline: Path, save_dir: Path) -> list[str]:
                 "family": family,
                 "reward": {"class_path": "tiny.Brightness"},
                 "targets": {"size": 2},
-                "matching": {"critic_updates": 2},
+                "matching": {"fake_score_updates": 2},
             }
         },
     }
@@ -129,5 +129,7 @@ def recorded_run(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) 
 
     directory = tmp_path_factory.mktemp("recorded")
     arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
-    training.run([*arguments, "--trainer.max_steps=6", "--model.verdict.score_samples=true", "--model.targets.size=3"])
+    training.run(
+        [*arguments, "--trainer.max_steps=6", "--model.advantages.score_samples=true", "--model.targets.size=3"]
+    )
     return directory / "run"

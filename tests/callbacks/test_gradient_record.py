@@ -54,7 +54,7 @@ def test_rows_hold_levels_and_rewards_of_their_state(rows):
 
 def test_the_weight_is_the_first_order_of_the_advantage(rows, recorded_run):
     module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
-    clip = module.verdict.clip
+    clip = module.advantages.clip
     for row in rows:
         o = 0.5 + max(-clip, min(clip, row["advantage"])) / (2 * clip)
         assert row["weight"] == pytest.approx(1 + 2 * module.lambda_policy * (2 * o - 1), abs=1e-5)

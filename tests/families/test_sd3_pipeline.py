@@ -53,7 +53,7 @@ def test_encode_equals_the_pipelines_embeddings(tiny_pipeline, length):
 
 
 def test_guidance_in_one_pass_equals_two_passes(module, noise):
-    family, network = module.family, module.networks.teacher
+    family, network = module.family, module.roles.teacher
     sigma, conditioning = torch.tensor([0.3, 0.8]), family.encode(TEXTS)
     with torch.no_grad():
         guided = family.predict_velocity(network, noise, sigma, conditioning, 3.0)
@@ -139,6 +139,6 @@ def test_conditioning_keeps_rows_together():
     rows = Conditioning(torch.arange(6.0).view(3, 2, 1), torch.arange(3.0).view(3, 1))
     assert rows.repeat(2).pooled[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert rows.select(torch.tensor([2, 0])).sequence[:, 0, 0].tolist() == [4, 0]
-    assert Conditioning.concat([rows.slice(0, 1), rows.slice(1, 3)]).pooled.equal(rows.pooled)
-    assert rows.slice(1, 2).expand(4).pooled[:, 0].tolist() == [1, 1, 1, 1]
+    assert Conditioning.concat([rows.select(slice(0, 1)), rows.select(slice(1, 3))]).pooled.equal(rows.pooled)
+    assert rows.select(slice(1, 2)).expand(4).pooled[:, 0].tolist() == [1, 1, 1, 1]
     assert rows.ids is None

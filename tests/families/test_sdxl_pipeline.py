@@ -8,8 +8,8 @@ from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
-from gdmd_lightning.samplers import FewStepSampler, sample
-from gdmd_lightning.schedules import TimestepLaw, vp_from_sigma, x0_from_velocity
+from gdmd_lightning.samplers import ODE, rollout
+from gdmd_lightning.schedules import UniformTimestep, vp_from_sigma, x0_from_velocity
 from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
@@ -46,7 +46,7 @@ def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
 
 
 def test_x0_is_the_same_from_flow_and_vp_states(module, noise):
-    family, network = module.family, module.networks.teacher
+    family, network = module.family, module.roles.teacher
     conditioning, timesteps = family.encode(TEXTS), torch.tensor([150, 820])
     alphas = family.loaded.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     a, s = alphas.sqrt(), (1 - alphas).sqrt()
@@ -76,7 +76,7 @@ def test_timestep_inverts_the_sigmas_of_the_timesteps(module):
 
 
 def test_renoise_distribution_of_timesteps_has_this_schedule(module):
-    drawn = TimestepLaw(low=0.0, high=1.0).quantile(torch.tensor([0.0, 0.25, 0.5004, 0.9999]))
+    drawn = UniformTimestep(low=0.0, high=1.0).quantile(torch.tensor([0.0, 0.25, 0.5004, 0.9999]))
     torch.testing.assert_close(drawn, module.family.timestep_sigmas[[0, 250, 500, 999]].float())
 
 
@@ -89,23 +89,23 @@ def test_empty_prompt_equals_the_pipelines_negative_prompt(module):
 
 @pytest.mark.parametrize("steps", [1, 4, 5])
 def test_exported_euler_sampler_reproduces_our_images(module, noise, steps):
-    family, network = module.family, module.networks.generator
+    family, network = module.family, module.roles.generator
     pipeline = family.to_pipeline(network, steps, module.latent_shape, stochastic=False)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(TEXTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), **CALL).images
     predict = module.predictor("generator", family.encode(TEXTS))
     sigmas = family.few_step_sigmas(steps, module.latent_shape)
-    ours = family.decode(sample(predict, noise, sigmas, FewStepSampler(steps)))
+    ours = family.decode(rollout(predict, noise, sigmas, ODE()).x0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_exported_renoise_sampler_visits_our_timesteps_or_refuses_the_steps(module):
-    pipeline = module.family.to_pipeline(module.networks.generator, 4, module.latent_shape, stochastic=True)
+    pipeline = module.family.to_pipeline(module.roles.generator, 4, module.latent_shape, stochastic=True)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     torch.testing.assert_close(module.family.timestep(module.sigmas[:-1]), pipeline.scheduler.timesteps.float())
     with pytest.raises(UserError, match="3 steps do not divide"):
-        module.family.to_pipeline(module.networks.generator, 3, module.latent_shape, stochastic=True)
+        module.family.to_pipeline(module.roles.generator, 3, module.latent_shape, stochastic=True)
 
 
 def test_encoded_images_have_the_latent_shape_and_decode_with_gradient(module):
@@ -132,7 +132,8 @@ def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fa
 
     overlay = tmp_path / "sdxl.yaml"
     family = f"{{class_path: SDXLFamily, init_args: {{path: {saved}}}}}"
-    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {{law: {{class_path: TimestepLaw}}}}}}}}\n")
+    matching = "{renoise_distribution: {class_path: UniformTimestep}}"
+    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {matching}}}}}\n")
     config = [*fast_fit, *(["--config", "shapes_dmd.yaml"] if method == "DMD" else []), "--config", str(overlay)]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]

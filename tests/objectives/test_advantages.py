@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd_lightning.objectives.advantages import Spread, centre_within, group_advantages, group_mean
+from gdmd_lightning.objectives.advantages import Spread, center_within, group_advantages, group_mean
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
 
 SPREADS = get_args(Spread)
@@ -107,10 +107,10 @@ def test_what_a_stratum_shares_is_removed() -> None:
     strata = torch.arange(3).repeat(3)
     shared = torch.tensor([0.0, 10.0, -4.0], dtype=torch.float64)[strata]
     values = rewards()
-    torch.testing.assert_close(centre_within(values + shared, strata), centre_within(values, strata))
+    torch.testing.assert_close(center_within(values + shared, strata), center_within(values, strata))
 
 
-def test_centred_strata_average_zero() -> None:
+def test_centered_strata_average_zero() -> None:
     strata = torch.arange(3).repeat(3)
-    mean = group_mean(centre_within(rewards(), strata), strata)
+    mean = group_mean(center_within(rewards(), strata), strata)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-15)

@@ -7,17 +7,17 @@ import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
-from gdmd_lightning.commands.footprint import plan
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gdmd_lightning.cli import main
-from gdmd_lightning.commands import plan as command
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
-from gdmd_lightning.methods.settings import Memory, Optimization
-from gdmd_lightning.roles import LoRA
+from gdmd_lightning.methods.settings import Memory
+from gdmd_lightning.planning import report
+from gdmd_lightning.planning.footprint import plan
+from gdmd_lightning.roles import LoRA, Optimization
 
 SECOND = "second update"
 
@@ -69,7 +69,7 @@ def measured(module, directory) -> int:
 )
 def test_a_plan_is_what_an_update_takes_within_a_fiftieth(pipeline, tmp_path, method, lora, memory):
     found = measured(tiny.module(pipeline, method, lora=lora, memory=memory), tmp_path)
-    planned = plan(tiny.module(pipeline, method, lora=lora, memory=memory), 8, 4, accelerator="cpu")
+    planned = plan(tiny.module(pipeline, method, lora=lora, memory=memory), 8, accelerator="cpu")
     assert planned.total == pytest.approx(found, rel=0.02)
 
 
@@ -79,9 +79,9 @@ def sizes(planned) -> dict[str, int]:
 
 def test_copies_take_what_their_numbers_say(tiny_pipeline):
     module = tiny.module(tiny_pipeline, DMD)
-    found = sizes(plan(module, 4, 2))
+    found = sizes(plan(module, 4))
     network = found["teacher"]
-    learned = 4 * sum(p.numel() for p in module.networks.parameters_of("generator"))
+    learned = 4 * sum(p.numel() for p in module.roles.parameters_of("generator"))
     assert found["generator"] == found["fake_score"] == found["ema"] == network
     assert found["generator: gradients"] == found["fake_score: gradients"] == learned
     assert found["generator: optimizer states"] == 2 * learned
@@ -89,7 +89,7 @@ def test_copies_take_what_their_numbers_say(tiny_pipeline):
 
 
 def test_adapters_take_a_small_part_of_it(tiny_pipeline):
-    full, lora = (sizes(plan(tiny.module(tiny_pipeline, GDMD, lora=lora), 4, 2)) for lora in (None, LoRA(2, 4.0)))
+    full, lora = (sizes(plan(tiny.module(tiny_pipeline, GDMD, lora=lora), 4)) for lora in (None, LoRA(2, 4.0)))
     assert lora["teacher"] == full["teacher"]
     for name in ("generator", "fake_score", "ema", "old", "generator: gradients"):
         assert 0 < lora[name] < full[name] / 5
@@ -97,7 +97,7 @@ def test_adapters_take_a_small_part_of_it(tiny_pipeline):
 
 def test_moments_of_a_byte_are_planned_where_bitsandbytes_is_not_installed(tiny_pipeline):
     eight = Optimization(algorithm="adamw_8bit")
-    found = sizes(plan(tiny.module(tiny_pipeline, DMD, generator=eight), 4, 2))
+    found = sizes(plan(tiny.module(tiny_pipeline, DMD, generator=eight), 4))
     parameters = tiny_network_sizes(tiny_pipeline)
     expected = sum(8 * n if n < 4096 else 2 * (n + 4 * -(-n // 256)) for n in parameters)
     assert found["generator: optimizer states"] == expected
@@ -111,19 +111,19 @@ def test_a_reward_on_the_cpu_takes_nothing(tiny_pipeline):
     from gdmd_lightning.rewards.clip import ContrastiveReward
 
     judge = {"reward": ContrastiveReward("package:assets/shapes/scorer")}
-    assert sizes(plan(tiny.module(tiny_pipeline, **judge), 4, 2))["reward"] > 0
-    assert "reward" not in sizes(plan(tiny.module(tiny_pipeline, memory=Memory(reward="cpu"), **judge), 4, 2))
+    assert sizes(plan(tiny.module(tiny_pipeline, **judge), 4))["reward"] > 0
+    assert "reward" not in sizes(plan(tiny.module(tiny_pipeline, memory=Memory(reward="cpu"), **judge), 4))
 
 
 def test_mixed_precision_needs_other_memory_than_single(tiny_pipeline):
-    single, mixed = (plan(tiny.module(tiny_pipeline, DMD), 8, 2, p) for p in ("32-true", "bf16-mixed"))
+    single, mixed = (plan(tiny.module(tiny_pipeline, DMD), 8, p) for p in ("32-true", "bf16-mixed"))
     assert mixed.resident == single.resident
     assert mixed.phases["generator forward"] != single.phases["generator forward"]
 
 
 def test_a_precision_that_is_not_planned_is_refused(tiny_pipeline):
     with pytest.raises(UserError, match=r"trainer\.precision: '64-true' cannot be planned yet"):
-        plan(tiny.module(tiny_pipeline), 4, 2, "64-true")
+        plan(tiny.module(tiny_pipeline), 4, "64-true")
 
 
 def test_the_command_says_what_fits(fast_fit, capsys):
@@ -136,7 +136,7 @@ def test_the_command_says_what_fits(fast_fit, capsys):
 @pytest.mark.slow
 def test_the_command_says_what_would_save(fast_fit, capsys, monkeypatch):
     lora = "--model.lora.rank=2"
-    monkeypatch.setattr(command, "SWITCHES", ((lora,), ("--model.memory.reward=accelerator",), ("--model.nothing=1",)))
+    monkeypatch.setattr(report, "SWITCHES", ((lora,), ("--model.memory.reward=accelerator",), ("--model.nothing=1",)))
     main(["plan", *fast_fit, "--gpu_memory", "1", "--data.group_size=2"])
     said = capsys.readouterr().out
     assert "fits in 1 GiB: no" in said
@@ -148,4 +148,4 @@ def test_the_command_says_what_would_save(fast_fit, capsys, monkeypatch):
 
 def test_sharding_is_refused_until_it_is_planned(fast_fit):
     with pytest.raises(UserError, match="'fsdp' is not planned yet"):
-        command.plan_of([*fast_fit, "--trainer.strategy=fsdp"])
+        report.plan_of([*fast_fit, "--trainer.strategy=fsdp"])

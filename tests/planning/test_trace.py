@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from gdmd_lightning.memory_trace import Autocast, FusedAttention, Trace
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 
 FLOAT = 4
 
