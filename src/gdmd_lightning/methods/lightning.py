@@ -29,7 +29,7 @@ class Update:
     """What an update reports.
 
     Args:
-        logs: Scalars on the device; ``loss`` is shown on the progress bar.
+        logs: Scalars on the device; ``loss``, if there is one, is shown on the progress bar.
         record: Evidence for callbacks, which Lightning hands them as ``outputs["record"]``; ``None`` for none.
     """
 
@@ -195,7 +195,8 @@ class RoleModule(pl.LightningModule):
         for schedule in _listed(self.lr_schedulers()):
             schedule.step()
         logs = dict(done.logs)
-        self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
+        if "loss" in logs:
+            self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
         return None if done.record is None else {"record": done.record}
 
