@@ -124,3 +124,16 @@ def micro_batches(rows: int, size: int | None) -> Iterator[slice]:
     step = rows if size is None else size
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def in_micro_batches(call: Callable[[slice], Tensor], rows: int, size: int | None) -> Tensor:
+    """``call(slice)`` for all micro-batches of a batch, concatenated.
+
+    On the meta device all micro-batches of one length are alike, so only the first of them is evaluated: a plan of
+    many micro-batches takes no longer than one of two.
+    """
+    parts: list[Tensor] = []
+    for part in micro_batches(rows, size):
+        alike = bool(parts) and parts[-1].is_meta and len(parts[-1]) == part.stop - part.start
+        parts.append(torch.empty_like(parts[-1]) if alike else call(part))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.families.base import ModelFamily
-from gdmd_lightning.latents import micro_batches
+from gdmd_lightning.latents import in_micro_batches
 from gdmd_lightning.phases import phase
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
@@ -53,8 +53,9 @@ class Judge:
         if gradient:
             return self._score(latents, prompts)
         with torch.no_grad():
-            rows = micro_batches(len(latents), self.micro_batch_size)
-            return torch.cat([self._score(latents[part], prompts[part]) for part in rows])
+            return in_micro_batches(
+                lambda rows: self._score(latents[rows], prompts[rows]), len(latents), self.micro_batch_size
+            )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Fail early if these prompts lack what the reward needs.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.families.base import ModelFamily
-from gdmd_lightning.latents import NoisyLatents, micro_batches
+from gdmd_lightning.latents import NoisyLatents, in_micro_batches
 from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec, check_specs
 
 Form = Literal["pipeline", "lora"]
@@ -111,9 +111,9 @@ class Roles(nn.Module, ABC):
             if gradient:
                 with nullcontext() if role == self.learner else self._frozen(role):
                     return call(network, latents)
-            rows = micro_batches(len(latents), self.micro_batch_size)
-            parts = [call(network, latents.select(part)) for part in rows]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return in_micro_batches(
+                lambda rows: call(network, latents.select(rows)), len(latents), self.micro_batch_size
+            )
 
     @contextmanager
     def _frozen(self, role: str) -> Iterator[None]:
