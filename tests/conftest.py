@@ -109,6 +109,7 @@ def write_fast_config(path: Path, pipeline: Path, save_dir: Path) -> list[str]:
                 "reward": {"class_path": "tiny.Brightness"},
                 "targets": {"size": 2},
                 "matching": {"fake_score_updates": 2},
+                "sampler": {"class_path": "ODE"},
             }
         },
     }

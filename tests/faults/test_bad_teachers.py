@@ -70,7 +70,7 @@ def test_optimizer_that_is_not_installed_is_an_error_before_loading(complaint, f
     absent = lambda name, *more: None if name == "bitsandbytes" else found(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     monkeypatch.setattr(SD3Family, "load", lambda self: pytest.fail("loaded"))
-    message = complaint("fit", *fast_fit, "--model.critic.algorithm=adamw_8bit")
+    message = complaint("fit", *fast_fit, "--model.fake_score.algorithm=adamw_8bit")
     assert message.startswith("optimizer algorithm: adamw_8bit is bitsandbytes', which is not installed; pip install")
 
 
