@@ -23,7 +23,7 @@ def per_sample(n: Tensor) -> Tensor:
     return n.view(-1, 1, 1, 1)
 
 
-def test_gradient_is_the_normalised_direction_over_the_number_of_elements() -> None:
+def test_gradient_is_the_normalized_direction_over_the_number_of_elements() -> None:
     x, real, fake = triple()
     n = normalizer(x, real)
     loss = dm_loss(x, x - dm_direction(real, fake), n)

@@ -51,11 +51,11 @@ def assert_is_the_teacher(student: Student, tolerance: float) -> None:
     torch.testing.assert_close(student.critic.covariance, TEACHER.covariance, rtol=0, atol=tolerance)
 
 
-def test_distillation_ends_at_the_teacher() -> None:
+def test_dmd_converges_to_the_teacher() -> None:
     assert_is_the_teacher(train(weighted=False, reward=None, steps=300), 0.01)
 
 
-def test_gdmd_with_a_flat_reward_ends_at_the_teacher() -> None:
+def test_gdmd_with_a_flat_reward_converges_to_the_teacher() -> None:
     assert_is_the_teacher(train(weighted=True, reward=None, steps=300), 0.01)
 
 
@@ -75,7 +75,7 @@ def test_the_teacher_is_a_fixed_point_whatever_the_reward(reward: list[float] | 
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
 
-def test_a_reward_leaves_the_end_of_the_way_at_the_teacher() -> None:
+def test_gdmd_with_a_reward_converges_to_the_teacher() -> None:
     reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert_is_the_teacher(train(weighted=True, reward=reward, steps=400), 0.03)
 

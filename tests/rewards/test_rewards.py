@@ -43,7 +43,7 @@ def test_finite_scores_pass_as_float32():
         (ValueError("no such word"), "raised ValueError: no such word"),
     ],
 )
-def test_a_wrong_answer_is_told_in_one_line(answer, said):
+def test_wrong_score_is_reported_in_one_line(answer, said):
     with pytest.raises(UserError, match=said) as caught:
         checked_score(Answer(answer), PICTURES, PROMPTS)
     assert "\n" not in str(caught.value)
