@@ -315,8 +315,7 @@ def test_fresh_samples_are_new_ones_of_the_generator_after_its_step():
         assert state.role == "generator"
         assert not state.gradient
         assert len(state.x) == len(world.batch)
-        # The world's formula uses the generator's weights after its step.
-        found.append(world.x0("generator", state.x, state.sigma, state.c))
+        found.append(world.x0("generator", state.x, state.sigma, state.c, now=True))
         assert abs(float(noise_in(critic, found[-1]).std()) - 1) < 0.25
     assert not torch.allclose(found[0], found[1])
     assert not torch.allclose(found[0], reused)
