@@ -102,15 +102,13 @@ def expected_gradient(world: World) -> dict[str, torch.Tensor]:
     if policy.at == "state":
         at_x, at_c = torch.stack([x for x in j.state.x for _ in range(j.size)]), j.c
     else:
-        (asked,) = [q for q in world.questions("old")]
+        (asked,) = world.questions("old")
         at_x, at_c = asked.x, asked.c
     now, old = (world.x0(role, at_x, sigma, at_c) for role in ("generator", "old"))
     plus, minus = old + policy.beta * (now - old), old - policy.beta * (now - old)
     n_plus = n_minus = column(j.n)
     if policy.normalize == "error":
-        n_plus, n_minus = (
-            (part - j.y).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3) for part in (plus, minus)
-        )
+        n_plus, n_minus = ((part - j.y).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3) for part in (plus, minus))
     # d plus / d now = beta and d minus / d now = -beta cancel the division by beta.
     d_now = 2 * (o * (plus - j.y) / n_plus - (1 - o) * (minus - j.y) / n_minus) / j.each.numel()
     own = world.pull_back("generator", sigma, j.c, g)
@@ -190,7 +188,9 @@ def test_reward_moves_samples_along_its_covariance_with_the_targets(sign):
     near({k: steps[0].gradient[k] - own[k] for k in own}, covariance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p.normalize == "distillation"], ids=lambda p: f"{p.form}-{p.at}")
+@pytest.mark.parametrize(
+    "policy", [p for p in POLICIES if p.normalize == "distillation"], ids=lambda p: f"{p.form}-{p.at}"
+)
 def test_generator_moves_up_a_reward_that_only_targets_can_show(policy):
     """One step changes the reward of the samples more than a step of the opposite reward does."""
     gained = []

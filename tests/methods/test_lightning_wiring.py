@@ -150,7 +150,9 @@ def test_gradients_below_the_limit_are_those_of_a_plain_update():
     engine = PlainEngine(plain.roles)
     plain.module.update(plain.batch, engine)
     gradient = engine.steps[0].gradient.values()
-    assert norms.seen["generator"][0] == pytest.approx(float(torch.stack([g.norm() for g in gradient]).norm()), rel=1e-3)
+    assert norms.seen["generator"][0] == pytest.approx(
+        float(torch.stack([g.norm() for g in gradient]).norm()), rel=1e-3
+    )
 
 
 def test_a_step_forgets_the_gradients_of_the_one_before():
