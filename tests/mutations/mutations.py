@@ -323,11 +323,6 @@ MUTATIONS = [
             'self.predictor("generator", batch.conditioning), noise',
             'self.predictor("ema", batch.conditioning), noise',
         ),
-        (
-            "rollout purpose ignored",
-            "rng = self.stream(purpose)\n        noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)\n        first",
-            'rng = self.stream("rollout")\n        noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)\n        first',
-        ),
         ("step index per sample", "stop = (batch.groups + first)", "stop = (torch.arange(len(batch)) + first)"),
         ("step index always the first group's", "stop = (batch.groups + first)", "stop = (0 * batch.groups + first)"),
         ("first step fixed", "(batch.groups + first) % self.steps", "batch.groups % self.steps"),
