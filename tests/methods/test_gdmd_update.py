@@ -102,15 +102,13 @@ def expected_gradient(world: World) -> dict[str, torch.Tensor]:
     if policy.at == "state":
         at_x, at_c = torch.stack([x for x in j.state.x for _ in range(j.size)]), j.c
     else:
-        (asked,) = [q for q in world.questions("old")]
+        (asked,) = world.questions("old")
         at_x, at_c = asked.x, asked.c
     now, old = (world.x0(role, at_x, sigma, at_c) for role in ("generator", "old"))
     plus, minus = old + policy.beta * (now - old), old - policy.beta * (now - old)
     n_plus = n_minus = column(j.n)
     if policy.normalize == "error":
-        n_plus, n_minus = (
-            (part - j.y).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3) for part in (plus, minus)
-        )
+        n_plus, n_minus = ((part - j.y).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3) for part in (plus, minus))
     # d plus / d now = beta and d minus / d now = -beta cancel the division by beta.
     d_now = 2 * (o * (plus - j.y) / n_plus - (1 - o) * (minus - j.y) / n_minus) / j.each.numel()
     own = world.pull_back("generator", sigma, j.c, g)
@@ -126,7 +124,7 @@ def expected_gradient(world: World) -> dict[str, torch.Tensor]:
 def test_generator_gradient_is_the_closed_form(policy, lambda_policy):
     world = gdmd(policy=policy, lambda_policy=lambda_policy)
     _, steps = world.update()
-    near(steps[0].gradient, expected_gradient(world))
+    near(steps[0].gradient, expected_gradient(world), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("over", ["renoise", "snapshot", "both"])
@@ -139,7 +137,7 @@ def test_generator_gradient_is_the_closed_form_for_every_group(over, compare):
     )
     world.module.updates = 1
     _, steps = world.update()
-    near(steps[0].gradient, expected_gradient(world))
+    near(steps[0].gradient, expected_gradient(world), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("spread", ["group", "batch", "none"])
@@ -149,13 +147,13 @@ def test_generator_gradient_is_the_closed_form_for_every_advantage(spread, clip,
     settings = TargetAdvantages(spread=spread, clip=clip, center_strata=center_strata)
     world = gdmd(policy=WEIGHTED, advantages=settings)
     _, steps = world.update()
-    near(steps[0].gradient, expected_gradient(world))
+    near(steps[0].gradient, expected_gradient(world), rtol=1e-4, atol=1e-7)
 
 
 def test_center_strata_applies_to_comparison_with_the_sample():
     world = gdmd(policy=WEIGHTED, advantages=TargetAdvantages(compare="sample", center_strata=True))
     done, _ = world.update()
-    near(done.record.advantages.flatten(), Judged(world).advantages())
+    near(done.record.advantages.flatten(), Judged(world).advantages(), rtol=1e-4)
 
 
 def test_a_flat_reward_gives_the_gradient_of_dmd():
@@ -166,8 +164,7 @@ def test_a_flat_reward_gives_the_gradient_of_dmd():
     near(steps[0].gradient, world.pull_back("generator", sigma, j.c, distillation_gradient(j)))
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=IDS)
-def test_teacher_is_a_fixed_point_of_distillation_under_a_flat_reward(policy):
+def test_teacher_is_a_fixed_point_under_a_flat_reward():
     world = gdmd(Liking(strength=0.0), policy=WEIGHTED, matching=Matching(guidance_scale=1.0))
     world.make_equal("teacher", "generator", "fake_score")
     _, steps = world.update()
@@ -177,11 +174,10 @@ def test_teacher_is_a_fixed_point_of_distillation_under_a_flat_reward(policy):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_reward_moves_samples_along_its_covariance_with_the_targets(sign):
     """What the reward adds to the movement of each target's sample is ``2 lambda A / A_max`` times its own step."""
-    policy, clip = Policy(form="weighted"), 100.0
-    world = gdmd(
-        Liking(strength=sign), policy=policy, advantages=TargetAdvantages("state", "none", clip=clip), prompts=1, each=6
-    )
-    done, steps = world.update()
+    clip = 100.0
+    advantages = TargetAdvantages("state", "none", clip=clip)
+    world = gdmd(Liking(strength=sign), policy=WEIGHTED, advantages=advantages, prompts=1, each=6)
+    _, steps = world.update()
     j = Judged(world)
     reward = sign * liking(GaussianFamily().decode(j.y), j.prompts, 1.0)
     centered_r = (reward.view(6, 3) - reward.view(6, 3).mean(1, keepdim=True)).flatten()
@@ -192,16 +188,19 @@ def test_reward_moves_samples_along_its_covariance_with_the_targets(sign):
     near({k: steps[0].gradient[k] - own[k] for k in own}, covariance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=IDS)
+@pytest.mark.parametrize(
+    "policy", [p for p in POLICIES if p.normalize == "distillation"], ids=lambda p: f"{p.form}-{p.at}"
+)
 def test_generator_moves_up_a_reward_that_only_targets_can_show(policy):
     """One step changes the reward of the samples more than a step of the opposite reward does."""
     gained = []
     for strength in (10.0, -10.0):
         world = gdmd(Liking(strength=strength), policy=policy, lambda_policy=3.0, prompts=1, each=16, steps=1)
-        world.make_equal("generator", "old")
+        if policy.form == "full":
+            world.make_equal("generator", "old")
         world.update(rate=0.02)
         q = world.questions("generator", learning=True)[0]
-        x = world.x0("generator", q.x, q.sigma, q.c)
+        x = world.x0("generator", q.x, q.sigma, q.c, now=True)
         gained.append(float(liking(GaussianFamily().decode(x), world.batch.prompts).mean()))
     assert gained[0] > gained[1]
 
