@@ -425,13 +425,13 @@ MUTATIONS = [
         ("decoding skipped", "images = self.family.decode(latents)", "images = latents"),
         (
             "prompts of the first part",
-            "self._score(latents[part], prompts[part])",
-            "self._score(latents[part], prompts[: len(latents[part])])",
+            "self._score(latents[rows], prompts[rows])",
+            "self._score(latents[rows], prompts[: len(latents[rows])])",
         ),
         (
             "rewards scored whole",
-            "micro_batches(len(latents), self.micro_batch_size)",
-            "micro_batches(len(latents), None)",
+            "len(latents), self.micro_batch_size",
+            "len(latents), None",
         ),
     ),
     *errors(
@@ -451,8 +451,8 @@ MUTATIONS = [
         ("learner not cleared", "self.learner = None\n            self._set", "self._set"),
         (
             "forwards not split",
-            "micro_batches(len(latents), self.micro_batch_size)",
-            "micro_batches(len(latents), None)",
+            "len(latents), self.micro_batch_size",
+            "len(latents), None",
         ),
     ),
     *errors(
