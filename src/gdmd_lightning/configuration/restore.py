@@ -41,7 +41,7 @@ def load_module(path: str, device: str = "cpu") -> DistillationModule:
         device: Where the module is placed.
 
     Raises:
-        UserError: If the checkpoint is unreadable, carries no configuration, or does not fit the pipeline on disk.
+        UserError: If the checkpoint is unreadable, has no configuration, or does not fit the pipeline on disk.
     """
     checkpoint = read_checkpoint(path)
     provenance = Provenance(**checkpoint.get("provenance", {}))
@@ -52,7 +52,8 @@ def load_module(path: str, device: str = "cpu") -> DistillationModule:
         configured = parser.parse_string(provenance.configuration)
     except ArgumentError as error:
         raise UserError(f"cannot parse the configuration in {path!r}: {error}", where="checkpoint") from error
-    configured.model.init_args.start_from = None  # the checkpoint already has everything that was taken from there
+    # The checkpoint already has everything that was taken from there.
+    configured.model.init_args.start_from = None
     module: DistillationModule = parser.instantiate_classes(configured).model
     module.provenance = provenance
     module.configure_model()
