@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow lint format docs results-shapes benchmark clean
+.PHONY: venv demo test test-slow test-mutations lint format docs results-shapes benchmark clean
 
 venv: $(STAMP)
 
@@ -22,6 +22,10 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
+
+# Does the suite notice one-line errors? Not part of continuous integration: it takes a quarter of an hour.
+test-mutations: venv
+	$(BIN)/python tests/mutations/run.py
 
 lint: venv
 	$(BIN)/ruff check .

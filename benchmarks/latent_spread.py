@@ -1,4 +1,4 @@
-"""How far generators stand from the teacher's manifold: the standard deviation of their latents beside the teacher's.
+"""How far generators stand from the teacher's manifold: the standard deviation of their latents next to the teacher's.
 
 .venv/bin/python benchmarks/latent_spread.py CHECKPOINT ... [--count N]
 """
@@ -8,8 +8,9 @@ import argparse
 import torch
 
 from gdmd_lightning.configuration.restore import load_module
-from gdmd_lightning.data.test_prompts import read_test_prompts
-from gdmd_lightning.samplers import FewStepSampler, draw_noise, sample
+from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.samplers import ODE, rollout
+from gdmd_lightning.streams import draw_noise, stream
 
 
 @torch.no_grad()
@@ -19,19 +20,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--steps", type=int, default=30, help="of the teacher")
     options = parser.parse_args()
-    texts = [prompt.text for prompt in read_test_prompts("shapes", options.count)]
+    texts = [prompt.text for prompt in read_evaluation_prompts("shapes", options.count)]
     for number, path in enumerate(options.checkpoints):
         module = load_module(path)
-        noise = draw_noise((len(texts), *module.latent_shape), torch.Generator().manual_seed(0), module.device)
+        noise = draw_noise((len(texts), *module.latent_shape), stream("latent spread", 0), module.device)
         conditioning = module.embeddings(texts)
         if number == 0:
-            predict = module.predictor("teacher", conditioning, module.matching.guidance_scale)
-            levels = module.family.teacher_sigmas(options.steps)
+            predict = module.predictor("teacher", conditioning, module.teacher_guidance)
+            sigmas = module.family.teacher_sigmas(options.steps, module.latent_shape)
             start = module.family.teacher_start(options.steps) * noise
-            latents = sample(predict, start, levels, FewStepSampler(options.steps, "ode"))
+            latents = rollout(predict, start, sigmas, ODE()).x0
             print(f"{latents.std():.3f}  teacher, {options.steps} steps, guided", flush=True)
-        stream = torch.Generator().manual_seed(module.seed)
-        latents = sample(module.predictor("ema", conditioning), noise, module.sigmas, module.sampler, stream)
+        rng = stream("generate", module.seed)
+        latents = rollout(module.predictor("ema", conditioning), noise, module.sigmas, module.sampler, rng).x0
         print(f"{latents.std():.3f}  {path}", flush=True)
 
 

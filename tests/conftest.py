@@ -8,7 +8,7 @@ from pathlib import Path
 
 # Before torch is imported: bits must not depend on how many threads a sum is split over, and two cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
-# The same words in every terminal.
+# The same messages in every terminal.
 os.environ.update({"COLUMNS": "120", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"})
 
 import pytest
@@ -30,7 +30,7 @@ def cli_command(*arguments: object) -> list[str]:
 
 
 def cli_environment() -> dict[str, str]:
-    """That of the command line as a process; classes of the tests' own modules can be named in configurations."""
+    """Environment of the command line; configurations can name classes of the tests' modules."""
     before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     places = [*before, *(str(HERE / name) for name in (".", "faults", "distributed"))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
@@ -38,7 +38,7 @@ def cli_environment() -> dict[str, str]:
 
 @pytest.fixture
 def run_cli(tmp_path: Path) -> RunCli:
-    """``run_cli("fit", "--help")`` runs the command line in a process of its own, in the test's directory."""
+    """``run_cli("fit", "--help")`` runs the command line in a new process, in the test's directory."""
 
     def run(*arguments: object, cwd: Path = tmp_path, check: bool = False) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -53,7 +53,7 @@ def run_cli(tmp_path: Path) -> RunCli:
 
 @pytest.fixture
 def complaint(capsys, tmp_path, monkeypatch):
-    """``complaint("fit", ...)`` is the one line with which the command line refuses its arguments."""
+    """``complaint("fit", ...)`` is the one line in which the command line refuses its arguments."""
 
     def refused(*arguments: object) -> str:
         monkeypatch.chdir(tmp_path)
@@ -61,13 +61,13 @@ def complaint(capsys, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             cli.main([str(argument) for argument in arguments])
         assert stop.value.code == 2
-        told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-        lines = [line for line in told if line.startswith(REFUSAL)]
-        assert len(lines) == 1, told
-        assert told[-1] == lines[0]
+        printed = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        lines = [line for line in printed if line.startswith(REFUSAL)]
+        assert len(lines) == 1, printed
+        assert printed[-1] == lines[0]
         assert len(lines[0]) < 600
-        assert not any(line.startswith(("Traceback", "usage:")) for line in told)
-        assert set(tmp_path.rglob("*.ckpt")) == before, "a checkpoint of a run that never was"
+        assert not any(line.startswith(("Traceback", "usage:")) for line in printed)
+        assert set(tmp_path.rglob("*.ckpt")) == before, "a checkpoint of a run that never started"
         assert not list(tmp_path.rglob("*.part"))
         return lines[0].removeprefix(REFUSAL)
 
@@ -108,7 +108,8 @@ def write_fast_config(path: Path, pipeline: Path, save_dir: Path) -> list[str]:
                 "family": family,
                 "reward": {"class_path": "tiny.Brightness"},
                 "targets": {"size": 2},
-                "matching": {"critic_updates": 2},
+                "matching": {"fake_score_updates": 2},
+                "sampler": {"class_path": "ODE"},
             }
         },
     }
@@ -129,5 +130,7 @@ def recorded_run(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) 
 
     directory = tmp_path_factory.mktemp("recorded")
     arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
-    training.run([*arguments, "--trainer.max_steps=6", "--model.verdict.score_samples=true", "--model.targets.size=3"])
+    training.run(
+        [*arguments, "--trainer.max_steps=6", "--model.advantages.score_samples=true", "--model.targets.size=3"]
+    )
     return directory / "run"

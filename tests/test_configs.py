@@ -27,7 +27,7 @@ TINY = {
             "width": 32,
             "reward": {"class_path": "tiny.Brightness"},
             "targets": {"size": 2},
-            "matching": {"critic_updates": 2},
+            "matching": {"fake_score_updates": 2},
         }
     },
 }
@@ -36,7 +36,7 @@ TINY = {
 @pytest.mark.parametrize("family", REAL)
 def test_every_published_value_names_its_source_or_is_called_ours(family):
     text = (shipped_configs() / f"{family}.yaml").read_text()
-    told = ("guidance_scale", "critic_updates", "learning_rate", "lora:", "law:", "ema_decay")
+    told = ("guidance_scale", "fake_score_updates", "learning_rate", "lora:", "renoise_distribution:", "ema_decay")
     for line in text[text.index("model:") :].splitlines():
         if any(key in line for key in told):
             assert re.search(r"# .*(RTDMD|DMD2|ours)", line), line

@@ -4,12 +4,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import tiny
 import torch
 
 from gdmd_lightning.cli import COMMANDS
 from gdmd_lightning.locations import shipped_configs
-from gdmd_lightning.prompts import Prompt, PromptBatch
+from gdmd_lightning.prompts import Prompt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +22,7 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_and_pictures_are_there(page):
+def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} points to {target}"
 
@@ -39,7 +41,7 @@ def test_commands_configs_and_targets_exist(page):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
-def test_makefile_targets_are_understood_by_make():
+def test_makefile_targets_parse():
     for target in ("venv", "demo", "test", "lint", "docs", "clean", "results-shapes"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -52,34 +54,30 @@ def example(name):
     return space[name]
 
 
-def test_the_example_reward_scores():
+def test_contributing_reward_scores():
     reward = example("Darkness")()
     pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     assert reward.score(pictures, [Prompt(""), Prompt("")]).tolist() == [1, 0]
 
 
-def test_the_example_method_trains(tiny_pipeline):
-    import lightning.pytorch as pl
-
-    from gdmd_lightning.families.sd3 import SD3Family
-    from gdmd_lightning.shapes.captions import evaluation_prompts
-
-    method = example("HighNoiseDMD")
-    module = method(SD3Family(str(tiny_pipeline), max_sequence_length=0), height=32, width=32)
-    batch = PromptBatch(tuple(evaluation_prompts(2)), 1)
-    before = None
-
-    class Loader:
-        def __iter__(self):
-            while True:
-                yield batch
-
-    module.transfer_batch_to_device = lambda batch, device, index: batch  # type: ignore[method-assign]
+def test_contributing_method_steps_its_generator_in_every_second_update(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, example("AlternatingDMD"))
     module.configure_model()
-    before = [p.clone() for p in module.networks.generator.parameters()]
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    trainer.fit(module, Loader())
-    assert trainer.global_step == 2
-    assert any(not torch.equal(a, b) for a, b in zip(before, module.networks.generator.parameters(), strict=True))
+    weights = {0: copied(module)}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            weights[module.updates] = copied(module)
+
+    trainer = tiny.train(module, 3, callbacks=[Watch()])
+    assert trainer.global_step == 3
+    moved = [
+        {role for role in before if tiny.differing(before[role], after[role])}
+        for before, after in zip(list(weights.values())[:-1], list(weights.values())[1:], strict=True)
+    ]
+    assert moved == [{"generator", "fake_score"}, {"fake_score"}, {"generator", "fake_score"}]
+
+
+def copied(module):
+    """The weights of the trained roles."""
+    return {role: [p.detach().clone() for p in module.roles.parameters_of(role)] for role in module.roles.trained}

@@ -1,4 +1,4 @@
-"""Few-step samplers: how the kinds relate, what variance they keep, and what a rollout costs."""
+"""Few-step samplers: how they relate, what variance they keep, and what a rollout evaluates."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.samplers import (
-    FewStepSampler,
+    CPS,
+    ODE,
+    SDE,
     Predict,
+    Renoise,
+    Sampler,
+    Trajectory,
     Transition,
-    backward_simulation,
-    sample,
+    rollout,
     step_cps,
     step_ode,
     step_renoise,
@@ -30,20 +35,23 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 X, V, NOISE = (random(3, 2, 2, 2, seed=seed) for seed in range(3))
 
-KINDS = [FewStepSampler(kind="ode"), FewStepSampler(kind="renoise"), FewStepSampler(kind="cps", eta=0.9)]
-kinds = pytest.mark.parametrize("sampler", KINDS, ids=lambda sampler: sampler.kind)
+SAMPLERS = [ODE(), Renoise(), CPS(0.9)]
+EVERY = [*SAMPLERS, SDE(0.7)]
+SIGMA_MAX = 0.75
+samplers = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+every_sampler = pytest.mark.parametrize("sampler", EVERY, ids=lambda sampler: type(sampler).__name__)
 
 
 # One step.
 
 
-def test_cps_without_fresh_noise_is_euler() -> None:
+def test_cps_without_fresh_noise_equals_ode() -> None:
     cps, ode = step_cps(X, V, HERE, BELOW, 0.0, NOISE), step_ode(X, V, HERE, BELOW)
     torch.testing.assert_close(cps.sample, ode.sample, rtol=1e-13, atol=1e-15)
     assert torch.equal(cps.std, torch.zeros_like(HERE))
 
 
-def test_cps_with_fresh_noise_alone_is_renoising() -> None:
+def test_cps_with_only_fresh_noise_equals_renoise() -> None:
     cps, fresh = step_cps(X, V, HERE, BELOW, 1.0, NOISE), step_renoise(X, V, HERE, BELOW, NOISE)
     torch.testing.assert_close(cps.sample, fresh.sample, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(cps.std, fresh.std)
@@ -58,30 +66,30 @@ def every_step(noise: Tensor) -> list[Transition]:
     ]
 
 
-def test_a_sample_is_its_mean_and_std_times_noise() -> None:
+def test_step_samples_its_mean_plus_std_times_noise() -> None:
     for step in every_step(NOISE):
         torch.testing.assert_close(step.sample, step.mean + step.std.view(-1, 1, 1, 1) * NOISE)
 
 
-def test_mean_and_std_know_nothing_of_the_noise() -> None:
+def test_step_mean_and_std_do_not_depend_on_the_noise() -> None:
     for one, other in zip(every_step(NOISE), every_step(NOISE + 1)):
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.std, other.std)
 
 
-@kinds
-def test_the_last_step_is_the_predicted_x0_without_noise(sampler: FewStepSampler) -> None:
-    last = sampler.step(X, V, HERE, torch.zeros_like(HERE), NOISE)
+@every_sampler
+def test_last_step_is_the_predicted_x0_without_noise(sampler: Sampler) -> None:
+    last = sampler.step(X, V, HERE, torch.zeros_like(HERE), NOISE, SIGMA_MAX)
     torch.testing.assert_close(last.sample, X - HERE.view(-1, 1, 1, 1) * V)
     assert torch.equal(last.std, torch.zeros_like(HERE))
 
 
-@kinds
-def test_a_right_prediction_is_kept_on_the_line_from_data_to_noise(sampler: FewStepSampler) -> None:
+@samplers
+def test_step_with_the_true_velocity_stays_between_data_and_noise(sampler: Sampler) -> None:
     """With the pair's own velocity a step gives ``(1 - s') x0 + s' eps'``, with ``eps'`` as normal as ``eps``."""
     x0, eps = random(20000, 1, seed=3), random(20000, 1, seed=4)
     here, below = torch.full((20000,), 0.7, dtype=F64), torch.full((20000,), 0.4, dtype=F64)
-    step = sampler.step(renoise(x0, here, eps), eps - x0, here, below, random(20000, 1, seed=5))
+    step = sampler.step(renoise(x0, here, eps), eps - x0, here, below, random(20000, 1, seed=5), SIGMA_MAX)
     fresh = (step.sample - 0.6 * x0) / 0.4
     assert fresh.mean() == pytest.approx(0, abs=0.03)
     assert fresh.var() == pytest.approx(1, abs=0.04)
@@ -126,7 +134,7 @@ def error_at_the_end(step: Callable[..., Transition], count: int, s: float = 0.6
 
 
 @pytest.mark.parametrize("step", [lambda *a: step_ode(*a[:-1]), sde], ids=["ode", "sde"])
-def test_the_marginal_variance_is_kept_as_steps_shrink(step: Callable[..., Transition]) -> None:
+def test_step_keeps_the_marginal_variance_as_steps_shrink(step: Callable[..., Transition]) -> None:
     coarse, fine = error_at_the_end(step, 200), error_at_the_end(step, 400)
     assert fine < 2e-3
     assert fine == pytest.approx(coarse / 2, rel=0.05)
@@ -154,14 +162,14 @@ def test_cps_narrows_a_wide_gaussian_by_what_a_mean_prediction_leaves_out(eta: f
     )
 
 
-def test_the_sdes_first_step_from_pure_noise_is_finite() -> None:
+def test_sde_step_from_pure_noise_is_finite() -> None:
     one = torch.ones(1, dtype=F64)
     step = step_sde(X[:1], V[:1], one, torch.full_like(one, 0.9), 0.7, 0.9, NOISE[:1])
     assert step.sample.isfinite().all()
     assert step.std == pytest.approx(0.7 * math.sqrt(1 / 0.1) * math.sqrt(0.1))
 
 
-def test_the_sde_without_noise_is_euler() -> None:
+def test_sde_without_noise_equals_ode() -> None:
     torch.testing.assert_close(step_sde(X, V, HERE, BELOW, 0.0, 0.9, NOISE).sample, step_ode(X, V, HERE, BELOW).sample)
 
 
@@ -174,36 +182,32 @@ def predict_gaussian(mu: float, s: float) -> Predict:
 
 
 def moments_of_ode(steps: int) -> tuple[float, float]:
-    """Mean and standard deviation that ``sample`` gives ``N(2, 0.5^2)``: the map from noise is affine."""
-    ends = sample(
-        predict_gaussian(2.0, 0.5),
-        torch.tensor([[0.0], [1.0]], dtype=F64),
-        few_step_sigmas(steps).double(),
-        FewStepSampler(steps),
-    )
+    """Mean and standard deviation that ``rollout`` gives ``N(2, 0.5^2)``: the map from noise is affine."""
+    noise = torch.tensor([[0.0], [1.0]], dtype=F64)
+    ends = rollout(predict_gaussian(2.0, 0.5), noise, few_step_sigmas(steps).double(), ODE()).x0
     return float(ends[0]), float(ends[1] - ends[0])
 
 
-def test_exact_velocities_carry_noise_to_the_data() -> None:
+def test_rollout_with_exact_velocities_gives_the_data() -> None:
     mean, std = moments_of_ode(1000)
     assert mean == pytest.approx(2.0, abs=1e-3)
     assert std == pytest.approx(0.5, abs=5e-3)
 
 
-def test_more_steps_come_closer_to_the_data() -> None:
+def test_rollout_with_more_steps_is_closer_to_the_data() -> None:
     errors = [abs(moments_of_ode(steps)[1] - 0.5) for steps in (1, 2, 4, 8, 16, 32)]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_one_step_gives_the_datas_mean_whatever_the_noise() -> None:
+def test_rollout_with_one_step_gives_the_datas_mean() -> None:
     assert moments_of_ode(1) == pytest.approx((2.0, 0.0))
 
 
-@kinds
-def test_every_kind_moves_noise_towards_the_data(sampler: FewStepSampler) -> None:
+@samplers
+def test_rollout_moves_noise_toward_the_data(sampler: Sampler) -> None:
     noise = random(2000, 1)
     stream = torch.Generator().manual_seed(1)
-    x0 = sample(predict_gaussian(2.0, 0.5), noise, few_step_sigmas(4).double(), sampler, stream)
+    x0 = rollout(predict_gaussian(2.0, 0.5), noise, few_step_sigmas(4).double(), sampler, stream).x0
     assert x0.mean() == pytest.approx(2.0, abs=0.05)
     assert 0.1 < x0.std() < 0.55
 
@@ -221,81 +225,164 @@ class Counting:
         return self.weight * torch.tanh(x) + sigma.view(-1, 1, 1, 1) + rows.view(-1, 1, 1, 1)
 
 
+def stopped(
+    predict: Predict, noise: Tensor, stop: Tensor, sampler: Sampler = ODE(), seed: int = 2, steps: int = 4
+) -> Tensor:
+    """States at which samples stop after a backward simulation."""
+    rng = torch.Generator().manual_seed(seed)
+    return rollout(predict, noise, few_step_sigmas(steps).double(), sampler, rng, stop).states[-1]
+
+
 @pytest.mark.parametrize(("batch", "steps"), [(4, 4), (12, 4), (6, 2), (5, 1)])
-def test_backward_simulation_evaluates_only_the_samples_that_go_on(batch: int, steps: int) -> None:
-    predict, level = Counting(), torch.arange(batch) % steps
-    backward_simulation(
-        predict, random(batch, 1, 2, 2), few_step_sigmas(steps), level, FewStepSampler(steps), torch.Generator()
-    )
+def test_rollout_with_stops_evaluates_only_the_samples_that_go_on(batch: int, steps: int) -> None:
+    predict, stop = Counting(), torch.arange(batch) % steps
+    stopped(predict, random(batch, 1, 2, 2), stop, steps=steps)
     assert sum(map(len, predict.asked)) == batch * (steps - 1) // 2
-    assert predict.asked == [[row for row in range(batch) if level[row] > i] for i in range(steps - 1)]
+    assert predict.asked == [[row for row in range(batch) if stop[row] > i] for i in range(steps - 1)]
 
 
-def test_backward_simulation_stops_at_the_deepest_level_asked_for() -> None:
+def test_rollout_ends_at_the_last_stop() -> None:
     predict = Counting()
-    backward_simulation(
-        predict, random(3, 1, 2, 2), few_step_sigmas(4), torch.tensor([0, 1, 0]), KINDS[0], torch.Generator()
-    )
+    stopped(predict, random(3, 1, 2, 2), torch.tensor([0, 1, 0]))
     assert predict.asked == [[1]]
 
 
-@kinds
-def test_backward_simulation_visits_the_states_of_a_plain_rollout(sampler: FewStepSampler) -> None:
-    """The noise of a step belongs to its sample: who else goes on changes nothing."""
-    noise, sigmas, level = random(8, 1, 2, 2), few_step_sigmas(4).double(), torch.arange(8) % 4
-    state = backward_simulation(Counting(), noise, sigmas, level, sampler, torch.Generator().manual_seed(2))
-    for stop in range(4):
-        plain = sample(Counting(), noise, sigmas[: stop + 1], sampler, torch.Generator().manual_seed(2))
-        torch.testing.assert_close(state.x_sigma[level == stop], plain[level == stop])
+@every_sampler
+def test_rollout_with_stops_visits_the_states_of_a_full_rollout(sampler: Sampler) -> None:
+    """The noise of a step belongs to its sample: which other samples go on changes nothing."""
+    noise, stop = random(8, 1, 2, 2), torch.arange(8) % 4
+    found = stopped(Counting(), noise, stop, sampler)
+    rng = torch.Generator().manual_seed(2)
+    states = rollout(Counting(), noise, few_step_sigmas(4).double(), sampler, rng).states
+    for k in range(4):
+        torch.testing.assert_close(found[stop == k], states[k][stop == k])
 
 
-def test_backward_simulation_equals_rollouts_of_each_sample_alone() -> None:
-    noise, sigmas, level = random(6, 1, 2, 2), few_step_sigmas(4).double(), torch.tensor([3, 0, 2, 1, 3, 2])
-    state = backward_simulation(Counting(), noise, sigmas, level, KINDS[0], torch.Generator())
-    for i, stop in enumerate(level.tolist()):
+def test_rollout_with_stops_equals_rollouts_of_each_sample_alone() -> None:
+    noise, sigmas, stop = random(6, 1, 2, 2), few_step_sigmas(4).double(), torch.tensor([3, 0, 2, 1, 3, 2])
+    found = stopped(Counting(), noise, stop)
+    for i, k in enumerate(stop.tolist()):
 
         def alone(x: Tensor, sigma: Tensor, rows: Tensor, i: int = i) -> Tensor:
             return Counting()(x, sigma, torch.tensor([i]))
 
-        plain = sample(alone, noise[i : i + 1], sigmas[: stop + 1], KINDS[0])
-        torch.testing.assert_close(state.x_sigma[i : i + 1], plain)
+        states = rollout(alone, noise[i : i + 1], sigmas, ODE()).states
+        torch.testing.assert_close(found[i : i + 1], states[k])
 
 
-def test_a_state_knows_its_level() -> None:
-    level = torch.tensor([2, 0, 3])
-    state = backward_simulation(Counting(), random(3, 1, 2, 2), few_step_sigmas(4), level, KINDS[0], torch.Generator())
-    assert torch.equal(state.level, level)
-    assert state.sigma.tolist() == [0.5, 1.0, 0.25]
-
-
-def test_a_sample_at_level_zero_is_pure_noise() -> None:
+def test_rollout_with_stop_zero_keeps_pure_noise() -> None:
     noise = random(2, 1, 2, 2)
-    state = backward_simulation(
-        Counting(), noise, few_step_sigmas(4), torch.tensor([0, 3]), KINDS[1], torch.Generator()
-    )
-    assert torch.equal(state.x_sigma[0], noise[0])
+    assert torch.equal(stopped(Counting(), noise, torch.tensor([0, 3]), Renoise())[0], noise[0])
 
 
-def test_rollouts_carry_no_gradient() -> None:
+def test_rollout_with_stops_has_no_transitions() -> None:
     noise, sigmas = random(4, 1, 2, 2), few_step_sigmas(4)
-    state = backward_simulation(Counting(), noise, sigmas, torch.arange(4), KINDS[0], torch.Generator())
-    assert not state.x_sigma.requires_grad
-    assert not sample(Counting(), noise, sigmas, KINDS[0]).requires_grad
+    assert rollout(Counting(), noise, sigmas, ODE(), stop=torch.arange(4)).transitions == ()
 
 
-def test_euler_rollouts_are_a_function_of_the_noise_alone() -> None:
+def test_rollout_passes_each_steps_sigma() -> None:
+    asked = []
+
+    def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        asked.append(sigma.tolist())
+        return x
+
+    rollout(predict, random(2, 1, 2, 2), few_step_sigmas(4), ODE())
+    assert asked == [[sigma, sigma] for sigma in (1.0, 0.75, 0.5, 0.25)]
+
+
+def test_rollout_carries_no_gradient() -> None:
     noise, sigmas = random(4, 1, 2, 2), few_step_sigmas(4)
-    with_stream = sample(Counting(), noise, sigmas, KINDS[0], torch.Generator().manual_seed(3))
-    assert torch.equal(with_stream, sample(Counting(), noise, sigmas, KINDS[0]))
+    assert not stopped(Counting(), noise, torch.arange(4)).requires_grad
+    assert not rollout(Counting(), noise, sigmas, ODE()).x0.requires_grad
 
 
-@pytest.mark.parametrize("sampler", KINDS[1:], ids=lambda sampler: sampler.kind)
-def test_kinds_with_fresh_noise_refuse_to_run_without_a_stream(sampler: FewStepSampler) -> None:
-    with pytest.raises(ValueError, match="generator"):
-        sample(Counting(), random(2, 1, 2, 2), few_step_sigmas(4), sampler)
+def test_ode_rollout_is_a_function_of_its_noise_alone() -> None:
+    noise, sigmas = random(4, 1, 2, 2), few_step_sigmas(4)
+    with_stream = rollout(Counting(), noise, sigmas, ODE(), torch.Generator().manual_seed(3)).x0
+    assert torch.equal(with_stream, rollout(Counting(), noise, sigmas, ODE()).x0)
 
 
-@pytest.mark.parametrize(("steps", "eta", "named"), [(0, 0.9, "steps"), (4, 1.5, "eta"), (4, -0.1, "eta")])
-def test_an_impossible_sampler_is_refused_by_name(steps: int, eta: float, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        FewStepSampler(steps, "cps", eta)
+@pytest.mark.parametrize("sampler", EVERY[1:], ids=lambda sampler: type(sampler).__name__)
+def test_stochastic_rollout_without_rng_is_refused(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match="needs an rng"):
+        rollout(Counting(), random(2, 1, 2, 2), few_step_sigmas(4), sampler)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "value", "named"), [(CPS, 1.5, "eta"), (CPS, -0.1, "eta"), (SDE, 0.0, "noise_level")]
+)
+def test_sampler_settings_out_of_range_are_refused_by_name(
+    sampler: Callable[[float], Sampler], value: float, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        sampler(value)
+
+
+# Trajectories.
+
+
+def trajectory(sampler: Sampler, batch: int = 3, steps: int = 4) -> tuple[Trajectory, Predict]:
+    predict = predict_gaussian(2.0, 0.5)
+    rng = torch.Generator().manual_seed(2)
+    return rollout(predict, random(batch, 2, 2, 1), few_step_sigmas(steps).double(), sampler, rng), predict
+
+
+@every_sampler
+def test_trajectory_redo_equals_the_step_taken(sampler: Sampler) -> None:
+    path, predict = trajectory(sampler)
+    assert len(path.transitions) == 4
+    for k, taken in enumerate(path.transitions):
+        again = path.redo(predict, k)
+        assert torch.equal(again.mean, taken.mean)
+        assert torch.equal(again.std, taken.std)
+
+
+@every_sampler
+def test_trajectory_states_are_its_transitions_samples(sampler: Sampler) -> None:
+    path, _ = trajectory(sampler)
+    assert all(torch.equal(step.sample, path.states[k + 1]) for k, step in enumerate(path.transitions))
+    assert torch.equal(path.x0, path.states[4])
+
+
+@every_sampler
+def test_trajectory_redo_passes_gradient_to_the_predictor(sampler: Sampler) -> None:
+    path, predict = trajectory(sampler)
+    weight = torch.ones((), dtype=F64, requires_grad=True)
+    path.redo(lambda x, sigma, rows: weight * predict(x, sigma, rows), 1).mean.square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs() > 0
+
+
+@pytest.mark.parametrize("sampler", [Renoise(), CPS(0.9), SDE(0.7)], ids=lambda sampler: type(sampler).__name__)
+def test_trajectory_log_prob_is_the_normals_averaged_over_elements(sampler: Sampler) -> None:
+    path, _ = trajectory(sampler)
+    for k in range(3):
+        step = path.transitions[k]
+        normal = torch.distributions.Normal(step.mean, step.std.view(-1, 1, 1, 1).expand_as(step.mean))
+        torch.testing.assert_close(path.log_prob(k), normal.log_prob(path.states[k + 1]).flatten(1).mean(1))
+
+
+def test_trajectory_log_prob_of_a_redone_step_has_ratio_one() -> None:
+    path, predict = trajectory(SDE(0.7))
+    assert torch.equal(path.redo(predict, 2).log_prob(path.states[3]), path.log_prob(2))
+
+
+def test_sde_uses_the_grids_first_level_below_one_at_pure_noise() -> None:
+    path, _ = trajectory(SDE(0.7))
+    expected = 0.7 * math.sqrt(1 / (1 - 0.75)) * math.sqrt(0.25)
+    torch.testing.assert_close(path.transitions[0].std, torch.full((3,), expected, dtype=F64))
+
+
+def test_sde_with_one_step_is_euler() -> None:
+    noise, sigmas, predict = random(3, 2, 2, 1), few_step_sigmas(1).double(), predict_gaussian(2.0, 0.5)
+    rng = torch.Generator().manual_seed(2)
+    assert torch.equal(rollout(predict, noise, sigmas, SDE(), rng).x0, rollout(predict, noise, sigmas, ODE()).x0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "stochastic", "scheduler"),
+    [(ODE(), False, "euler"), (Renoise(), True, "renoise"), (CPS(), True, None), (SDE(), True, None)],
+)
+def test_sampler_names_the_scheduler_that_repeats_it(sampler: Sampler, stochastic: bool, scheduler: str | None) -> None:
+    assert (sampler.stochastic, sampler.scheduler) == (stochastic, scheduler)

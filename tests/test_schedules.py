@@ -1,4 +1,4 @@
-"""One noise level for every family: the flow and the variance preserving dress say the same."""
+"""One noise level for every family: flow and variance-preserving form agree."""
 
 import math
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd_lightning.objectives.distribution_matching import dm_direction, dm_loss, normaliser
+from gdmd_lightning.objectives.distribution_matching import dm_direction, dm_loss, normalizer
 from gdmd_lightning.schedules import (
-    LogitNormalLaw,
-    RenoiseLaw,
-    UniformLaw,
-    draw_levels,
+    LogitNormal,
+    RenoiseDistribution,
+    Uniform,
+    draw_renoise_sigmas,
     few_step_sigmas,
     renoise,
     shift_sigma,
@@ -36,28 +36,28 @@ def column(level: Tensor) -> Tensor:
 X0, EPS = random(5, 2, 3, 3), random(5, 2, 3, 3, seed=1)
 
 
-def test_the_true_velocity_leads_back_to_the_data() -> None:
+def test_x0_from_velocity_inverts_renoise() -> None:
     torch.testing.assert_close(x0_from_velocity(renoise(X0, SIGMA, EPS), EPS - X0, SIGMA), X0)
 
 
-def test_velocity_and_x0_are_two_names_of_one_prediction() -> None:
+def test_velocity_from_x0_inverts_x0_from_velocity() -> None:
     x, prediction = random(5, 2, 3, 3, seed=2), random(5, 2, 3, 3, seed=3)
     torch.testing.assert_close(x0_from_velocity(x, velocity_from_x0(x, prediction, SIGMA), SIGMA), prediction)
 
 
-def test_renoising_goes_from_data_to_pure_noise() -> None:
+def test_renoise_goes_from_data_to_pure_noise() -> None:
     assert torch.equal(renoise(X0, torch.zeros(5, dtype=F64), EPS), X0)
     assert torch.equal(renoise(X0, torch.ones(5, dtype=F64), EPS), EPS)
 
 
-def test_flow_and_vp_levels_are_inverse_maps() -> None:
+def test_sigma_from_vp_inverts_vp_from_sigma() -> None:
     torch.testing.assert_close(sigma_from_vp(*vp_from_sigma(SIGMA)), SIGMA)
     angle = torch.linspace(0, math.pi / 2, 9, dtype=F64)
     for there, back in zip((angle.cos(), angle.sin()), vp_from_sigma(sigma_from_vp(angle.cos(), angle.sin()))):
         torch.testing.assert_close(back, there)
 
 
-def test_a_vp_level_preserves_variance() -> None:
+def test_vp_from_sigma_preserves_variance() -> None:
     alpha, noise = vp_from_sigma(SIGMA)
     torch.testing.assert_close(alpha**2 + noise**2, torch.ones_like(SIGMA))
 
@@ -67,8 +67,8 @@ def vp_network(x_t: Tensor, alpha: Tensor) -> Tensor:
     return torch.tanh(1.3 * x_t + 0.2 * x_t.flip(1)) * (1 + column(alpha))
 
 
-def in_flow_dress(x_sigma: Tensor, sigma: Tensor) -> Tensor:
-    """The same network as a velocity of a rectified flow, as a family of the SDXL kind wears it."""
+def as_flow(x_sigma: Tensor, sigma: Tensor) -> Tensor:
+    """The same network as a velocity of a rectified flow, as a family of the SDXL kind uses it."""
     alpha, noise = (column(level) for level in vp_from_sigma(sigma))
     x_t = x_sigma * (alpha + noise)
     eps = vp_network(x_t, vp_from_sigma(sigma)[0])
@@ -90,120 +90,120 @@ def test_flow_and_vp_states_differ_by_a_factor() -> None:
     torch.testing.assert_close(vp_renoise(X0, SIGMA, EPS) / column(alpha + noise), renoise(X0, SIGMA, EPS))
 
 
-def test_one_network_in_both_dresses_sees_the_same_x0() -> None:
+def test_one_network_in_both_forms_sees_the_same_x0() -> None:
     x_sigma = renoise(X0, SIGMA, EPS)
-    flow = x0_from_velocity(x_sigma, in_flow_dress(x_sigma, SIGMA), SIGMA)
+    flow = x0_from_velocity(x_sigma, as_flow(x_sigma, SIGMA), SIGMA)
     torch.testing.assert_close(flow, vp_x0(vp_renoise(X0, SIGMA, EPS), SIGMA))
 
 
-def test_one_network_in_both_dresses_gives_the_same_distillation_gradient() -> None:
+def test_one_network_in_both_forms_gives_the_same_distillation_gradient() -> None:
     x_sigma, x_t = renoise(X0, SIGMA, EPS), vp_renoise(X0, SIGMA, EPS)
     fake = random(*X0.shape, seed=4)
     gradients = []
-    for real in (x0_from_velocity(x_sigma, in_flow_dress(x_sigma, SIGMA), SIGMA), vp_x0(x_t, SIGMA)):
+    for real in (x0_from_velocity(x_sigma, as_flow(x_sigma, SIGMA), SIGMA), vp_x0(x_t, SIGMA)):
         x = X0.clone().requires_grad_()
-        loss = dm_loss(x, x - dm_direction(real, fake), normaliser(x, real))
+        loss = dm_loss(x, x - dm_direction(real, fake), normalizer(x, real))
         gradients += torch.autograd.grad(loss, x)
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_a_shift_keeps_the_ends(shift: float) -> None:
+def test_shift_sigma_keeps_the_ends(shift: float) -> None:
     ends = torch.tensor([0.0, 1.0], dtype=F64)
     assert torch.equal(shift_sigma(ends, shift), ends)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_a_shift_is_undone_by_its_inverse(shift: float) -> None:
+def test_shift_sigma_is_undone_by_its_inverse(shift: float) -> None:
     torch.testing.assert_close(shift_sigma(shift_sigma(SIGMA, shift), 1 / shift), SIGMA)
 
 
-def test_a_shift_above_one_moves_towards_noise_in_order() -> None:
+def test_shift_sigma_above_one_moves_toward_noise_in_order() -> None:
     shifted = shift_sigma(SIGMA, 3.0)
     assert (shifted > SIGMA).all()
     assert (shifted.diff() > 0).all()
 
 
-def test_a_shift_multiplies_the_ratio_of_noise_to_data() -> None:
+def test_shift_sigma_multiplies_the_ratio_of_noise_to_data() -> None:
     shifted = shift_sigma(SIGMA, 3.0)
     torch.testing.assert_close(shifted / (1 - shifted), 3 * SIGMA / (1 - SIGMA))
 
 
-def test_four_steps_visit_dmd2s_levels() -> None:
+def test_few_step_sigmas_of_four_steps_are_dmd2s() -> None:
     assert few_step_sigmas(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_few_step_levels_fall_from_one_to_zero(steps: int, shift: float) -> None:
+def test_few_step_sigmas_fall_from_one_to_zero(steps: int, shift: float) -> None:
     sigmas = few_step_sigmas(steps, shift)
     assert len(sigmas) == steps + 1
     assert (sigmas[0], sigmas[-1]) == (1, 0)
     assert (sigmas.diff() < 0).all()
 
 
-LAWS = [UniformLaw(), UniformLaw(0.1, 0.7, shift=3.0), LogitNormalLaw(), LogitNormalLaw(0.5, 0.8, shift=2.0)]
+DISTRIBUTIONS = [Uniform(), Uniform(0.1, 0.7, shift=3.0), LogitNormal(), LogitNormal(0.5, 0.8, shift=2.0)]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=repr)
-def test_quantiles_rise_within_the_open_interval(law: RenoiseLaw) -> None:
-    levels = law.quantile(torch.linspace(0, 1, 201))
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
+def test_quantiles_rise_within_the_open_interval(distribution: RenoiseDistribution) -> None:
+    levels = distribution.quantile(torch.linspace(0, 1, 201))
     assert (levels.diff() >= 0).all()
     assert levels[0] > 0
     assert levels[-1] < 1
 
 
-def test_the_logit_normals_median_is_its_means_sigmoid() -> None:
-    assert LogitNormalLaw(0.7, 2.0).quantile(torch.tensor([0.5])) == pytest.approx(1 / (1 + math.exp(-0.7)), rel=1e-6)
+def test_logit_normal_median_is_the_sigmoid_of_its_mean() -> None:
+    assert LogitNormal(0.7, 2.0).quantile(torch.tensor([0.5])) == pytest.approx(1 / (1 + math.exp(-0.7)), rel=1e-6)
 
 
-def test_the_logit_normals_quantiles_are_the_normals() -> None:
+def test_logit_normal_quantiles_are_those_of_the_normal() -> None:
     one_sigma = torch.special.ndtr(torch.tensor([-1.0, 1.0], dtype=F64))
     expected = torch.sigmoid(torch.tensor([0.3 - 0.8, 0.3 + 0.8], dtype=F64))
-    torch.testing.assert_close(LogitNormalLaw(0.3, 0.8).quantile(one_sigma), expected)
+    torch.testing.assert_close(LogitNormal(0.3, 0.8).quantile(one_sigma), expected)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=repr)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
 @pytest.mark.parametrize("group", [1, 2, 4])
-def test_each_level_of_a_group_falls_into_its_stratum(law: RenoiseLaw, group: int) -> None:
-    levels = draw_levels(law, 500, group, torch.Generator().manual_seed(0))
-    edges = law.quantile(torch.arange(group + 1) / group)
+def test_draw_renoise_sigmas_puts_each_level_into_its_stratum(distribution: RenoiseDistribution, group: int) -> None:
+    levels = draw_renoise_sigmas(distribution, 500, group, torch.Generator().manual_seed(0))
+    edges = distribution.quantile(torch.arange(group + 1) / group)
     assert levels.shape == (500, group)
     assert (levels >= edges[:-1] - 1e-6).all()
     assert (levels <= edges[1:] + 1e-6).all()
 
 
-def distance_from(law: RenoiseLaw, levels: Tensor) -> float:
-    """Kolmogorov's distance between drawn levels and a law without atoms."""
+def distance_from(distribution: RenoiseDistribution, levels: Tensor) -> float:
+    """Kolmogorov's distance between drawn levels and a distribution without atoms."""
     count = levels.numel()
     ranks = torch.arange(1, count + 1) / count
-    grid = law.quantile(torch.linspace(0, 1, 4001))
+    grid = distribution.quantile(torch.linspace(0, 1, 4001))
     share = torch.searchsorted(levels.flatten().sort().values, grid, right=True) / count
     return float((share - torch.linspace(0, 1, 4001)).abs().max()) + float(ranks[0])
 
 
 @pytest.mark.parametrize("stratify", [True, False])
-def test_the_marginal_law_is_the_law_stratified_or_not(stratify: bool) -> None:
-    law = UniformLaw(0.1, 0.9, shift=3.0)
-    levels = draw_levels(law, 5000, 4, torch.Generator().manual_seed(0), stratify=stratify)
-    assert distance_from(law, levels) < 1.63 / math.sqrt(levels.numel())  # 1 % level
+def test_draw_renoise_sigmas_follows_the_distribution_stratified_or_not(stratify: bool) -> None:
+    distribution = Uniform(0.1, 0.9, shift=3.0)
+    levels = draw_renoise_sigmas(distribution, 5000, 4, torch.Generator().manual_seed(0), stratify=stratify)
+    assert distance_from(distribution, levels) < 1.63 / math.sqrt(levels.numel())  # 1 % level
 
 
-def test_one_stratum_alone_is_not_the_law() -> None:
-    law = UniformLaw()
-    first = draw_levels(law, 5000, 4, torch.Generator().manual_seed(0))[:, 0]
-    assert distance_from(law, first) > 0.7
+def test_one_stratum_alone_does_not_follow_the_distribution() -> None:
+    distribution = Uniform()
+    first = draw_renoise_sigmas(distribution, 5000, 4, torch.Generator().manual_seed(0))[:, 0]
+    assert distance_from(distribution, first) > 0.7
 
 
-def test_a_stratified_group_spans_the_law_more_evenly() -> None:
+def test_stratified_group_spans_the_distribution_more_evenly() -> None:
     means = [
-        draw_levels(UniformLaw(), 2000, 4, torch.Generator().manual_seed(0), stratify=stratify).mean(1).var()
+        draw_renoise_sigmas(Uniform(), 2000, 4, torch.Generator().manual_seed(0), stratify=stratify).mean(1).var()
         for stratify in (True, False)
     ]
     assert means[0] < means[1] / 10
 
 
-def test_levels_are_a_function_of_their_stream() -> None:
-    one, same, other = (draw_levels(UniformLaw(), 3, 4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+def test_draw_renoise_sigmas_is_a_function_of_its_stream() -> None:
+    one, same, other = (draw_renoise_sigmas(Uniform(), 3, 4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""A pipeline of the real classes with random weights, and what is needed to train on it within a second or two."""
+"""A pipeline of the real classes with random weights, and what is needed to train it in a second or two."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from gdmd_lightning.rewards.base import Reward
 
 
 class Brightness(Reward):
-    """The mean of the pixels, times 10 so that no group of pictures is without spread."""
+    """The mean of the pixels, times 10 so that every group of images has spread."""
 
     name = "brightness"
     differentiable = True
@@ -191,14 +191,14 @@ def family(path: Path) -> SD3Family:
 
 
 def module(path: Path, method: type[DistillationModule] = GDMD, **options: Any) -> DistillationModule:
-    """A method on a tiny pipeline; GDMD with :class:`Brightness` unless told."""
+    """A method on a tiny pipeline; GDMD with :class:`Brightness` by default."""
     if issubclass(method, GDMD):
         options = {"reward": Brightness(), **options}
     return method(family(path), height=32, width=32, **options)
 
 
 def trainer(updates: int, **options: Any) -> pl.Trainer:
-    """A trainer of so many generator updates that writes nothing unless told."""
+    """A trainer of ``updates`` updates; by default it writes nothing."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     where = {"accelerator": "cpu", "devices": 1}
     return pl.Trainer(max_steps=updates, max_epochs=-1, **{**where, **quiet, **options})

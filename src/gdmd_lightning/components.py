@@ -1,6 +1,6 @@
-"""Every class that a configuration can name by its bare name.
+"""Every class that a configuration can name without its module path.
 
-Importing this makes jsonargparse know them; none of these modules imports diffusers or transformers until used.
+Importing this registers them with jsonargparse; none of these modules imports diffusers or transformers until used.
 """
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
@@ -10,14 +10,20 @@ from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.clip import ContrastiveReward
 from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.rewards.shapes import ShapesReward
+from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
+from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
 
 __all__ = [
+    "CPS",
     "DMD",
     "GDMD",
+    "ODE",
+    "SDE",
     "CombinedReward",
     "ContrastiveReward",
     "Flux2Family",
@@ -25,8 +31,13 @@ __all__ = [
     "GenEvalScore",
     "GenerationEvaluation",
     "GradientRewardRecord",
+    "LogitNormal",
+    "ReFL",
+    "Renoise",
     "RewardScore",
     "SD3Family",
     "SDXLFamily",
     "ShapesReward",
+    "Uniform",
+    "UniformTimestep",
 ]

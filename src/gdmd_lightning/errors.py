@@ -1,15 +1,15 @@
-"""Errors that a person can act on: what was wrong, where, and what would be right."""
+"""Errors that a user can act on: what is wrong, where, and how to fix it."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us, told in one line.
+    """Invalid input from the user, with a message of one line.
 
-    The command line prints it without a traceback (``--debug`` keeps it) and exits with status 2.
+    The command line prints it without a traceback (unless ``--debug`` is given) and exits with status 2.
 
     Args:
-        what: What was wrong, naming the offending value.
-        where: The file, option, row or component at fault.
-        remedy: What would be right.
+        what: What is wrong, including the invalid value.
+        where: The file, option, row or component that is wrong.
+        remedy: How to fix it.
     """
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:

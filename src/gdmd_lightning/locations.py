@@ -1,4 +1,4 @@
-"""Where things lie that ship with the package: ``package:`` paths and configurations by bare name."""
+"""Paths of files shipped with the package: ``package:`` paths, and configurations by name."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ PACKAGE = Path(__file__).parent
 
 
 def resolve(path: str) -> str:
-    """``package:assets/shapes`` as a path inside the installed package; any other path as it is."""
+    """Turn ``package:assets/shapes`` into a path inside the installed package; other paths stay unchanged."""
     return str(PACKAGE / path.removeprefix("package:")) if path.startswith("package:") else path
 
 
 def shipped_configs() -> Path:
-    """The directory of the shipped configurations: in the wheel, or at the root of a checkout."""
+    """Directory of the shipped configurations: inside an installed wheel, or at the root of a checkout."""
     inside = PACKAGE / "configs"
     return inside if inside.is_dir() else PACKAGE.parents[1] / "configs"
 
 
 def find_config(name: str) -> str:
-    """A configuration's path: looked for as given, then among the shipped ones.
+    """Find a configuration: first as a path, then by name among the shipped ones.
 
     Raises:
-        UserError: If there is none, naming those that ship.
+        UserError: If it does not exist; the message lists the shipped ones.
     """
     if Path(name).is_file():
         return name

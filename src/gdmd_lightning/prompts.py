@@ -1,4 +1,4 @@
-"""Prompts as they travel through the house, alone and in batches."""
+"""Prompts, alone and in batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Prompt:
 
     Args:
         text: The prompt itself.
-        metadata: What the source of the prompt knows beside its text, in GenEval's form where a detector
-            judges it (``tag``, ``include``, ``exclude``); empty for a plain line of text.
+        metadata: Further data from the prompt's source, empty for a plain line of text. Prompts that a
+            detector evaluates have GenEval's keys: ``tag``, ``include``, ``exclude``.
     """
 
     text: str
@@ -25,11 +25,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of one update on one rank: every prompt stands ``group_size`` times in a row.
+    """The prompts of one update on one rank; each prompt is repeated ``group_size`` times in a row.
 
     Args:
-        prompts: One prompt a sample, ``B`` of them.
-        group_size: How many samples a prompt gets; divides ``B``.
+        prompts: One prompt per sample, ``B`` in total.
+        group_size: Number of samples per prompt; divides ``B``.
     """
 
     prompts: tuple[Prompt, ...]
@@ -40,5 +40,5 @@ class PromptBatch:
 
     @property
     def groups(self) -> Tensor:
-        """Number of each sample's prompt, ``[B]``."""
+        """Index of each sample's prompt group, ``[B]``."""
         return torch.arange(len(self.prompts)) // self.group_size

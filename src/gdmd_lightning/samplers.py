@@ -1,4 +1,4 @@
-"""Few-step samplers: one function a step, and the rollouts made of them.
+"""Few-step samplers: one function per step, a class per sampler, and the rollout that applies them.
 
 Every step takes its noise as an argument; nothing here draws from a hidden random stream.
 """
@@ -6,22 +6,26 @@ Every step takes its noise as an argument; nothing here draws from a hidden rand
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.schedules import per_sample
+from gdmd_lightning.streams import Streams, draw_noise
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``predict(x_sigma [B, ...], sigma [B], rows [B]) -> velocity [B, ...]``; ``rows`` number the samples asked for."""
+"""``predict(x_sigma [B, ...], sigma [B], rows [B]) -> velocity [B, ...]``; ``rows`` are the indices of the
+samples in the batch, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """One step from ``sigma`` down to ``sigma_next``: ``sample = mean + std * noise``.
+    """One step from ``sigma`` to ``sigma_next``: ``sample = mean + std * noise``.
 
     Args:
         mean: ``[B, ...]``.
@@ -33,6 +37,17 @@ class Transition:
     std: Tensor
     sample: Tensor
 
+    def log_prob(self, sample: Tensor) -> Tensor:
+        """Gaussian log-probability of ``sample`` ``[B, ...]`` under this step, averaged over elements, ``[B]``.
+
+        A deterministic step has none: the result is infinite or NaN where ``std`` is 0.
+
+        Source: Flow-GRPO (2505.05470), which averages over elements instead of summing.
+        """
+        std = per_sample(self.std, sample)
+        log_prob = -((sample - self.mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+        return log_prob.flatten(1).mean(1)
+
 
 def step_ode(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Transition:
     """Euler step of the probability flow, ``x + (sigma_next - sigma) v``; deterministic."""
@@ -41,14 +56,14 @@ def step_ode(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Transit
 
 
 def step_renoise(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Transition:
-    """To ``x0`` and back to ``sigma_next`` with fresh noise. Source: DMD2 (2405.14867), section 4.4."""
+    """Go to ``x0`` and back to ``sigma_next`` with fresh noise. Source: DMD2 (2405.14867), section 4.4."""
     x0 = x - per_sample(sigma, x) * v
     mean = (1 - per_sample(sigma_next, x)) * x0
     return Transition(mean, sigma_next, mean + per_sample(sigma_next, x) * noise)
 
 
 def step_cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float, noise: Tensor) -> Transition:
-    """Coefficient-preserving step: a part ``cos(eta pi/2)`` of the predicted noise is kept, the rest is fresh.
+    """Coefficient-preserving step: keep ``cos(eta pi/2)`` of the predicted noise and add fresh noise for the rest.
 
     ``eta = 0`` is :func:`step_ode`, ``eta = 1`` is :func:`step_renoise`. Source: RTDMD (2605.26108).
     """
@@ -65,132 +80,209 @@ def step_sde(
 ) -> Transition:
     """Euler-Maruyama step of the reverse SDE with the flow's marginals.
 
-    ``std = noise_level sqrt(sigma / (1 - sigma))``; at ``sigma = 1`` the level ``sigma_max`` stands in for the
-    denominator. Source: Flow-GRPO (2505.05470), Eq. 9.
+    ``std = noise_level sqrt(sigma / (1 - sigma))``; at ``sigma = 1`` the denominator uses ``sigma_max`` instead.
+    Source: Flow-GRPO (2505.05470), Eq. 9.
     """
     dt = per_sample(sigma_next - sigma, x)
     below = torch.where(sigma >= 1, torch.full_like(sigma, sigma_max), sigma)
     std = noise_level * torch.sqrt(sigma / (1 - below))
+    std = torch.where(sigma_next > 0, std, torch.zeros_like(std))  # the last step is Euler's
     g, s = per_sample(std, x), per_sample(sigma, x)
     mean = x * (1 + g**2 * dt / (2 * s)) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
     total = std * torch.sqrt((sigma - sigma_next).to(std.dtype))
     return Transition(mean, total, mean + per_sample(total, x) * noise)
 
 
-@dataclass(frozen=True)
-class FewStepSampler:
-    """How a few-step generator goes from noise to a picture.
+class Sampler(ABC):
+    """How a few-step generator goes from one noise level to the next.
 
-    Args:
-        steps: Number of network evaluations, at least 1.
-        kind: ``ode`` (Euler), ``renoise`` (DMD2) or ``cps`` (RTDMD).
-        eta: Share of fresh noise of ``cps``, in [0, 1].
+    A step to ``sigma_next = 0`` is deterministic for all samplers.
+
+    Attributes:
+        stochastic: Whether steps draw fresh noise.
+        scheduler: The kind of diffusers scheduler that repeats these steps, ``None`` if there is none.
     """
 
-    steps: int = 4
-    kind: Literal["ode", "renoise", "cps"] = "ode"
-    eta: float = 0.9
+    stochastic: ClassVar[bool]
+    scheduler: ClassVar[Literal["euler", "renoise"] | None] = None
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampler.steps is {self.steps}, must be at least 1")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"sampler.eta is {self.eta}, must be in [0, 1]")
+    @abstractmethod
+    def step(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
+    ) -> Transition:
+        """One step.
 
-    def step(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Transition:
-        """One step of this sampler's kind; a step to ``sigma_next = 0`` is deterministic for all of them."""
-        match self.kind:
-            case "ode":
-                return step_ode(x, v, sigma, sigma_next)
-            case "renoise":
-                return step_renoise(x, v, sigma, sigma_next, noise)
-            case "cps":
-                return step_cps(x, v, sigma, sigma_next, self.eta, noise)
+        Args:
+            x: ``[B, ...]`` at levels ``sigma`` ``[B]``.
+            v: Velocity, ``[B, ...]``.
+            sigma, sigma_next: ``[B]``, ``sigma_next < sigma``.
+            noise: Standard normal, ``[B, ...]``; ignored where the step is deterministic.
+            sigma_max: The first level below 1 of the sampler's grid, or 0 if there is none.
+        """
 
 
 @dataclass(frozen=True)
-class State:
-    """Where student samples stand on their way: the input of the step to be trained.
+class ODE(Sampler):
+    """Euler steps of the probability flow."""
+
+    stochastic = False
+    scheduler = "euler"
+
+    def step(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
+    ) -> Transition:
+        return step_ode(x, v, sigma, sigma_next)
+
+
+@dataclass(frozen=True)
+class Renoise(Sampler):
+    """Fresh noise between the steps. Source: DMD2 (2405.14867), section 4.4."""
+
+    stochastic = True
+    scheduler = "renoise"
+
+    def step(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
+    ) -> Transition:
+        return step_renoise(x, v, sigma, sigma_next, noise)
+
+
+@dataclass(frozen=True)
+class CPS(Sampler):
+    """Coefficient-preserving steps.
 
     Args:
-        x_sigma: ``[B, C, H, W]``.
-        sigma: ``[B]``.
-        level: Which of the generator's levels, ``[B]``, 0 for pure noise.
-    """
-
-    x_sigma: Tensor
-    sigma: Tensor
-    level: Tensor
-
-
-Streams = torch.Generator | Sequence[torch.Generator]
-"""One random stream for a batch, or one for each of its rows, whose noise then knows nothing of the other rows."""
-
-
-def draw_noise(shape: tuple[int, ...], generator: Streams, device: torch.device) -> Tensor:
-    """Standard normal noise from a stream of its own; drawn on the CPU, so every device sees the same.
+        eta: Share of fresh noise, in [0, 1].
 
     Raises:
-        ValueError: If there are several streams, and not one for each of the ``shape[0]`` rows.
+        UserError: If ``eta`` is out of range.
+
+    Source: RTDMD (2605.26108), which uses 0.9.
     """
-    if isinstance(generator, torch.Generator):
-        return torch.randn(shape, generator=generator).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} streams for {shape[0]} rows of noise")
-    return torch.stack([torch.randn(shape[1:], generator=stream) for stream in generator]).to(device)
+
+    eta: float = 0.9
+
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta is {self.eta}", where="model.sampler.eta", remedy="it must be in [0, 1]")
+
+    def step(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
+    ) -> Transition:
+        return step_cps(x, v, sigma, sigma_next, self.eta, noise)
+
+
+@dataclass(frozen=True)
+class SDE(Sampler):
+    """Euler-Maruyama steps of the reverse SDE; the step to 0 is an Euler step.
+
+    Args:
+        noise_level: Above 0.
+
+    Raises:
+        UserError: If ``noise_level`` is not positive.
+
+    Source: Flow-GRPO (2505.05470), which uses 0.7.
+    """
+
+    noise_level: float = 0.7
+
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        if not self.noise_level > 0:
+            raise UserError(
+                f"noise_level is {self.noise_level}", where="model.sampler.noise_level", remedy="it must be above 0"
+            )
+
+    def step(
+        self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
+    ) -> Transition:
+        return step_sde(x, v, sigma, sigma_next, self.noise_level, sigma_max, noise)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A rollout from pure noise.
+
+    Args:
+        sampler: How the steps were taken.
+        sigmas: The sampler's levels and a final 0, ``[K + 1]``.
+        states: ``x`` before and after each step taken, ``[B, C, H, W]`` each; ``states[k]`` is at ``sigmas[k]``,
+            except for samples that stopped before.
+        transitions: The steps; ``transitions[k]`` led from ``states[k]`` to ``states[k + 1]``. Empty where samples
+            stopped at different steps, since no step then covers the batch.
+    """
+
+    sampler: Sampler
+    sigmas: Tensor
+    states: tuple[Tensor, ...]
+    transitions: tuple[Transition, ...]
+
+    @property
+    def x0(self) -> Tensor:
+        """The last state: the samples of a full rollout."""
+        return self.states[-1]
+
+    def log_prob(self, k: int) -> Tensor:
+        """Log-probability of the ``k``-th step as it was taken, ``[B]``, see :meth:`Transition.log_prob`."""
+        return self.transitions[k].log_prob(self.states[k + 1])
+
+    def redo(self, predict: Predict, k: int) -> Transition:
+        """The ``k``-th step again under ``predict``, with its gradient; ``mean`` and ``std`` are what differs."""
+        x = self.states[k]
+        sigma, sigma_next = (self.sigmas[i].to(x).expand(len(x)) for i in (k, k + 1))
+        v = predict(x, sigma, torch.arange(len(x)))
+        return self.sampler.step(x, v, sigma, sigma_next, torch.zeros_like(x), _sigma_max(self.sigmas))
 
 
 @torch.no_grad()
-def backward_simulation(
+def rollout(
     predict: Predict,
     noise: Tensor,
     sigmas: Tensor,
-    level: Tensor,
-    sampler: FewStepSampler,
-    generator: torch.Generator,
-) -> State:
-    """Bring each sample from pure noise to its own level with the student itself, without gradient.
+    sampler: Sampler,
+    rng: Streams | None = None,
+    stop: Tensor | None = None,
+) -> Trajectory:
+    """Sample from pure noise, without gradient.
+
+    With ``stop`` this is backward simulation: each sample goes to a level of its own, and each step evaluates only
+    the samples that take it.
 
     Args:
-        predict: The student's velocity.
-        noise: ``[B, C, H, W]``.
+        predict: The generator's velocity.
+        noise: Standard normal, ``[B, C, H, W]``.
         sigmas: The sampler's levels and a final 0, ``[K + 1]``, on the CPU.
-        level: The level at which each sample stops, ``[B]`` in ``0..K-1``, on the CPU: known before any step, so
-            that each step evaluates only the samples that go on and no device is waited for.
-        sampler: Kind of the steps.
-        generator: Random stream of the steps' noise.
+        sampler: How steps are taken.
+        rng: Random stream of the steps' noise; required for stochastic samplers.
+        stop: Step index at which each sample stops, ``[B]`` in ``0..K``, on the CPU, so that no device has to be
+            waited for; ``None`` takes all steps.
+
+    Raises:
+        ValueError: If a stochastic sampler has no ``rng``.
 
     Source: DMD2 (2405.14867), section 4.5.
     """
+    if rng is None and sampler.stochastic:
+        raise ValueError(f"{type(sampler).__name__} needs an rng for its fresh noise")
     x = sigmas[0].to(noise.dtype) * noise
-    for i in range(int(level.max())):
-        fresh = draw_noise(tuple(noise.shape), generator, noise.device)
-        rows = torch.nonzero(level > i)[:, 0].to(noise.device)
-        sigma = sigmas[i].to(x).expand(len(rows))
-        v = predict(x[rows], sigma, rows)
-        sigma_next = sigmas[i + 1].to(x).expand(len(rows))
-        x = x.index_copy(0, rows, sampler.step(x[rows], v, sigma, sigma_next, fresh[rows]).sample.to(x.dtype))
-    return State(x, sigmas[level].to(x), level)
+    states, transitions = [x], []
+    for k in range(len(sigmas) - 1 if stop is None else int(stop.max())):
+        fresh = draw_noise(tuple(noise.shape), rng, noise.device) if rng is not None and sampler.stochastic else x
+        rows = torch.arange(len(x)) if stop is None else torch.nonzero(stop > k)[:, 0]
+        everyone, index = len(rows) == len(x), rows.to(x.device)
+        here, noise_here = (x, fresh) if everyone else (x[index], fresh[index])
+        sigma, sigma_next = (sigmas[i].to(x).expand(len(rows)) for i in (k, k + 1))
+        step = sampler.step(here, predict(here, sigma, rows), sigma, sigma_next, noise_here, _sigma_max(sigmas))
+        x = step.sample.to(x.dtype) if everyone else x.index_copy(0, index, step.sample.to(x.dtype))
+        states.append(x)
+        transitions.append(step)
+    return Trajectory(sampler, sigmas, tuple(states), () if stop is not None else tuple(transitions))
 
 
-@torch.no_grad()
-def sample(
-    predict: Predict, noise: Tensor, sigmas: Tensor, sampler: FewStepSampler, generator: Streams | None = None
-) -> Tensor:
-    """All steps from pure noise to ``x0``, ``[B, C, H, W]``.
-
-    Raises:
-        ValueError: If the sampler's kind needs fresh noise and there is no ``generator`` to draw it from.
-    """
-    if generator is None and sampler.kind != "ode":
-        raise ValueError(f"the {sampler.kind} sampler needs a generator for its fresh noise")
-    x = sigmas[0].to(noise.dtype) * noise
-    rows = torch.arange(len(noise), device=noise.device)
-    for here, below in zip(sigmas[:-1].to(x), sigmas[1:].to(x), strict=True):
-        if generator is None:
-            fresh = torch.zeros_like(noise)
-        else:
-            fresh = draw_noise(tuple(noise.shape), generator, noise.device)
-        sigma, sigma_next = here.expand(len(x)), below.expand(len(x))
-        x = sampler.step(x, predict(x, sigma, rows), sigma, sigma_next, fresh).sample
-    return x
+def _sigma_max(sigmas: Tensor) -> float:
+    below = sigmas[sigmas < 1]
+    return float(below.max()) if len(below) else 0.0

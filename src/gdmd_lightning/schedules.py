@@ -1,7 +1,7 @@
-"""Noise levels: one ``sigma`` in [0, 1] for every family, grids of it, its shifts, and laws to draw it from.
+"""Noise levels: one ``sigma`` in [0, 1] for every family, its grids and shifts, and distributions to draw it from.
 
-Everything above a network works with ``x_sigma = (1 - sigma) x0 + sigma eps`` (rectified flow). A variance
-preserving network (``x_t = a_t x0 + s_t eps``, ``a_t^2 + s_t^2 = 1``) is mapped there exactly by
+Everything above a network works with ``x_sigma = (1 - sigma) x0 + sigma eps`` (rectified flow). A variance-preserving
+network (``x_t = a_t x0 + s_t eps``, ``a_t^2 + s_t^2 = 1``) is mapped there exactly by
 ``sigma = s_t / (a_t + s_t)`` and ``x_sigma = x_t / (a_t + s_t)``.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
-    """``sigma`` ``[B]`` with trailing axes of length 1, to broadcast against ``like`` ``[B, ...]``."""
+    """Reshape ``sigma`` ``[B]`` so that it broadcasts against ``like`` ``[B, ...]``, in its dtype."""
     return sigma.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
@@ -37,7 +37,7 @@ def velocity_from_x0(x_sigma: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """``s sigma / (1 + (s - 1) sigma)``: moves levels towards noise for ``s > 1``.
+    """``s sigma / (1 + (s - 1) sigma)``: moves levels toward noise for ``s > 1``.
 
     Source: Stable Diffusion 3 (2403.03206), Eq. 23.
     """
@@ -45,34 +45,47 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def sigma_from_vp(alpha: Tensor, noise: Tensor) -> Tensor:
-    """Flow level of a variance preserving state ``alpha x0 + noise eps``: ``noise / (alpha + noise)``."""
+    """Flow level of a variance-preserving state ``alpha x0 + noise eps``: ``noise / (alpha + noise)``."""
     return noise / (alpha + noise)
 
 
 def vp_from_sigma(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """``(a, s)`` with ``a^2 + s^2 = 1`` of a flow level: the inverse of :func:`sigma_from_vp`."""
+    """``(a, s)`` with ``a^2 + s^2 = 1`` for a flow level: the inverse of :func:`sigma_from_vp`."""
     scale = torch.sqrt((1 - sigma) ** 2 + sigma**2)
     return (1 - sigma) / scale, sigma / scale
 
 
 def few_step_sigmas(steps: int, shift: float = 1.0) -> Tensor:
-    """Levels of a ``steps``-step generator, ``[steps + 1]``: 1, ..., 1/steps (shifted), then 0.
+    """Levels of a generator with ``steps`` steps, ``[steps + 1]``: 1, ..., 1/steps (shifted), then 0.
 
     Source: DMD2 (2405.14867), section 4.4: timesteps 1000, 750, 500, 250 for four steps.
     """
     return torch.cat([shift_sigma(torch.arange(steps, 0, -1) / steps, shift), torch.zeros(1)])
 
 
-class RenoiseLaw(ABC):
-    """A law of renoise levels, sampled as quantiles so that a group can be stratified."""
+class RenoiseDistribution(ABC):
+    """Distribution of renoise levels, sampled through its quantile function so that a group can be stratified."""
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
-        """Levels at the quantiles ``u`` in [0, 1]."""
+        """Levels ``sigma`` at the quantiles ``u`` in [0, 1]."""
+
+    def quantile_above(self, u: Tensor, sigma_min: Tensor) -> Tensor:
+        """Levels at the quantiles ``u`` of the same distribution restricted to levels above ``sigma_min``.
+
+        Where no level is above ``sigma_min`` the highest level is returned.
+        """
+        low, high = torch.zeros_like(sigma_min), torch.ones_like(sigma_min)
+        for _ in range(30):  # bisection for the probability of levels below sigma_min, to float32's precision
+            middle = (low + high) / 2
+            below = self.quantile(middle) < sigma_min
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        start = torch.where(sigma_min <= self.quantile(torch.zeros_like(sigma_min)), torch.zeros_like(high), high)
+        return self.quantile(start + (1 - start) * u)
 
 
 @dataclass(frozen=True)
-class UniformLaw(RenoiseLaw):
+class Uniform(RenoiseDistribution):
     """Uniform in ``[low, high]``, then shifted. Source: DMD2's ``[0.02, 0.98]``."""
 
     low: float = 0.02
@@ -80,16 +93,17 @@ class UniformLaw(RenoiseLaw):
     shift: float = 1.0
 
     def quantile(self, u: Tensor) -> Tensor:
-        """See :class:`RenoiseLaw`."""
         return shift_sigma(self.low + (self.high - self.low) * u, self.shift)
 
 
 @dataclass(frozen=True)
-class TimestepLaw(RenoiseLaw):
-    """Timesteps of a variance preserving network, uniform in ``[low, high]`` of them, as flow levels.
+class UniformTimestep(RenoiseDistribution):
+    """Uniform over timesteps of a variance-preserving network, converted to flow levels.
 
-    ``low`` and ``high`` are shares of ``timesteps``; ``beta_start`` and ``beta_end`` are those of its schedule, whose
-    roots are evenly spaced (``scaled_linear``). Source: DMD2's ``[0.02, 0.98]`` on SDXL.
+    Args:
+        low, high: Range, as fractions of ``timesteps``. Source: DMD2's ``[0.02, 0.98]`` on SDXL.
+        timesteps: Number of timesteps of the network's schedule.
+        beta_start, beta_end: Its first and last beta; their square roots are evenly spaced (``scaled_linear``).
     """
 
     low: float = 0.02
@@ -99,17 +113,16 @@ class TimestepLaw(RenoiseLaw):
     beta_end: float = 0.012
 
     def quantile(self, u: Tensor) -> Tensor:
-        """See :class:`RenoiseLaw`."""
         roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64)
         alphas = torch.cumprod(1 - roots**2, 0)
-        levels = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())
+        sigmas = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())
         t = (self.low + (self.high - self.low) * u.double()) * self.timesteps
-        return levels[t.long().clamp(0, self.timesteps - 1)].to(u.dtype)
+        return sigmas[t.long().clamp(0, self.timesteps - 1)].to(u.dtype)
 
 
 @dataclass(frozen=True)
-class LogitNormalLaw(RenoiseLaw):
-    """``sigmoid(mean + std z)``, then shifted, kept in ``[low, high]``. Source: SD3 (2403.03206), section 3.1."""
+class LogitNormal(RenoiseDistribution):
+    """``sigmoid(mean + std z)``, then shifted and clamped to ``[low, high]``. Source: SD3 (2403.03206), 3.1."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -118,20 +131,34 @@ class LogitNormalLaw(RenoiseLaw):
     high: float = 0.98
 
     def quantile(self, u: Tensor) -> Tensor:
-        """See :class:`RenoiseLaw`."""
         z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
         return shift_sigma(torch.sigmoid(self.mean + self.std * z), self.shift).clamp(self.low, self.high)
 
 
-def draw_levels(
-    law: RenoiseLaw, batch: int, group: int, generator: torch.Generator, *, stratify: bool = True
+def draw_renoise_sigmas(
+    distribution: RenoiseDistribution,
+    batch: int,
+    group: int,
+    rng: torch.Generator,
+    *,
+    stratify: bool = True,
+    sigma_min: Tensor | None = None,
 ) -> Tensor:
-    """Renoise levels ``[batch, group]`` on the CPU.
+    """Draw renoise levels ``[batch, group]``, on the CPU.
 
     With ``stratify`` the ``j``-th level of a group falls into the ``j``-th of ``group`` equally likely intervals,
-    so each group spans the law; marginally over a random ``j`` the law is unchanged.
+    so that each group spans the distribution; averaged over ``j`` the distribution is unchanged.
+
+    Args:
+        distribution: Of the levels.
+        batch, group: Shape of the draw.
+        rng: Random stream.
+        stratify: Spread the levels of a group.
+        sigma_min: Draw each row's levels only above this one, ``[batch]`` on the CPU; ``None`` for all levels.
     """
-    u = torch.rand(batch, group, generator=generator)
+    u = torch.rand(batch, group, generator=rng)
     if stratify:
         u = (torch.arange(group) + u) / group
-    return law.quantile(u)
+    if sigma_min is None:
+        return distribution.quantile(u)
+    return distribution.quantile_above(u, sigma_min[:, None].expand(batch, group))

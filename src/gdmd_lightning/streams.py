@@ -17,10 +17,15 @@ Streams = torch.Generator | Sequence[torch.Generator]
 """One random stream for a batch, or one per row, whose noise then does not depend on the other rows."""
 
 
+def named_seed(*name: object) -> int:
+    """Seed that belongs to a name, for libraries that take nothing else; in [0, 2^63)."""
+    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def stream(*name: object) -> torch.Generator:
     """Random stream of a name, for tensors; on the CPU, so that every device gets the same numbers."""
-    digest = hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(named_seed(*name))
 
 
 def python_stream(*name: object) -> random.Random:

@@ -1,4 +1,4 @@
-"""Evaluation at checkpoints: scores by task, pictures beside the teacher's, and no trace in the training."""
+"""Evaluation at checkpoints: scores by task, images next to the teacher's, and no effect on the training."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def events(recorded_run):
     return EventAccumulator(str(recorded_run)).Reload()
 
 
-def test_scores_are_logged_by_task_and_the_overall_is_their_mean(events):
+def test_overall_score_is_the_mean_of_the_logged_tasks(events):
     tags = events.Tags()["scalars"]
     tasks = [events.Scalars(f"eval/geneval/{task}")[-1] for task in TASKS]
     overall = events.Scalars("eval/geneval/overall")[-1]
@@ -28,7 +28,7 @@ def test_scores_are_logged_by_task_and_the_overall_is_their_mean(events):
     assert "eval/seconds_per_picture" in tags
 
 
-def test_pictures_of_teacher_and_generator_go_to_tensorboard_and_to_a_file(events, recorded_run):
+def test_evaluation_draws_teacher_and_generator_in_tensorboard_and_a_file(events, recorded_run):
     assert events.Images("teacher and generator")[-1].step == 6
     (png,) = (recorded_run / "pictures").iterdir()
     assert png.name == "000006.png"
@@ -40,7 +40,7 @@ def evaluation(**options) -> GenerationEvaluation:
     return GenerationEvaluation([RewardScore(tiny.Brightness())], count=6, columns=0, **options)
 
 
-def test_evaluating_changes_nothing_in_the_training(tiny_pipeline, tmp_path):
+def test_evaluation_does_not_change_the_run(tiny_pipeline, tmp_path):
     torch.manual_seed(0)
     alone = tiny.module(tiny_pipeline)
     tiny.train(alone, 3)
@@ -50,7 +50,7 @@ def test_evaluating_changes_nothing_in_the_training(tiny_pipeline, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
 
 
-def test_the_averaged_weights_are_scored(tiny_pipeline, tmp_path):
+def test_evaluation_scores_the_averaged_weights(tiny_pipeline, tmp_path):
     module, tests = tiny.module(tiny_pipeline), evaluation(every_n_updates=3)
     trainer = tiny.train(module, 3, callbacks=[tests], default_root_dir=tmp_path)
     logged = trainer.logged_metrics["eval/brightness/overall"].item()
@@ -62,14 +62,14 @@ def test_the_averaged_weights_are_scored(tiny_pipeline, tmp_path):
     assert logged == found["ema"] != found["generator"]
 
 
-def test_it_runs_when_due_and_at_the_end(tiny_pipeline, tmp_path, monkeypatch):
+def test_evaluation_runs_when_due_and_at_the_end(tiny_pipeline, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(GenerationEvaluation, "run", lambda self, trainer, module: done.append(trainer.global_step))
+    monkeypatch.setattr(GenerationEvaluation, "run", lambda self, trainer, module: done.append(module.updates))
     tiny.train(tiny.module(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=2)], default_root_dir=tmp_path)
     assert done == [2, 4, 5]
 
 
-def test_prompts_of_a_file_have_one_score(tiny_pipeline, tmp_path):
+def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo squares\n")
     tests = GenerationEvaluation([RewardScore(tiny.Brightness())], prompts=str(prompts), columns=2, teacher_steps=2)
@@ -79,7 +79,7 @@ def test_prompts_of_a_file_have_one_score(tiny_pipeline, tmp_path):
     assert (tmp_path / "pictures" / "000001.png").is_file()
 
 
-def test_a_monitored_score_chooses_the_best_checkpoint(tiny_pipeline, tmp_path):
+def test_monitored_score_chooses_the_best_checkpoint(tiny_pipeline, tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     keeper = ModelCheckpoint(tmp_path / "best", monitor="eval/geneval/overall", mode="max", every_n_train_steps=1)

@@ -1,4 +1,4 @@
-"""The record holds a row for every judged target, and the pictures beside it are what was judged."""
+"""The record holds a row for every judged target, and the images next to it are what was judged."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,20 +26,20 @@ def rows(recorded_run) -> list[dict]:
     return table(recorded_run).to_pylist()
 
 
-def test_the_columns_are_the_documented_ones(recorded_run):
+def test_record_columns_are_the_documented_ones(recorded_run):
     schema = table(recorded_run).schema
     types = {"int64": "int64", "int32": "int32", "string": "string", "float32": "float"}
     assert {field.name: str(field.type) for field in schema} == {name: types[kind] for name, kind in COLUMNS.items()}
     assert all(f"``{name}``" in GradientRewardRecord.__doc__ for name in COLUMNS)
 
 
-def test_every_judged_target_has_one_row(rows):
+def test_record_has_one_row_per_judged_target(rows):
     places = Counter((row["step"], row["rank"], row["state"], row["target"]) for row in rows)
     assert set(places.values()) == {1}
     assert set(places) == {(s, 0, i, j) for s in range(UPDATES) for i in range(STATES) for j in range(TARGETS)}
 
 
-def test_rows_hold_levels_and_rewards_of_their_state(rows):
+def test_record_rows_hold_levels_and_rewards_of_their_state(rows):
     for row in rows:
         assert 0 < row["sigma"] <= 1
         assert 0 < row["t"] < 1
@@ -52,16 +52,16 @@ def test_rows_hold_levels_and_rewards_of_their_state(rows):
     assert all(len(found) == 1 for found in of_state.values())
 
 
-def test_the_weight_is_the_first_order_of_the_advantage(rows, recorded_run):
+def test_recorded_weight_follows_from_the_advantage(rows, recorded_run):
     module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
-    clip = module.verdict.clip
+    clip = module.advantages.clip
     for row in rows:
         o = 0.5 + max(-clip, min(clip, row["advantage"])) / (2 * clip)
         assert row["weight"] == pytest.approx(1 + 2 * module.lambda_policy * (2 * o - 1), abs=1e-5)
     assert len({row["weight"] for row in rows}) > len(rows) / 2
 
 
-def test_the_pictures_are_those_that_were_judged(rows, recorded_run):
+def test_recorded_images_are_those_that_were_judged(rows, recorded_run):
     for step in (0, 4):
         pictures = load_file(recorded_run / "gradient_rewards" / f"pictures-{step:08d}.safetensors")
         assert pictures["samples"].shape == (3, 3, 32, 32)
@@ -77,12 +77,12 @@ def test_the_pictures_are_those_that_were_judged(rows, recorded_run):
                 assert row["reward_sample"] == pytest.approx(reward.score(sample[None], []).item(), abs=1e-4)
 
 
-def test_samples_that_were_not_judged_have_no_reward(fast_fit, tmp_path):
+def test_record_has_no_reward_of_samples_that_were_not_scored(fast_fit, tmp_path):
     training.run([*fast_fit, "--trainer.max_steps=1"])
     assert table(tmp_path / "run")["reward_sample"].null_count == STATES * 2
 
 
-def test_snapshots_are_told_apart(fast_fit, tmp_path):
+def test_record_distinguishes_snapshots(fast_fit, tmp_path):
     many = ["--model.targets.over=snapshot", "--model.targets.size=3", "--model.targets.snapshots=2"]
     training.run([*fast_fit, "--trainer.max_steps=1", *many])
     rows = table(tmp_path / "run").to_pylist()
@@ -91,7 +91,7 @@ def test_snapshots_are_told_apart(fast_fit, tmp_path):
     assert len({(row["state"], row["t"]) for row in rows}) == STATES
 
 
-def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(fast_fit, tmp_path):
+def test_resumed_run_drops_rows_after_its_checkpoint(fast_fit, tmp_path):
     training.run([*fast_fit, "--trainer.max_steps=2"])
     at_two = (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "two.ckpt")
     training.run([*fast_fit, "--trainer.max_steps=5", f"--ckpt_path={at_two}"])
@@ -102,7 +102,7 @@ def test_a_resumed_run_drops_what_was_recorded_after_its_checkpoint(fast_fit, tm
     assert [row for row in before if row["step"] < 2] == [row for row in after if row["step"] < 2]
 
 
-def test_a_method_that_judges_nothing_is_refused_before_anything_is_loaded(tiny_pipeline, monkeypatch):
+def test_record_of_a_method_without_targets_is_refused_before_loading(tiny_pipeline, monkeypatch):
     from gdmd_lightning.methods.dmd import DMD
 
     module = tiny.module(tiny_pipeline, DMD)
@@ -111,7 +111,7 @@ def test_a_method_that_judges_nothing_is_refused_before_anything_is_loaded(tiny_
         tiny.train(module, 1, callbacks=[GradientRewardRecord()])
 
 
-def test_recording_changes_nothing(tiny_pipeline, tmp_path):
+def test_recording_does_not_change_the_run(tiny_pipeline, tmp_path):
     alone, watched = tiny.module(tiny_pipeline), tiny.module(tiny_pipeline)
     tiny.train(alone, 2)
     tiny.train(watched, 2, callbacks=[GradientRewardRecord(pictures_every=1)], default_root_dir=tmp_path)

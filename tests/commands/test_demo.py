@@ -4,7 +4,7 @@ import json
 
 from gdmd_lightning.cli import main
 
-CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.critic_updates=1"]
+CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.fake_score_updates=1"]
 FIT = f"--fit={json.dumps([*CHEAP, '--trainer.enable_progress_bar=false'])}"
 
 

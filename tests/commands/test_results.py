@@ -12,7 +12,7 @@ from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.metrics.scores import Interval
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
 
-CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.critic_updates=1"]
+CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.fake_score_updates=1"]
 FIT = f"--fit={json.dumps(CHEAP)}"
 
 

@@ -39,7 +39,7 @@ def stochastic(tiny_pipeline, tmp_path_factory) -> Path:
     """A checkpoint whose sampler adds fresh noise between steps."""
     directory = tmp_path_factory.mktemp("stochastic")
     arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
-    training.run([*arguments, "--trainer.max_steps=1", "--model.sampler.kind=renoise"])
+    training.run([*arguments, "--trainer.max_steps=1", "--model.sampler=Renoise"])
     return (directory / "run" / "checkpoints" / "last.ckpt").rename(directory / "renoise.ckpt")
 
 
@@ -99,7 +99,7 @@ def test_sample_pictures_equal_those_of_the_module_from_the_same_noise(checkpoin
     module = load_module(str(path))
     rngs = [sampling.Picture(row, 0, Prompt("")).rng(5) for row in range(4)]
     noise = torch.stack([torch.randn(module.latent_shape, generator=rng) for rng in rngs])
-    images = module.generate(noise, TEXTS) if kind == "ode" else module.generate(noise, TEXTS, streams=rngs)
+    images = module.generate(noise, TEXTS) if kind == "ode" else module.generate(noise, TEXTS, rngs=rngs)
     expected = (255 * images).round().permute(0, 2, 3, 1).int().numpy()
     assert greatest_difference(pixels(tmp_path / "out"), {f"{row:06d}-0.png": expected[row] for row in range(4)}) == 0
 

@@ -1,4 +1,4 @@
-"""Embeddings on disk: computed once, read back to the bit, whole after any crash, and of one model alone."""
+"""Embeddings on disk: computed once, read back bitwise equal, intact after any crash, of one model only."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from gdmd_lightning.data import embedding_cache, embeddings
 from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, key_of
 from gdmd_lightning.data.embeddings import PromptEmbeddings, fill
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning
+from gdmd_lightning.latents import Conditioning
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -24,13 +24,13 @@ TEXTS = [f"prompt {n}" for n in range(10)]
 
 
 class Words:
-    """A family whose embeddings are numbers drawn by the text; it notes what it was asked."""
+    """A family with random embeddings that depend only on the text; it records the texts it encodes."""
 
     def __init__(self):
-        self.asked = []
+        self.encoded = []
 
     def encode(self, texts):
-        self.asked += [list(texts)]
+        self.encoded += [list(texts)]
         draws = [torch.Generator().manual_seed(int(key_of(text)[:12], 16)) for text in texts]
         rows = torch.stack([torch.randn(4, 3, generator=draw) for draw in draws])
         return Conditioning(rows[:, :2], rows[:, 2], rows[:, 3].long())
@@ -52,7 +52,7 @@ def same(one, other):
 
 
 def run_here(code, *arguments):
-    """Python code in a process of its own, with this file's names."""
+    """Run Python code in a new process, with the names of this file imported."""
     code = f"import os, sys\nfrom test_embedding_cache import *\n{code}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
     return subprocess.Popen(
@@ -64,40 +64,40 @@ def files(directory, kind):
     return sorted(path.name for path in Path(directory).glob(f"*.{kind}"))
 
 
-def test_a_second_run_encodes_nothing(tmp_path):
+def test_cache_is_reused_by_a_second_run(tmp_path):
     filled(tmp_path, TEXTS, Words())
     family = Words()
     store = filled(tmp_path, TEXTS, family)
     rows = PromptEmbeddings(family, store=store)(TEXTS)
-    assert family.asked == []
+    assert family.encoded == []
     assert same(rows, Words().encode(TEXTS))
 
 
-def test_a_text_is_encoded_once_however_often_it_is_asked_for_and_in_batches_and_files_of_the_size_told(tmp_path):
+def test_fill_encodes_each_text_once_in_batches_and_files_of_the_given_size(tmp_path):
     family = Words()
     filled(tmp_path, TEXTS + TEXTS[::-1], family)
-    assert [len(batch) for batch in family.asked] == [2] * 5
-    assert [text for batch in family.asked for text in batch] == TEXTS
+    assert [len(batch) for batch in family.encoded] == [2] * 5
+    assert [text for batch in family.encoded for text in batch] == TEXTS
     assert len(files(tmp_path, "safetensors")) == 3
 
 
-def test_only_new_texts_are_encoded_when_prompts_are_added(tmp_path):
+def test_fill_encodes_only_new_texts(tmp_path):
     filled(tmp_path, TEXTS[:6], Words())
     family = Words()
     filled(tmp_path, TEXTS, family)
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[6:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[6:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fields", [("sequence",), ("sequence", "pooled"), ("sequence", "ids"), embedding_cache.FIELDS])
-def test_what_is_read_is_what_was_written_to_the_bit(tmp_path, dtype, fields):
+def test_store_reads_bitwise_what_was_written(tmp_path, dtype, fields):
     parts = {"sequence": torch.randn(1, 5, 4), "pooled": torch.randn(1, 3), "ids": torch.randn(1, 5, 4)}
     row = Conditioning(**{name: parts[name].to(dtype) for name in fields})
     EmbeddingStore(str(tmp_path), "words").write({"déjà vu": row})
     assert same(EmbeddingStore(str(tmp_path), "words").read("déjà vu", CPU), row)
 
 
-def test_an_embedding_outlives_its_file(tmp_path):
+def test_read_embedding_does_not_depend_on_its_file(tmp_path):
     store = filled(tmp_path, TEXTS, Words())
     row = store.read(TEXTS[0], CPU)
     for path in tmp_path.glob("*"):
@@ -120,43 +120,43 @@ def fill_share(place, rank):
     family = Words()
     store = filled(place / "cache", TEXTS, family, rank, world_size=2, barrier=barrier)
     read = all(same(store.read(text, CPU), Words().encode([text])) for text in TEXTS)
-    asked = [text for batch in family.asked for text in batch]
-    (place / f"report-{rank}.json").write_text(json.dumps({"asked": asked, "read": read}))
+    encoded = [text for batch in family.encoded for text in batch]
+    (place / f"report-{rank}.json").write_text(json.dumps({"encoded": encoded, "read": read}))
 
 
-def test_two_processes_fill_one_directory_without_overlap_and_read_each_others(tmp_path):
+def test_two_processes_share_the_work_and_read_each_others_shards(tmp_path):
     running = [run_here("fill_share(Path(sys.argv[1]), int(sys.argv[2]))", tmp_path, rank) for rank in (0, 1)]
-    told = [process.communicate(timeout=100)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], told
+    stderr = [process.communicate(timeout=100)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], stderr
     one, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
-    assert one["asked"]
-    assert other["asked"]
-    assert sorted(one["asked"] + other["asked"]) == TEXTS
+    assert one["encoded"]
+    assert other["encoded"]
+    assert sorted(one["encoded"] + other["encoded"]) == TEXTS
     assert one["read"]
     assert other["read"]
 
 
-def test_a_rank_that_has_seen_anothers_shards_still_does_its_own_share(tmp_path):
-    """Dealt out by place among what is absent, texts would be left out when ranks begin at different times."""
-    prompt, late = Words(), Words()
+def test_fill_shares_do_not_depend_on_shards_already_seen(tmp_path):
+    """Dividing by position among the missing texts would skip some if ranks start at different times."""
+    early, late = Words(), Words()
 
-    def the_other():
+    def fill_other_share():
         filled(tmp_path, TEXTS, late, 0, world_size=2)
 
-    store = filled(tmp_path, TEXTS, prompt, 1, world_size=2, barrier=the_other)
+    store = filled(tmp_path, TEXTS, early, 1, world_size=2, barrier=fill_other_share)
     assert store.missing(TEXTS) == []
-    asked = [[text for batch in family.asked for text in batch] for family in (prompt, late)]
-    assert all(asked)
-    assert sorted(asked[0] + asked[1]) == TEXTS
+    encoded = [[text for batch in family.encoded for text in batch] for family in (early, late)]
+    assert all(encoded)
+    assert sorted(encoded[0] + encoded[1]) == TEXTS
 
 
-def test_ranks_whose_directories_are_not_one_are_told(tmp_path, monkeypatch):
+def test_fill_refuses_ranks_with_different_directories(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "PATIENCE", 0)
-    with pytest.raises(UserError, match=r"lacks \d+ of 10 prompts .*give embedding_cache.directory a directory that"):
+    with pytest.raises(UserError, match=r"lacks \d+ of 10 prompts .*set embedding_cache.directory to a directory that"):
         filled(tmp_path, TEXTS, Words(), world_size=2)
 
 
-def test_of_two_runs_that_wrote_a_prompt_everybody_reads_the_earlier(tmp_path):
+def test_store_reads_the_earlier_of_two_shards_with_the_same_prompt(tmp_path):
     row = Words().encode(["a"])
     first, second, early = (EmbeddingStore(str(tmp_path), "words", rank) for rank in (0, 1, 2))
     first.write({"a": row})
@@ -170,7 +170,7 @@ def test_of_two_runs_that_wrote_a_prompt_everybody_reads_the_earlier(tmp_path):
 # Crashes.
 
 
-def test_a_write_that_fails_half_way_leaves_what_was_written_and_nothing_else(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_earlier_shards_and_leaves_no_file(tmp_path, monkeypatch):
     store = filled(tmp_path, TEXTS[:4], Words())
 
     def stop(_):
@@ -183,11 +183,11 @@ def test_a_write_that_fails_half_way_leaves_what_was_written_and_nothing_else(tm
     assert files(tmp_path, "part") == []
     family = Words()
     again = filled(tmp_path, TEXTS, family)
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[4:]
     assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_a_usable_cache(tmp_path):
+def test_killed_write_leaves_a_usable_cache(tmp_path):
     killed = run_here(
         "store = filled(sys.argv[1], TEXTS[:4], Words())\n"
         "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
@@ -199,15 +199,15 @@ def test_a_kill_in_the_middle_of_writing_leaves_a_usable_cache(tmp_path):
     assert len(files(tmp_path, "part")) == 1
     assert len(files(tmp_path, "safetensors")) == 1
     EmbeddingStore(str(tmp_path), "words", rank=1)
-    assert len(files(tmp_path, "part")) == 1, "another rank's"
+    assert len(files(tmp_path, "part")) == 1, "the file of another rank must stay"
     family = Words()
     again = filled(tmp_path, TEXTS, family)
     assert files(tmp_path, "part") == []
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[4:]
     assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
 
 
-def test_what_a_living_run_is_writing_is_left_alone_until_it_is_a_day_old(tmp_path):
+def test_unfinished_file_of_a_running_process_is_kept_for_a_day(tmp_path):
     host = embedding_cache.socket.gethostname()
     mine = tmp_path / f"00000.{os.getppid()}.{host}.part"
     far = tmp_path / "00000.1.elsewhere.part"
@@ -224,17 +224,17 @@ def test_what_a_living_run_is_writing_is_left_alone_until_it_is_a_day_old(tmp_pa
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_a_truncated_shard_is_one_line_that_names_it(tmp_path, kept):
+def test_truncated_shard_is_an_error_that_names_it(tmp_path, kept):
     filled(tmp_path, TEXTS[:4], Words())
     (name,) = files(tmp_path, "safetensors")
     os.truncate(tmp_path / name, kept if kept >= 0 else (tmp_path / name).stat().st_size - 1)
-    with pytest.raises(UserError, match=r"is no whole safetensors file .*remove this file") as raised:
+    with pytest.raises(UserError, match=r"not a complete safetensors file .*remove this file") as raised:
         EmbeddingStore(str(tmp_path), "words")
     assert str(raised.value).startswith(str(tmp_path / name))
     assert "\n" not in str(raised.value)
 
 
-def test_a_shard_that_is_removed_under_a_run_is_told(tmp_path):
+def test_shard_removed_during_a_run_is_an_error(tmp_path):
     store = filled(tmp_path, TEXTS[:4], Words())
     (name,) = files(tmp_path, "safetensors")
     (tmp_path / name).unlink()
@@ -255,23 +255,23 @@ except UserError as error:
 """
 
 
-def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_that_was_written(tmp_path):
-    """With a limit on files' sizes the kernel refuses the write half way, as it does where no space is left."""
+def test_full_disk_is_a_one_line_error_and_keeps_earlier_shards(tmp_path):
+    """A limit on file sizes makes the kernel refuse a write halfway, as on a full disk."""
     process = run_here(FULL, tmp_path)
-    told = process.communicate(timeout=100)[1]
-    assert process.returncode == 2, told
-    line = told.splitlines()[-1]
+    stderr = process.communicate(timeout=100)[1]
+    assert process.returncode == 2, stderr
+    line = stderr.splitlines()[-1]
     assert line.startswith(f"{tmp_path}: cannot write ")
     assert "File too large" in line
     assert files(tmp_path, "part") == []
     assert len(files(tmp_path, "safetensors")) == 1
     family = Words()
     filled(tmp_path, TEXTS, family)
-    assert sorted(text for batch in family.asked for text in batch) == TEXTS[4:]
+    assert sorted(text for batch in family.encoded for text in batch) == TEXTS[4:]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_no_space_left_is_said_in_these_words(tmp_path, monkeypatch):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_full_disk_error_gives_the_reason(tmp_path, monkeypatch):
     store = EmbeddingStore(str(tmp_path), "words")
     opened = Path.open
     monkeypatch.setattr(
@@ -281,40 +281,40 @@ def test_no_space_left_is_said_in_these_words(tmp_path, monkeypatch):
         store.write({"a": Words().encode(["a"])})
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+def test_fill_refuses_a_disk_without_room_before_encoding(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(1, 1, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     family = Words()
     with pytest.raises(UserError, match=r"10 prompts of 60 bytes each need 600 bytes; 100 bytes are free"):
         filled(tmp_path, TEXTS, family)
-    assert family.asked == []
+    assert family.encoded == []
 
 
-def test_a_place_that_is_no_directory_is_told(tmp_path):
+def test_store_refuses_a_path_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write here: File exists"):
         EmbeddingStore(str(tmp_path / "file"), "words")
 
 
-# Of one model alone.
+# Only one model.
 
 
-def test_another_models_embeddings_are_refused(tmp_path):
+def test_store_refuses_embeddings_of_another_model(tmp_path):
     filled(tmp_path, TEXTS, Words())
-    with pytest.raises(UserError, match=r"holds embeddings of another model.*a directory of its own") as raised:
+    with pytest.raises(UserError, match=r"contains embeddings of another model.*a separate directory") as raised:
         EmbeddingStore(str(tmp_path), "letters")
     assert str(raised.value).startswith(str(tmp_path))
 
 
-def test_a_directory_of_weights_is_no_cache(tmp_path):
+def test_store_refuses_a_directory_of_model_weights(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="holds safetensors files that are no embeddings"):
+    with pytest.raises(UserError, match="contains safetensors files that are not embeddings"):
         EmbeddingStore(str(tmp_path), "words")
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_size": 0}, {"most": -1}, {"directory": " "}])
-def test_settings_without_sense_are_refused(wrong):
+def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"embedding_cache.{next(iter(wrong))}"):
         EmbeddingCache(**{"directory": "cache", **wrong})

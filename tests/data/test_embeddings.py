@@ -1,4 +1,4 @@
-"""Text is encoded once a prompt, and ahead of training where a run keeps its embeddings."""
+"""Prompts are encoded once, and before training if the run keeps its embeddings on disk."""
 
 import shutil
 import weakref
@@ -12,50 +12,50 @@ from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead, fill, prompts_of_run
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning
 from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.prompts import Prompt
 
 
 class Letters:
-    """A family whose embedding of a text is the codes of its first letters."""
+    """A family that embeds a text as the code of its first letter."""
 
     empty = Conditioning(torch.zeros(1, 1, 1))
 
     def __init__(self):
-        self.asked = []
+        self.encoded = []
 
     def encode(self, texts):
-        self.asked.append(list(texts))
+        self.encoded.append(list(texts))
         return Conditioning(torch.tensor([[[float(ord(text[0]))]] for text in texts]))
 
 
-def test_rows_follow_the_texts_and_each_is_encoded_once():
+def test_embeddings_follow_the_texts_and_encode_each_once():
     family = Letters()
     embeddings = PromptEmbeddings(family)
     first = embeddings(["b", "a", "b"])
     second = embeddings(["c", "a"])
     assert first.sequence.flatten().tolist() == [ord("b"), ord("a"), ord("b")]
     assert second.sequence.flatten().tolist() == [ord("c"), ord("a")]
-    assert family.asked == [["b"], ["a"], ["c"]]
+    assert family.encoded == [["b"], ["a"], ["c"]]
 
 
-def test_the_least_recently_used_prompts_are_forgotten():
+def test_embeddings_drop_the_least_recently_used_prompts():
     family = Letters()
     embeddings = PromptEmbeddings(family, capacity=2)
     for texts in (["a", "b"], ["a"], ["c"], ["a"], ["b"]):
         embeddings(texts)
-    assert family.asked == [["a"], ["b"], ["c"], ["b"]]
+    assert family.encoded == [["a"], ["b"], ["c"], ["b"]]
 
 
-def test_a_batch_larger_than_the_capacity_is_still_served():
+def test_embeddings_accept_a_batch_larger_than_the_capacity():
     rows = PromptEmbeddings(Letters(), capacity=1)(["a", "b", "c"])
     assert rows.sequence.flatten().tolist() == [ord(c) for c in "abc"]
 
 
-def test_families_of_unpadded_prompts_are_refused(tmp_path):
+def test_fill_refuses_families_that_do_not_pad_prompts(tmp_path):
     class Unpadded(Letters):
         empty = Conditioning(torch.zeros(1, 1, 1))
 
@@ -66,11 +66,11 @@ def test_families_of_unpadded_prompts_are_refused(tmp_path):
         fill(EmbeddingStore(str(tmp_path), "letters"), Unpadded(), ["ab"], batch_size=1, shard_size=1)
 
 
-# What a run will ask for.
+# The prompts of a run.
 
 
-class Draws:
-    """A callback with prompts of its own."""
+class Callback:
+    """A callback with its own prompts."""
 
     prompts = [Prompt("a castle"), Prompt("a dog")]
 
@@ -81,25 +81,25 @@ def pets(tmp_path):
     return PromptDataModule(str(tmp_path / "pets.txt"), batch_size=4)
 
 
-def test_a_run_asks_for_its_prompts_those_of_its_callbacks_and_the_empty_one_each_once(pets):
-    assert prompts_of_run(pets, [object(), Draws()], most=10, each=4) == ["", "a castle", "a dog", "a cat"]
+def test_prompts_of_run_are_data_callbacks_and_the_empty_prompt_each_once(pets):
+    assert prompts_of_run(pets, [object(), Callback()], most=10, each=4) == ["", "a castle", "a dog", "a cat"]
 
 
-def test_evaluation_is_a_callback_with_prompts_of_its_own(pets):
+def test_prompts_of_run_include_those_of_the_evaluation(pets):
     from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 
     evaluation = GenerationEvaluation([], count=6)
     assert {prompt.text for prompt in evaluation.prompts} < set(prompts_of_run(pets, [evaluation], most=100, each=4))
 
 
-def test_more_prompts_than_allowed_are_refused_with_what_they_cost(pets):
+def test_prompts_of_run_refuses_too_many_and_says_what_they_take(pets):
     assert len(prompts_of_run(pets, [], most=3, each=4)) == 3
     with pytest.raises(UserError, match=r"more than 2 distinct prompts; each takes 4,000,000 bytes .*2 take 8 MB"):
         prompts_of_run(pets, [], most=2, each=4_000_000)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_endless_shapes_are_a_closed_vocabulary(split):
+def test_prompts_of_run_cover_the_endless_shapes(split):
     data = PromptDataModule("shapes", split=split)
     texts = set(prompts_of_run(data, [], most=10_000, each=4))
     drawn = {prompt.text for prompt in islice(data.prompts.read(), 2000)}
@@ -114,7 +114,7 @@ TEXTS = ["a red circle", "two blue squares left of a green triangle", "", "a tri
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """A directory of each family, written once."""
+    """One pipeline directory per family."""
     place = tmp_path_factory.mktemp("pipelines")
     return {
         "sd3": tiny.save_pipeline(place / "sd3"),
@@ -140,7 +140,7 @@ def family(request, pipelines):
     return loaded(request.param, pipelines[request.param])
 
 
-def test_a_batch_of_prompts_is_each_alone_and_comes_back_from_disk_to_the_bit(family, tmp_path):
+def test_embeddings_from_disk_are_bitwise_those_encoded_and_close_to_single_ones(family, tmp_path):
     store = EmbeddingStore(str(tmp_path), family.text_fingerprint())
     fill(store, family, TEXTS, batch_size=4, shard_size=3)
     batched, alone = PromptEmbeddings(family, store=store)(TEXTS), PromptEmbeddings(family)(TEXTS)
@@ -153,7 +153,7 @@ def test_a_batch_of_prompts_is_each_alone_and_comes_back_from_disk_to_the_bit(fa
             assert one.equal(third)
 
 
-def test_the_fingerprint_is_the_same_after_encoding_and_at_another_path(family, pipelines, tmp_path):
+def test_fingerprint_does_not_depend_on_use_or_path(family, pipelines, tmp_path):
     kind = next(kind for kind, path in pipelines.items() if str(path) == family.path)
     before = family.text_fingerprint()
     family.encode(TEXTS)
@@ -162,28 +162,28 @@ def test_the_fingerprint_is_the_same_after_encoding_and_at_another_path(family, 
     assert before == family.text_fingerprint() == loaded(kind, tmp_path / "elsewhere").text_fingerprint()
 
 
-def test_freed_encoders_are_gone_and_their_embeddings_still_come(pipelines, tmp_path):
+def test_freed_encoders_release_memory_and_embeddings_stay_available(pipelines, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(filter(None, TEXTS)))
     data = PromptDataModule(str(tmp_path / "prompts.txt"), batch_size=4)
     alone = {"rank": 0, "world_size": 1, "barrier": lambda: None}
     for kind, path in pipelines.items():
         family = loaded(kind, path)
-        told, empty = PromptEmbeddings(family)(TEXTS), family.empty
+        before, empty = PromptEmbeddings(family)(TEXTS), family.empty
         encoders = [part for name, part in family.loaded.components.items() if name.startswith("text_encoder") and part]
-        gone = [weakref.ref(thing) for encoder in encoders for thing in (encoder, next(encoder.parameters()))]
+        gone = [weakref.ref(part) for encoder in encoders for part in (encoder, next(encoder.parameters()))]
         assert len(gone) >= 2
         del encoders
         prompts = embed_ahead(family, EmbeddingCache(str(tmp_path / kind)), data, [], **alone)
         assert [reference() for reference in gone] == [None] * len(gone)
-        torch.testing.assert_close(prompts(TEXTS).sequence, told.sequence, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(prompts(TEXTS).sequence, before.sequence, atol=1e-6, rtol=1e-6)
         assert family.empty.sequence.equal(empty.sequence)
         with pytest.raises(UserError, match="the text encoders are freed, and 'a purple cow' was not embedded"):
             prompts(["a purple cow"])
-        # A second fit of the same module finds all it needs.
+        # A second fit of the same module finds everything in the cache.
         embed_ahead(family, EmbeddingCache(str(tmp_path / kind)), data, [], **alone)
 
 
-def test_encoders_that_are_kept_embed_what_nobody_announced(pipelines, tmp_path):
+def test_kept_encoders_embed_other_prompts(pipelines, tmp_path):
     family = loaded("sd3", pipelines["sd3"])
     data = PromptDataModule("shapes", split="test")
     cache = EmbeddingCache(str(tmp_path), free_encoders=False)
@@ -191,7 +191,7 @@ def test_encoders_that_are_kept_embed_what_nobody_announced(pipelines, tmp_path)
     assert prompts(["a purple cow"]).sequence.equal(family.encode(["a purple cow"]).sequence)
 
 
-def test_another_models_cache_is_refused(pipelines, tmp_path):
+def test_cache_of_another_model_is_refused(pipelines, tmp_path):
     one, other = (
         SD3Family(str(path), max_sequence_length=4)
         for path in (pipelines["sd3"], tiny.save_pipeline(tmp_path / "pipeline", seed=1))
@@ -201,14 +201,14 @@ def test_another_models_cache_is_refused(pipelines, tmp_path):
     assert refused(one, other, tmp_path / "cache")
 
 
-def test_a_cache_of_another_maximal_length_is_refused(pipelines, tmp_path):
+def test_cache_of_another_maximum_length_is_refused(pipelines, tmp_path):
     one, other = (SD3Family(str(pipelines["sd3"]), max_sequence_length=length) for length in (4, 5))
     for each in (one, other):
         each.load()
     assert refused(one, other, tmp_path / "cache")
 
 
-def test_one_changed_weight_in_the_middle_makes_another_model(pipelines, tmp_path):
+def test_cache_is_refused_after_one_changed_weight(pipelines, tmp_path):
     one, other = (loaded("sd3", pipelines["sd3"]) for _ in range(2))
     weight = max(other.loaded.text_encoder_2.parameters(), key=torch.numel)
     weight.view(-1)[len(weight.view(-1)) // 2] += 1e-6

@@ -1,4 +1,4 @@
-"""PromptDataModule feeds a trainer groups of prompts, and a resumed run goes on exactly where training stood."""
+"""PromptDataModule yields groups of prompts, and a resumed run continues exactly where training was."""
 
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(GPU|worker|checkpoint|LeafSpe
 
 
 class Recorder(LightningModule):
-    """Notes the prompts of every step; may save a checkpoint within or after a step."""
+    """Records the prompts of every step; can save a checkpoint during or after a step."""
 
     def __init__(self, save: dict[str, tuple[int, Path]] | None = None) -> None:
         super().__init__()
@@ -72,13 +72,13 @@ def data(source: str, **options: Any) -> PromptDataModule:
 
 
 def by_hand(source: str, count: int, **options: Any) -> list[list[str]]:
-    """What the uninterrupted stream holds, without a trainer."""
+    """The uninterrupted stream, read without a trainer."""
     return [
         [prompt.text for prompt in batch.prompts] for batch in islice(data(source, **options).train_dataloader(), count)
     ]
 
 
-def test_a_batch_holds_groups_of_equal_prompts(source: str) -> None:
+def test_batch_consists_of_groups_of_equal_prompts(source: str) -> None:
     batch = next(iter(data(source).train_dataloader()))
     assert isinstance(batch, PromptBatch)
     assert (len(batch), batch.group_size, batch.groups.tolist()) == (6, 2, [0, 0, 1, 1, 2, 2])
@@ -86,7 +86,7 @@ def test_a_batch_holds_groups_of_equal_prompts(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (
             {"batch_size": 6, "group_size": 4},
@@ -99,51 +99,51 @@ def test_a_batch_holds_groups_of_equal_prompts(source: str) -> None:
         ({"source": "nowhere.txt"}, "nowhere.txt: no such file"),
     ],
 )
-def test_what_makes_no_sense_fails_in_the_constructor(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_constructor_refuses_settings_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         PromptDataModule(**options)
 
 
-def test_shapes_are_the_default_source() -> None:
+def test_default_source_is_shapes() -> None:
     assert len(next(iter(PromptDataModule().train_dataloader()))) == 64
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_trainer_sees_the_stream_in_order(source: str, num_workers: int) -> None:
+def test_trainer_receives_the_stream_in_order(source: str, num_workers: int) -> None:
     model = Recorder()
     trainer(max_steps=9).fit(model, datamodule=data(source, num_workers=num_workers))
     assert model.seen == by_hand(source, 9)
 
 
-def test_epochs_of_lightning_do_not_restart_the_stream(source: str) -> None:
+def test_lightnings_epochs_do_not_restart_the_stream(source: str) -> None:
     model = Recorder()
     trainer(max_epochs=3, limit_train_batches=3).fit(model, datamodule=data(source))
     assert model.seen == by_hand(source, 9)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_a_trainer_that_converts_its_input_leaves_prompts_alone(source: str, precision: Any) -> None:
+def test_precision_plugins_do_not_change_prompts(source: str, precision: Any) -> None:
     model = Recorder()
     trainer(max_steps=2, precision=precision).fit(model, datamodule=data(source))
     assert model.seen == by_hand(source, 2)
 
 
-# The last two differ in the number of workers, before and after: it has no say in the order.
+# The last two cases change the number of workers, which must not affect the order.
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0), (0, 3)])
 @pytest.mark.parametrize("stop", [2, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(
+def test_resumed_run_equals_an_uninterrupted_one(
     source: str, tmp_path: Path, before: int, after: int, stop: int
 ) -> None:
     path = tmp_path / "run.ckpt"
     first = Recorder({"after": (stop, path)})
-    # One step more than saved, with more read ahead: neither may count.
+    # One step after the checkpoint, and batches read ahead: neither may count.
     trainer(max_steps=stop + 1).fit(first, datamodule=data(source, num_workers=before))
     resumed = Recorder()
     trainer(max_steps=9).fit(resumed, datamodule=data(source, num_workers=after), ckpt_path=path)
     assert first.seen[:stop] + resumed.seen == by_hand(source, 9)
 
 
-def test_a_run_resumed_twice_equals_an_uninterrupted_one(source: str, tmp_path: Path) -> None:
+def test_run_resumed_twice_equals_an_uninterrupted_one(source: str, tmp_path: Path) -> None:
     paths = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
     models = [Recorder({"after": (2, paths[0])}), Recorder({"after": (3, paths[1])}), Recorder()]
     for model, steps, path in zip(models, (2, 5, 9), [None, *paths], strict=True):
@@ -152,10 +152,10 @@ def test_a_run_resumed_twice_equals_an_uninterrupted_one(source: str, tmp_path: 
     assert list(chain.from_iterable(model.seen for model in models)) == by_hand(source, 9)
 
 
-def test_a_step_that_was_cut_off_is_done_again(source: str, tmp_path: Path) -> None:
+def test_interrupted_step_is_repeated(source: str, tmp_path: Path) -> None:
     paths = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
     trainer(max_steps=3).fit(Recorder({"within": (3, paths[0])}), datamodule=data(source))
-    # The second cut finds Lightning's counters still askew from the first.
+    # At the second interruption Lightning's counters are still off by one from the first.
     resumed = Recorder({"within": (2, paths[1])})
     trainer(max_steps=6).fit(resumed, datamodule=data(source), ckpt_path=paths[0])
     again = Recorder()
@@ -164,7 +164,7 @@ def test_a_step_that_was_cut_off_is_done_again(source: str, tmp_path: Path) -> N
     assert again.seen == by_hand(source, 6)[3:]
 
 
-def test_a_run_saved_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: str, tmp_path: Path) -> None:
+def test_checkpoint_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: str, tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     options = {"max_epochs": 3, "limit_train_batches": 3}
     trainer(**options).fit(Recorder({"epoch": (3, path)}), datamodule=data(source))
@@ -174,7 +174,7 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"batch_size": 4}, "batch_size 6 (now 4)"),
         ({"group_size": 3}, "group_size 2 (now 3)"),
@@ -184,14 +184,14 @@ def test_a_run_saved_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: 
         ({"source": "shapes"}, "(now 'shapes')"),
     ],
 )
-def test_a_position_that_lost_its_meaning_is_refused(source: str, changes: dict[str, Any], says: str) -> None:
+def test_position_is_refused_under_other_settings(source: str, changes: dict[str, Any], message: str) -> None:
     state = data(source).state_dict()
     with pytest.raises(UserError) as caught:
         data(**{"source": source, **changes}).load_state_dict(state)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_another_number_of_ranks_is_refused_by_the_trainer(source: str, tmp_path: Path) -> None:
+def test_trainer_refuses_a_position_of_another_number_of_ranks(source: str, tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     trainer(max_steps=2).fit(Recorder({"after": (2, path)}), datamodule=data(source))
     checkpoint = torch.load(path)
@@ -201,7 +201,7 @@ def test_another_number_of_ranks_is_refused_by_the_trainer(source: str, tmp_path
         trainer(max_steps=4).fit(Recorder(), datamodule=data(source), ckpt_path=path)
 
 
-def test_a_checkpoint_of_other_prompts_can_still_be_evaluated(source: str, tmp_path: Path) -> None:
+def test_checkpoint_of_other_prompts_can_be_evaluated(source: str, tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     trainer(max_steps=2).fit(Recorder({"after": (2, path)}), datamodule=data(source))
 
@@ -209,12 +209,12 @@ def test_a_checkpoint_of_other_prompts_can_still_be_evaluated(source: str, tmp_p
         def val_dataloader(self) -> list[torch.Tensor]:
             return [torch.zeros(2)]
 
-    WithImages.__qualname__ = PromptDataModule.__qualname__  # under which Lightning looks for a data module's state
+    WithImages.__qualname__ = PromptDataModule.__qualname__  # Lightning's key for the state
     trainer().validate(Recorder(), datamodule=WithImages("shapes"), ckpt_path=path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_broken_row_ends_training_with_one_line_that_names_it(source: str, num_workers: int) -> None:
+def test_broken_row_ends_training_with_an_error_that_names_it(source: str, num_workers: int) -> None:
     with open(source, "ab") as file:
         file.write(b"Fu\xdf\n")
     with pytest.raises(UserError) as caught:
@@ -223,7 +223,7 @@ def test_a_broken_row_ends_training_with_one_line_that_names_it(source: str, num
     assert "Traceback" not in str(caught.value)
 
 
-def test_reading_prompts_leaves_torchs_random_stream_alone(source: str) -> None:
+def test_reading_prompts_does_not_use_torchs_global_random_stream(source: str) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     next(iter(data(source).train_dataloader()))

@@ -1,4 +1,4 @@
-"""Every kind of prompt source streams from any row, and says exactly where it is broken."""
+"""Every kind of prompt source can be read from any row, and errors name the broken place."""
 
 import csv
 import json
@@ -51,8 +51,8 @@ def texts(source: str, start: int = 0, **options: str) -> list[str]:
     return [prompt.text for prompt in open_source(source, **options).read(start)]
 
 
-def complaint(path: Path, **options: str) -> str:
-    """What reading the whole file says, with the file's folder left out; it must be one line."""
+def error_of(path: Path, **options: str) -> str:
+    """The error when reading the whole file, which must be one line, without the name of the folder."""
     with pytest.raises(UserError) as caught:
         texts(str(path), **options)
     assert "\n" not in str(caught.value)
@@ -60,15 +60,15 @@ def complaint(path: Path, **options: str) -> str:
 
 
 @pytest.mark.parametrize("start", range(len(TEXTS) + 3))
-def test_every_format_reads_from_any_row(prompt_file: str, start: int) -> None:
+def test_file_can_be_read_from_any_row(prompt_file: str, start: int) -> None:
     assert texts(prompt_file, start) == TEXTS[start:]
 
 
-def test_every_format_counts_its_rows(prompt_file: str) -> None:
+def test_file_counts_its_rows(prompt_file: str) -> None:
     assert open_source(prompt_file).count() == len(TEXTS)
 
 
-def test_blank_lines_of_a_text_file_are_no_rows(tmp_path: Path) -> None:
+def test_text_file_skips_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbf\r\none\r\n \t\r\n\r\n  two  \r\nthree\r\n\r\n")
     assert texts(str(path)) == ["one", "two", "three"]
@@ -76,13 +76,13 @@ def test_blank_lines_of_a_text_file_are_no_rows(tmp_path: Path) -> None:
     assert open_source(str(path)).count() == 3
 
 
-def test_a_byte_order_mark_is_not_part_of_a_header_or_an_object(tmp_path: Path) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path) -> None:
     for name, body in {"p.csv": "prompt\none\n", "p.jsonl": '{"prompt": "one"}\n'}.items():
         (tmp_path / name).write_text(body, encoding="utf-8-sig")
         assert texts(str(tmp_path / name)) == ["one"]
 
 
-def test_a_genevel_line_is_the_metadata_as_it_stands(tmp_path: Path) -> None:
+def test_geneval_line_becomes_the_metadata_unchanged(tmp_path: Path) -> None:
     line = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [], "prompt": "two dogs"}
     path = tmp_path / "geneval.jsonl"
     path.write_text(json.dumps(line) + "\n")
@@ -90,14 +90,14 @@ def test_a_genevel_line_is_the_metadata_as_it_stands(tmp_path: Path) -> None:
     assert (prompt.text, prompt.metadata) == ("two dogs", line)
 
 
-def test_another_column_can_hold_the_prompt(tmp_path: Path) -> None:
+def test_prompt_can_be_in_another_column(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("caption,id\none,1\n")
     (tmp_path / "p.jsonl").write_text('{"caption": "one"}\n')
     assert texts(str(tmp_path / "p.csv"), column="caption") == ["one"]
     assert texts(str(tmp_path / "p.jsonl"), column="caption") == ["one"]
 
 
-def test_a_csv_record_may_span_lines(tmp_path: Path) -> None:
+def test_csv_record_can_span_lines(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text('id,prompt\n1,"a cat,\non a mat"\n\n2,b\n')
     assert texts(str(path)) == ["a cat,\non a mat", "b"]
@@ -105,7 +105,7 @@ def test_a_csv_record_may_span_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "says"),
+    ("name", "body", "message"),
     [
         ("p.txt", b"", "p.txt: there is no prompt in it"),
         ("p.txt", b"\n \n\n", "p.txt: there is no prompt in it"),
@@ -123,7 +123,7 @@ def test_a_csv_record_may_span_lines(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl:1: the prompt is of type int"),
         ("p.jsonl", b'{"prompt": null}\n', "p.jsonl:1: the prompt is missing"),
         ("p.jsonl", b'{"prompt": "  "}\n', "p.jsonl:1: the prompt is empty"),
-        ("p.jsonl", b'{"prompt": "cat \\ud83d"}\n', "p.jsonl:1: half a surrogate pair at letter 5"),
+        ("p.jsonl", b'{"prompt": "cat \\ud83d"}\n', "p.jsonl:1: half a surrogate pair at character 5"),
         ("p.csv", b"", "p.csv: there is no prompt in it"),
         ("p.csv", b"id,prompt\n", "p.csv: there is no prompt in it"),
         ("p.csv", b"id,text\n1,a\n", "p.csv:1: no column 'prompt'; it has 'id', 'text'"),
@@ -137,18 +137,18 @@ def test_a_csv_record_may_span_lines(tmp_path: Path) -> None:
         ("p.tsv", b"prompt\na\n", "p.tsv: unknown kind of prompt source; give a .txt, .jsonl, .csv, .parquet file"),
     ],
 )
-def test_a_broken_file_is_told_with_its_place(tmp_path: Path, name: str, body: bytes, says: str) -> None:
+def test_broken_file_is_an_error_that_names_the_place(tmp_path: Path, name: str, body: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(body)
-    assert complaint(tmp_path / name).startswith(says)
+    assert error_of(tmp_path / name).startswith(message)
 
 
-def test_a_broken_parquet_table_is_told_with_its_row(tmp_path: Path) -> None:
+def test_broken_parquet_table_is_an_error_that_names_the_row(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "p.parquet"
     invalid = pyarrow.array([b"ok", b"Fu\xdf"], pyarrow.binary()).view(pyarrow.string())
-    for column, values, says in [
+    for column, values, message in [
         ("text", ["a"], "p.parquet: no column 'prompt'; it has 'text'"),
         ("prompt", pyarrow.array([], pyarrow.string()), "p.parquet: there is no prompt in it"),
         ("prompt", ["a", "b", None], "p.parquet:row 3: the prompt is missing (null)"),
@@ -156,31 +156,31 @@ def test_a_broken_parquet_table_is_told_with_its_row(tmp_path: Path) -> None:
         ("prompt", invalid, "p.parquet:row 2: not UTF-8"),
     ]:
         parquet.write_table(pyarrow.table({column: values}), path, row_group_size=2)
-        assert complaint(path).startswith(says)
+        assert error_of(path).startswith(message)
 
 
-def test_a_parquet_file_cut_short_is_told(tmp_path: Path) -> None:
+def test_truncated_parquet_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     write_parquet(path, TEXTS)
     path.write_bytes(path.read_bytes()[:-20])
-    assert complaint(path).startswith("p.parquet: not a readable parquet file")
+    assert error_of(path).startswith("p.parquet: not a readable parquet file")
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
-def test_a_missing_file_is_told(tmp_path: Path, name: str) -> None:
-    assert complaint(tmp_path / name).startswith(f"{name}: no such file")
+def test_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
+    assert error_of(tmp_path / name).startswith(f"{name}: no such file")
 
 
 @pytest.mark.parametrize("source", ["shape", "prompts", "data/prompts.tsv", "../data/prompts", "/data/prompts", ""])
-def test_a_slip_in_a_name_does_not_go_to_the_network(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the network"))
+def test_typo_in_a_name_does_not_reach_the_network(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("used the network"))
     with pytest.raises(UserError, match="unknown kind of prompt source"):
         open_source(source)
 
 
-# The csv parser is slow under tracemalloc, so it gets a fifth of the lines.
+# The csv parser is slow under tracemalloc, so its file has a fifth of the lines.
 @pytest.mark.parametrize(("write", "thousands"), [(write_txt, 1_000), (write_jsonl, 1_000), (write_csv, 200)])
-def test_a_million_lines_stream_in_little_memory(
+def test_large_file_is_read_in_little_memory(
     tmp_path: Path, write: Callable[[Path, list[str]], None], thousands: int
 ) -> None:
     path = tmp_path / f"prompts.{write.__name__.removeprefix('write_')}"
@@ -202,7 +202,7 @@ def test_a_million_lines_stream_in_little_memory(
     assert peak < 1e6 < path.stat().st_size / 5
 
 
-def test_parquet_passes_over_row_groups_without_reading_them(tmp_path: Path) -> None:
+def test_parquet_skips_row_groups_without_reading_them(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -219,7 +219,7 @@ def test_parquet_passes_over_row_groups_without_reading_them(tmp_path: Path) -> 
         list(source.read(750))
 
 
-def test_shapes_prompts_are_its_training_prompts_in_their_weights() -> None:
+def test_shapes_prompts_follow_the_task_weights() -> None:
     drawn = list(islice(open_source("shapes", seed=3).read(0), 3_000))
     assert drawn == list(islice(open_source("shapes", seed=3).read(0), 3_000))
     assert drawn[:50] != list(islice(open_source("shapes", seed=4).read(0), 50))
@@ -229,20 +229,20 @@ def test_shapes_prompts_are_its_training_prompts_in_their_weights() -> None:
         assert len(of_task) / 3_000 == pytest.approx(weight / sum(TASK_WEIGHTS.values()), abs=0.03)
 
 
-def test_any_row_of_shapes_is_reached_at_once() -> None:
+def test_any_row_of_shapes_is_reached_directly() -> None:
     source = open_source("shapes")
     assert next(source.read(10**15)) == next(source.read(10**15))
     assert list(islice(source.read(0), 10, 20)) == list(islice(source.read(10), 10))
 
 
-def test_shapes_has_no_other_splits() -> None:
+def test_unknown_split_of_shapes_is_an_error() -> None:
     with pytest.raises(UserError, match=r"shapes: no split 'validation'; its splits are train and test"):
         open_source("shapes", split="validation")
 
 
 @pytest.fixture
 def dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local folder that ``datasets`` loads, with two files (two shards) in its split."""
+    """A local folder that ``datasets`` can load, with two files in its split."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "prompts"
     folder.mkdir()
@@ -251,28 +251,28 @@ def dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_hugging_face_folder_reads_from_any_row(dataset_folder: Path) -> None:
+def test_hugging_face_folder_can_be_read_from_any_row(dataset_folder: Path) -> None:
     source = open_source(str(dataset_folder))
     assert isinstance(source, HubDataset)
     assert [[prompt.text for prompt in source.read(start)] for start in range(7)] == [TEXTS[i:] for i in range(7)]
     assert source.count() == len(TEXTS)
 
 
-def test_a_hugging_face_data_set_is_asked_for_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_data_set_is_loaded_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(name: str, **options: object) -> datasets.IterableDataset:
-        asked.append((name, options))
+        calls.append((name, options))
         return datasets.Dataset.from_dict({"prompt": TEXTS, "id": [0] * len(TEXTS)}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert texts("someone/prompts-v1.5", split="validation") == TEXTS
-    assert asked == [("someone/prompts-v1.5", {"split": "validation", "streaming": True})]
+    assert calls == [("someone/prompts-v1.5", {"split": "validation", "streaming": True})]
 
 
-def test_what_hugging_face_refuses_is_told(dataset_folder: Path) -> None:
+def test_hugging_face_errors_become_user_errors(dataset_folder: Path) -> None:
     with pytest.raises(UserError, match=r"prompts: no column 'caption'; it has 'prompt', 'tag'"):
         open_source(str(dataset_folder), column="caption")
     with pytest.raises(UserError, match=r"prompts: cannot be read as a Hugging Face data set: .*split 'nowhere'"):

@@ -1,4 +1,4 @@
-"""The order of prompts is a pure function of source and seed, and the ranks and workers share it exactly."""
+"""The order of prompts is a pure function of source and seed; ranks and workers share it exactly."""
 
 import pickle
 from collections import Counter
@@ -42,14 +42,14 @@ def flat(lists: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(lists))
 
 
-def test_every_pass_holds_every_row_once_in_another_order(source: PromptSource) -> None:
+def test_every_pass_has_every_row_once_in_a_different_order(source: PromptSource) -> None:
     order = items(source, 3 * ROWS)
     passes = [order[i * ROWS : (i + 1) * ROWS] for i in range(3)]
     assert all(sorted(one) == list(range(ROWS)) for one in passes)
     assert len({tuple(one) for one in passes}) == 3
 
 
-def test_the_order_is_a_function_of_the_seed(source: PromptSource) -> None:
+def test_order_depends_on_the_seed(source: PromptSource) -> None:
     assert items(source, 50, seed=1) == items(source, 50, seed=1) != items(source, 50, seed=2)
 
 
@@ -62,19 +62,19 @@ def test_rows_are_shuffled_within_their_block(source: PromptSource) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_a_buffer_of_one_row_or_none_keeps_the_sources_order(source: PromptSource, block: int) -> None:
+def test_buffer_of_at_most_one_row_keeps_the_order(source: PromptSource, block: int) -> None:
     assert items(source, 2 * ROWS, block=block) == 2 * list(range(ROWS))
 
 
 @pytest.mark.parametrize("block", [1, 5, 7, 8, ROWS, 100])
-def test_the_order_can_be_entered_at_any_item(source: PromptSource, block: int) -> None:
+def test_order_can_start_at_any_item(source: PromptSource, block: int) -> None:
     order = items(source, 5 * ROWS, block=block)
     for start in range(4 * ROWS):
         assert items(source, ROWS, block=block, start=start) == order[start : start + ROWS]
 
 
 class Counted:
-    """A source of rows 0, 1, ... that notes where it was read and how often it was counted."""
+    """A source of rows 0, 1, ... that records where it was read and how often it was counted."""
 
     name = "counted"
 
@@ -90,7 +90,7 @@ class Counted:
         return self.rows
 
 
-def test_a_late_start_passes_over_whole_passes_by_arithmetic() -> None:
+def test_late_start_skips_whole_passes_by_arithmetic() -> None:
     source = Counted(ROWS)
     late = items(source, 3, start=10**12 * ROWS + 13, block=7)
     assert late == items(Counted(ROWS), 20, start=10**12 * ROWS, block=7)[13:16]
@@ -98,22 +98,20 @@ def test_a_late_start_passes_over_whole_passes_by_arithmetic() -> None:
     assert source.reads == [(10**12 * ROWS + 13) // 7 * 7, 7]
 
 
-def test_a_start_in_the_first_pass_needs_no_count() -> None:
+def test_start_in_the_first_pass_does_not_count_the_rows() -> None:
     source = Counted(ROWS)
     items(source, 3, start=13, block=7)
     assert (source.counts, source.reads) == (0, [7])
 
 
-def test_a_source_that_became_empty_is_told() -> None:
+def test_source_that_became_empty_is_an_error() -> None:
     with pytest.raises(UserError, match="counted: there is no prompt in it"):
         items(Counted(0), 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_two_ranks_and_their_workers_share_every_pass_without_overlap_or_loss(
-    source: PromptSource, num_workers: int
-) -> None:
-    # 3 prompts a batch and 2 ranks: 4 batches of each rank are a pass.
+def test_ranks_and_workers_share_every_pass_without_overlap_or_loss(source: PromptSource, num_workers: int) -> None:
+    # With 3 prompts per batch and 2 ranks, 4 batches of each rank are one pass.
     ranks = [PromptStream(source, 0, 7, prompts=3, group_size=1, rank=rank, world_size=2) for rank in range(2)]
     of_rank = [flat(batches(stream, 12, num_workers)) for stream in ranks]
     for i in range(0, 36, 12):
@@ -121,8 +119,8 @@ def test_two_ranks_and_their_workers_share_every_pass_without_overlap_or_loss(
         assert one_pass == Counter(range(ROWS))
 
 
-def test_nothing_is_lost_where_a_batch_spans_two_passes(source: PromptSource) -> None:
-    # 5 prompts a batch and 2 ranks: 12 batches of each rank are 5 passes, and most passes end within a batch.
+def test_no_prompt_is_lost_if_a_batch_spans_two_passes(source: PromptSource) -> None:
+    # With 5 prompts per batch and 2 ranks, 12 batches of each rank are 5 passes; most end within a batch.
     ranks = [PromptStream(source, 0, 7, prompts=5, group_size=1, rank=rank, world_size=2) for rank in range(2)]
     of_rank = [flat(batches(stream, 12)) for stream in ranks]
     assert Counter(of_rank[0] + of_rank[1]) == Counter(dict.fromkeys(range(ROWS), 5))
@@ -141,7 +139,7 @@ def test_groups_stay_together(source: PromptSource) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 5])
-def test_the_number_of_workers_changes_nothing(source: PromptSource, num_workers: int, start: int) -> None:
+def test_number_of_workers_does_not_change_the_batches(source: PromptSource, num_workers: int, start: int) -> None:
     stream = PromptStream(source, 0, 7, prompts=5, group_size=2, rank=1, world_size=2, start=start)
     assert batches(stream, 9, num_workers) == batches(stream, 9)
 
@@ -153,6 +151,6 @@ def test_workers_share_a_hugging_face_data_set_of_several_files(tmp_path: Path) 
     assert flat(batches(stream, 12, num_workers=2)) == 2 * list(range(ROWS))
 
 
-def test_a_stream_can_be_sent_to_a_spawned_worker(source: PromptSource) -> None:
+def test_stream_can_be_pickled(source: PromptSource) -> None:
     stream = PromptStream(source, 0, 7, prompts=5, group_size=2)
     assert batches(pickle.loads(pickle.dumps(stream)), 3) == batches(stream, 3)

@@ -19,10 +19,10 @@ class Digest(pl.Callback):
         self.prompts.append([prompt.text for prompt in batch.prompts])
 
     def on_train_end(self, trainer, pl_module):
-        roles = pl_module.networks
+        roles = pl_module.roles
         state = roles.state_dict()
         names = {role: roles.names_of(role) for role in ("generator", "fake_score", "ema", "old")}
-        names["teacher"] = [name for name in state if roles.is_teachers(name)]
+        names["teacher"] = [name for name in state if roles.is_frozen(name)]
         digests = {
             role: hashlib.sha256(b"".join(state[name].cpu().numpy().tobytes() for name in its)).hexdigest()
             for role, its in names.items()

@@ -28,7 +28,7 @@ def two_ranks(run_cli, fast_fit, tmp_path):
     return run
 
 
-def test_both_ranks_end_with_the_same_networks_and_saw_different_prompts(two_ranks, tmp_path):
+def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_path):
     one, other = two_ranks("--trainer.strategy=ddp")
     assert one["updates"] == other["updates"] == UPDATES
     assert one["digests"] == other["digests"]
@@ -45,7 +45,7 @@ def test_both_ranks_end_with_the_same_networks_and_saw_different_prompts(two_ran
     assert not rewards[0] & rewards[1]
 
 
-def test_adapters_too_and_the_ranks_share_the_work_of_embedding(two_ranks, tmp_path):
+def test_ranks_with_adapters_share_the_work_of_embedding(two_ranks, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "".join(f"a {c} {s}\n" for c in ("red", "blue") for s in ("circle", "square"))
     )
@@ -66,7 +66,7 @@ def test_adapters_too_and_the_ranks_share_the_work_of_embedding(two_ranks, tmp_p
     assert len({name for part in held for name in part}) == sum(map(len, held)) >= 5
 
 
-def test_the_ranks_share_the_order_of_one_process(two_ranks, tmp_path):
+def test_ranks_share_the_prompt_order_of_one_process(two_ranks, tmp_path):
     """Together they see what one process with twice the batch sees, each prompt once."""
     from gdmd_lightning.data.prompt_data import PromptDataModule
 

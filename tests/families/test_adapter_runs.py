@@ -1,4 +1,4 @@
-"""Adapters of every family: trained, resumed and exported by the command line, sampled by plain diffusers."""
+"""LoRA runs of every family: trained, resumed and exported by the command line, sampled by diffusers."""
 
 import json
 
@@ -10,7 +10,7 @@ import torch
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.samplers import FewStepSampler
+from gdmd_lightning.samplers import ODE, Renoise
 from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
@@ -30,9 +30,9 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, tmp_path_factory):
-    """A run of three updates on the tiny pipeline of each family, ended after two and resumed: its last checkpoint.
+    """Three updates on a tiny pipeline, resumed after two: pipeline, last checkpoint, weights after two.
 
-    It is evaluated, and its verdicts are recorded, as any other.
+    The run evaluates its images and keeps a record, as any other.
     """
     from conftest import write_fast_config
 
@@ -62,18 +62,18 @@ def noise_for(module):
     return torch.randn(2, *module.latent_shape, generator=torch.Generator().manual_seed(5))
 
 
-def test_only_adapters_are_in_a_checkpoint_and_those_that_are_trained_move(trained):
+def test_checkpoint_contains_only_adapters_and_all_of_them_change(trained):
     _, last, two = trained
     three = torch.load(last, weights_only=True)["state_dict"]
     assert three.keys() == two.keys()
     assert all(".lora_" in name for name in three)
     for role in ("generator", "fake_score", "ema", "old"):
-        its = [name for name in three if f".{role}." in name]
-        assert its
-        assert any(not torch.equal(two[name], three[name]) for name in its), role
+        names = [name for name in three if f".{role}." in name]
+        assert names
+        assert any(not torch.equal(two[name], three[name]) for name in names), role
 
 
-def test_an_exported_pipeline_makes_our_pictures(trained, tmp_path):
+def test_exported_pipeline_reproduces_our_images(trained, tmp_path):
     module = load_module(str(trained[1]))
     out = export(module, tmp_path / "pipeline")
     pipe = getattr(diffusers, module.family.pipeline_class).from_pretrained(out, **module.family.loading_arguments())
@@ -81,11 +81,11 @@ def test_an_exported_pipeline_makes_our_pictures(trained, tmp_path):
     torch.testing.assert_close(module.generate(noise, TEXTS), call(pipe, module, noise), atol=1e-4, rtol=0)
 
 
-def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained, tmp_path):
+def test_exported_adapter_on_the_teachers_pipeline_reproduces_our_images(trained, tmp_path):
     pipeline, last, _ = trained
     module = load_module(str(last))
-    with torch.no_grad():  # so few updates move a picture less than rounding does
-        for name, parameter in module.networks.named_parameters():
+    with torch.no_grad():  # after three updates the images differ by less than rounding errors
+        for name, parameter in module.roles.named_parameters():
             if ".lora_B.ema." in name:
                 parameter.normal_(0, 1, generator=torch.Generator().manual_seed(0))
     noise = noise_for(module)
@@ -102,23 +102,23 @@ def test_an_exported_adapter_on_the_teachers_pipeline_makes_our_pictures(trained
     assert float((ours - call(space["pipe"], module, noise)).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["ode", "renoise"])
-def test_a_card_loads_the_scheduler_that_was_saved(trained, tmp_path, kind):
+@pytest.mark.parametrize("sampler", [ODE(), Renoise()], ids=["ode", "renoise"])
+def test_card_loads_the_saved_scheduler(trained, tmp_path, sampler):
     module = load_module(str(trained[1]))
-    module.sampler = FewStepSampler(4, kind)
+    module.sampler = sampler
     out = export(module, tmp_path / "lora", form="lora")
     saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     assert f"pipe.scheduler = diffusers.{saved}.from_pretrained(" in (out / "README.md").read_text()
 
 
-def test_a_card_says_how_it_was_made(trained, tmp_path):
+def test_card_describes_the_training(trained, tmp_path):
     card = (export(load_module(str(trained[1])), tmp_path / "out", form="lora") / "README.md").read_text()
     for row in ("| Method | GDMD |", "| Reward | brightness |", "| Prompts | shapes |", "| Generator updates | 3 |",
-                "| Weights | averaged, adapters |", "| Sampler | ode, 4 steps, no guidance |",
+                "| Weights | averaged, adapters |", "| Sampler | ODE, 4 steps, no guidance |",
                 "| geneval/overall | "):  # fmt: skip
         assert row in card
 
 
-def test_full_weights_are_no_adapter(recorded_run, tmp_path):
+def test_export_of_an_adapter_refuses_full_weights(recorded_run, tmp_path):
     with pytest.raises(UserError, match="full weights were trained"):
         export(load_module(str(recorded_run / "checkpoints" / "last.ckpt")), tmp_path / "out", form="lora")

@@ -1,4 +1,4 @@
-"""Our sampling of a FLUX.2 klein pipeline is diffusers' own, and what we export samples as we do."""
+"""Sampling FLUX.2 klein equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
 import pytest
 import tiny
@@ -8,12 +8,17 @@ from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.methods.dmd import DMD
-from gdmd_lightning.samplers import FewStepSampler, sample
+from gdmd_lightning.samplers import ODE, rollout
 from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
-TOLD = {"max_sequence_length": 24, "text_encoder_out_layers": (1, 3)}
-CALL = {"height": 32, "width": 32, "output_type": "pt", **TOLD}
+CALL = {
+    "height": 32,
+    "width": 32,
+    "output_type": "pt",
+    "max_sequence_length": 24,
+    "text_encoder_out_layers": (1, 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def module(saved):
 
 
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
-def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance_scale):
+def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
     ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
     theirs = module.family.loaded(
         prompt=TEXTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise.clone(), **CALL
@@ -44,32 +49,31 @@ def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_an_exported_sampler_makes_our_pictures(module, noise, steps):
-    family, network = module.family, module.networks.generator
-    pipeline = family.to_pipeline(network, steps, stochastic=False)
+def test_exported_sampler_reproduces_our_images(module, noise, steps):
+    family, network = module.family, module.roles.generator
+    pipeline = family.to_pipeline(network, steps, module.latent_shape, stochastic=False)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(prompt=TEXTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), **CALL).images
     predict = module.predictor("generator", family.encode(TEXTS))
-    ours = family.decode(sample(predict, noise, family.few_step_sigmas(steps), FewStepSampler(steps)))
+    sigmas = family.few_step_sigmas(steps, module.latent_shape)
+    ours = family.decode(rollout(predict, noise, sigmas, ODE()).x0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    assert family.to_pipeline(network, steps, stochastic=True).scheduler.config.stochastic_sampling
+    assert family.to_pipeline(network, steps, module.latent_shape, stochastic=True).scheduler.config.stochastic_sampling
 
 
 def test_more_tokens_mean_more_noise(module):
-    few = module.family.few_step_sigmas(4)
-    module.family.latent_shape(1024, 1024)
-    many = module.family.few_step_sigmas(4)
+    few, many = (module.family.few_step_sigmas(4, module.family.latent_shape(side, side)) for side in (32, 1024))
     assert module.family.latent_shape(32, 32) == (8, 8, 8)
     assert (many[1:-1] > few[1:-1]).all()
     assert few[0] == many[0] == 1
     assert few[-1] == many[-1] == 0
 
 
-def test_latents_of_pictures_come_back_and_carry_gradient(module):
+def test_encoded_images_decode_as_by_the_autoencoder_with_gradient(module):
     family = module.family
-    pictures = torch.rand(2, 3, 32, 32)
-    latents = family.encode_images(pictures)
-    plain = family.loaded.vae.encode(pictures * 2 - 1).latent_dist.mode()
+    images = torch.rand(2, 3, 32, 32)
+    latents = family.encode_images(images)
+    plain = family.loaded.vae.encode(images * 2 - 1).latent_dist.mode()
     torch.testing.assert_close(
         family.decode(latents), (family.loaded.vae.decode(plain).sample / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0
     )
@@ -78,7 +82,7 @@ def test_latents_of_pictures_come_back_and_carry_gradient(module):
     assert latents.grad.abs().sum() > 0
 
 
-def test_what_does_not_fit_is_refused(saved, module):
+def test_wrong_resolution_layers_or_family_is_refused(saved, module):
     with pytest.raises(UserError, match="34x32 is not a multiple of 4 pixels"):
         module.family.latent_shape(34, 32)
     with pytest.raises(UserError, match="the text encoder has 3 layers, not 27"):
@@ -88,14 +92,14 @@ def test_what_does_not_fit_is_refused(saved, module):
 
 
 @pytest.mark.parametrize("method", ["DMD", "GDMD"])
-def test_the_command_line_trains_resumes_exports_and_diffusers_samples(method, saved, fast_fit, tmp_path, noise):
+def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fast_fit, tmp_path, noise):
     from diffusers import Flux2KleinPipeline
 
     from gdmd_lightning.cli import main
 
     overlay = tmp_path / "flux2.yaml"
-    told = f"{{path: {saved}, max_sequence_length: 24, text_layers: [1, 3]}}"
-    overlay.write_text(f"model: {{init_args: {{family: {{class_path: Flux2KleinFamily, init_args: {told}}}}}}}\n")
+    arguments = f"{{path: {saved}, max_sequence_length: 24, text_layers: [1, 3]}}"
+    overlay.write_text(f"model: {{init_args: {{family: {{class_path: Flux2KleinFamily, init_args: {arguments}}}}}}}\n")
     config = [*fast_fit, *(["--config", "shapes_dmd.yaml"] if method == "DMD" else []), "--config", str(overlay)]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]

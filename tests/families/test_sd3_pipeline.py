@@ -1,13 +1,13 @@
-"""Our sampling of a Stable Diffusion 3 pipeline is diffusers' own, and what we export samples as we do."""
+"""Sampling SD3 equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
 import pytest
 import tiny
 import torch
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning
 from gdmd_lightning.families.loading import check_pipeline
 from gdmd_lightning.families.sd3 import SD3Family
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.methods.dmd import DMD
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
@@ -26,7 +26,7 @@ def module(tiny_pipeline):
 
 
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
-def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance_scale):
+def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
     ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
     theirs = module.family.loaded(
         TEXTS,
@@ -40,7 +40,7 @@ def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance
 
 
 @pytest.mark.parametrize("length", [0, 5])
-def test_prompts_are_embedded_as_the_pipeline_does(tiny_pipeline, length):
+def test_encode_equals_the_pipelines_embeddings(tiny_pipeline, length):
     family = SD3Family(str(tiny_pipeline), max_sequence_length=length)
     family.load()
     conditioning = family.encode(TEXTS)
@@ -52,8 +52,8 @@ def test_prompts_are_embedded_as_the_pipeline_does(tiny_pipeline, length):
     assert conditioning.sequence.shape[1] == 12 + length
 
 
-def test_guidance_in_one_pass_is_that_of_two(module, noise):
-    family, network = module.family, module.networks.teacher
+def test_guidance_in_one_pass_equals_two_passes(module, noise):
+    family, network = module.family, module.roles.teacher
     sigma, conditioning = torch.tensor([0.3, 0.8]), family.encode(TEXTS)
     with torch.no_grad():
         guided = family.predict_velocity(network, noise, sigma, conditioning, 3.0)
@@ -69,10 +69,11 @@ def shifted(request, tmp_path_factory):
     return family, family.load()
 
 
-def test_an_exported_scheduler_visits_the_generators_levels(shifted, noise):
+def test_exported_scheduler_visits_the_generators_sigmas(shifted):
     family, network = shifted
+    shape = family.latent_shape(32, 32)
     for steps in range(1, 9):
-        pipeline = family.to_pipeline(network, steps, stochastic=False)
+        pipeline = family.to_pipeline(network, steps, shape, stochastic=False)
         pipeline.set_progress_bar_config(disable=True)
         pipeline(
             "a red circle",
@@ -84,47 +85,51 @@ def test_an_exported_scheduler_visits_the_generators_levels(shifted, noise):
             output_type="latent",
         )
         torch.testing.assert_close(
-            pipeline.scheduler.sigmas.float(), family.few_step_sigmas(steps), atol=1e-6, rtol=0, msg=f"{steps} steps"
+            pipeline.scheduler.sigmas.float(),
+            family.few_step_sigmas(steps, shape),
+            atol=1e-6,
+            rtol=0,
+            msg=f"{steps} steps",
         )
 
 
-def test_the_few_step_levels_of_shift_1_are_dmd2s(shifted):
+def test_few_step_sigmas_without_shift_are_those_of_dmd2(shifted):
     family, _ = shifted
     if family.loaded.scheduler.config.shift == 1:
-        assert family.few_step_sigmas(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+        assert family.few_step_sigmas(4, family.latent_shape(32, 32)).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
-def test_decoded_latents_are_pictures_with_gradient(module, noise):
+def test_decode_gives_images_with_gradient(module, noise):
     latents = noise.clone().requires_grad_()
-    pictures = module.family.decode(latents)
-    assert pictures.shape == (2, 3, 32, 32)
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
-    pictures.mean().backward()
+    images = module.family.decode(latents)
+    assert images.shape == (2, 3, 32, 32)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    images.mean().backward()
     assert latents.grad.abs().sum() > 0
 
 
-def test_latents_of_pictures_are_in_the_networks_scale(module):
+def test_encode_images_gives_latents_of_the_networks_shape(module):
     family = module.family
     latents = family.encode_images(torch.rand(2, 3, 32, 32))
     assert latents.shape == (2, *family.latent_shape(32, 32))
 
 
-def test_everything_loaded_is_frozen(module):
+def test_loaded_components_are_frozen(module):
     parts = [part for part in module.family.loaded.components.values() if isinstance(part, torch.nn.Module)]
     assert len(parts) == 4
     assert not any(p.requires_grad for part in parts for p in part.parameters())
     assert not any(part.training for part in parts)
 
 
-def test_resolutions_that_patches_do_not_divide_are_refused(module):
+def test_resolution_that_patches_do_not_divide_is_refused(module):
     with pytest.raises(UserError, match="30x32 is not a multiple of"):
         module.family.latent_shape(30, 32)
     with pytest.raises(UserError, match="0x32"):
         module.family.latent_shape(0, 32)
 
 
-def test_a_hub_id_is_checked_for_its_form_alone():
+def test_hub_id_is_only_checked_for_its_form():
     check_pipeline("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline")
     with pytest.raises(UserError, match="no directory"):
         check_pipeline("./stabilityai", "StableDiffusion3Pipeline")
@@ -134,6 +139,6 @@ def test_conditioning_keeps_rows_together():
     rows = Conditioning(torch.arange(6.0).view(3, 2, 1), torch.arange(3.0).view(3, 1))
     assert rows.repeat(2).pooled[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert rows.select(torch.tensor([2, 0])).sequence[:, 0, 0].tolist() == [4, 0]
-    assert Conditioning.concat([rows.slice(0, 1), rows.slice(1, 3)]).pooled.equal(rows.pooled)
-    assert rows.slice(1, 2).expand(4).pooled[:, 0].tolist() == [1, 1, 1, 1]
+    assert Conditioning.concat([rows.select(slice(0, 1)), rows.select(slice(1, 3))]).pooled.equal(rows.pooled)
+    assert rows.select(slice(1, 2)).expand(4).pooled[:, 0].tolist() == [1, 1, 1, 1]
     assert rows.ids is None

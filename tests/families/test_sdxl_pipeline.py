@@ -1,5 +1,4 @@
-"""Our sampling of a Stable Diffusion XL pipeline is diffusers' own, its states are flow states in another dress, and
-what we export samples as we do."""
+"""Sampling SDXL equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
 import pytest
 import tiny
@@ -9,8 +8,8 @@ from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
-from gdmd_lightning.samplers import FewStepSampler, sample
-from gdmd_lightning.schedules import TimestepLaw, vp_from_sigma, x0_from_velocity
+from gdmd_lightning.samplers import ODE, rollout
+from gdmd_lightning.schedules import UniformTimestep, vp_from_sigma, x0_from_velocity
 from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
@@ -38,7 +37,7 @@ def module(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
-def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance_scale):
+def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
     ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
     theirs = module.family.loaded(
         TEXTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise.clone(), **CALL
@@ -46,8 +45,8 @@ def test_the_teacher_samples_as_its_pipeline_does(module, noise, steps, guidance
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_the_clean_latent_is_the_same_in_both_dresses(module, noise):
-    family, network = module.family, module.networks.teacher
+def test_x0_is_the_same_from_flow_and_vp_states(module, noise):
+    family, network = module.family, module.roles.teacher
     conditioning, timesteps = family.encode(TEXTS), torch.tensor([150, 820])
     alphas = family.loaded.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     a, s = alphas.sqrt(), (1 - alphas).sqrt()
@@ -58,30 +57,30 @@ def test_the_clean_latent_is_the_same_in_both_dresses(module, noise):
             added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": ids},
         ).sample  # fmt: skip
     theirs = (noise - s * predicted) / a if family.predicts == "epsilon" else a * noise - s * predicted
-    sigma = family.levels[timesteps].float()
+    sigma = family.timestep_sigmas[timesteps].float()
     x_sigma = noise / (a + s)
     with torch.no_grad():
         ours = x0_from_velocity(x_sigma, family.velocity(network, x_sigma, sigma, conditioning), sigma)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_levels_and_timesteps_are_each_others_inverse(module):
-    levels = module.family.levels
-    assert torch.equal(module.family.timestep(levels.float()), torch.arange(1000.0))
-    between = (levels[:-1] + levels[1:]) / 2
+def test_timestep_inverts_the_sigmas_of_the_timesteps(module):
+    sigmas = module.family.timestep_sigmas
+    assert torch.equal(module.family.timestep(sigmas.float()), torch.arange(1000.0))
+    between = (sigmas[:-1] + sigmas[1:]) / 2
     t = module.family.timestep(between.float()[100:900]) - torch.arange(100.0, 900.0)
     assert ((t > 0.3) & (t < 0.7)).all()
-    a, _s = vp_from_sigma(levels)
+    a, _s = vp_from_sigma(sigmas)
     torch.testing.assert_close(a.square(), module.family.loaded.scheduler.alphas_cumprod.double())
     assert module.family.timestep(torch.tensor([1e-4, 0.99])).tolist() == [0, 999]
 
 
-def test_the_law_of_timesteps_is_this_schedules(module):
-    drawn = TimestepLaw(low=0.0, high=1.0).quantile(torch.tensor([0.0, 0.25, 0.5004, 0.9999]))
-    torch.testing.assert_close(drawn, module.family.levels[[0, 250, 500, 999]].float())
+def test_renoise_distribution_of_timesteps_has_this_schedule(module):
+    drawn = UniformTimestep(low=0.0, high=1.0).quantile(torch.tensor([0.0, 0.25, 0.5004, 0.9999]))
+    torch.testing.assert_close(drawn, module.family.timestep_sigmas[[0, 250, 500, 999]].float())
 
 
-def test_no_prompt_is_what_the_pipeline_takes_for_none(module):
+def test_empty_prompt_equals_the_pipelines_negative_prompt(module):
     family = module.family
     _, none, _, pooled = family.loaded.encode_prompt("a red circle", do_classifier_free_guidance=True)
     assert torch.equal(family.empty.sequence, none)
@@ -89,26 +88,27 @@ def test_no_prompt_is_what_the_pipeline_takes_for_none(module):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5])
-def test_an_exported_euler_sampler_makes_our_pictures(module, noise, steps):
-    family, network = module.family, module.networks.generator
-    pipeline = family.to_pipeline(network, steps, stochastic=False)
+def test_exported_euler_sampler_reproduces_our_images(module, noise, steps):
+    family, network = module.family, module.roles.generator
+    pipeline = family.to_pipeline(network, steps, module.latent_shape, stochastic=False)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(TEXTS, num_inference_steps=steps, guidance_scale=1.0, latents=noise.clone(), **CALL).images
     predict = module.predictor("generator", family.encode(TEXTS))
-    ours = family.decode(sample(predict, noise, family.few_step_sigmas(steps), FewStepSampler(steps)))
+    sigmas = family.few_step_sigmas(steps, module.latent_shape)
+    ours = family.decode(rollout(predict, noise, sigmas, ODE()).x0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_an_exported_renoising_sampler_visits_our_levels_and_refuses_others(module):
-    pipeline = module.family.to_pipeline(module.networks.generator, 4, stochastic=True)
+def test_exported_renoise_sampler_visits_our_timesteps_or_refuses_the_steps(module):
+    pipeline = module.family.to_pipeline(module.roles.generator, 4, module.latent_shape, stochastic=True)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     torch.testing.assert_close(module.family.timestep(module.sigmas[:-1]), pipeline.scheduler.timesteps.float())
     with pytest.raises(UserError, match="3 steps do not divide"):
-        module.family.to_pipeline(module.networks.generator, 3, stochastic=True)
+        module.family.to_pipeline(module.roles.generator, 3, module.latent_shape, stochastic=True)
 
 
-def test_latents_of_pictures_come_back_and_carry_gradient(module):
+def test_encoded_images_have_the_latent_shape_and_decode_with_gradient(module):
     latents = module.family.encode_images(torch.rand(2, 3, 32, 32)).requires_grad_()
     assert latents.shape == (2, *module.family.latent_shape(32, 32))
     module.family.decode(latents).mean().backward()
@@ -117,7 +117,7 @@ def test_latents_of_pictures_come_back_and_carry_gradient(module):
         module.family.latent_shape(30, 32)
 
 
-def test_a_pipeline_of_another_family_is_refused(saved, tiny_pipeline):
+def test_pipeline_of_another_family_is_refused(saved, tiny_pipeline):
     with pytest.raises(UserError, match="holds a StableDiffusion3Pipeline, not a StableDiffusionXLPipeline"):
         SDXLFamily(str(tiny_pipeline))
     with pytest.raises(UserError, match="holds a StableDiffusionXLPipeline, not a StableDiffusion3Pipeline"):
@@ -125,16 +125,15 @@ def test_a_pipeline_of_another_family_is_refused(saved, tiny_pipeline):
 
 
 @pytest.mark.parametrize("method", ["DMD", "GDMD"])
-def test_the_command_line_trains_resumes_exports_and_diffusers_samples(
-    method, saved, fast_fit, tmp_path, noise, monkeypatch
-):
+def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fast_fit, tmp_path, noise):
     from diffusers import StableDiffusionXLPipeline
 
     from gdmd_lightning.cli import main
 
     overlay = tmp_path / "sdxl.yaml"
     family = f"{{class_path: SDXLFamily, init_args: {{path: {saved}}}}}"
-    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {{law: {{class_path: TimestepLaw}}}}}}}}\n")
+    matching = "{renoise_distribution: {class_path: UniformTimestep}}"
+    overlay.write_text(f"model: {{init_args: {{family: {family}, matching: {matching}}}}}\n")
     config = [*fast_fit, *(["--config", "shapes_dmd.yaml"] if method == "DMD" else []), "--config", str(overlay)]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     plain = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]

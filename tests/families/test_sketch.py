@@ -1,4 +1,4 @@
-"""A sketch has the shapes of what it stands for, and none of its weights."""
+"""A sketch has the shapes of the loaded pipeline and none of its weights."""
 
 import shutil
 
@@ -14,13 +14,13 @@ from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.families.sketch import sketch_model
 
 
-def numbers(part: nn.Module) -> int:
+def count_parameters(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
 @pytest.fixture(scope="module", params=["sd3", "sdxl", "flux2"])
 def families(request, tmp_path_factory):
-    """A family that is loaded, and one that is sketched from the same directory without its weights."""
+    """A loaded family, and one sketched from the same directory after its weights were deleted."""
     path = tmp_path_factory.mktemp("sketch") / "pipeline"
     match request.param:
         case "sd3":
@@ -39,7 +39,7 @@ def families(request, tmp_path_factory):
     return pair
 
 
-def test_it_has_the_names_shapes_and_precisions_of_the_loaded_one(families):
+def test_sketch_has_the_names_shapes_and_dtypes_of_the_loaded_pipeline(families):
     loaded, sketched = (
         {
             (name, key): (tuple(tensor.shape), tensor.dtype)
@@ -52,13 +52,13 @@ def test_it_has_the_names_shapes_and_precisions_of_the_loaded_one(families):
     assert sketched == loaded
 
 
-def test_everything_of_it_is_on_the_meta_device_and_frozen(families):
+def test_sketch_is_frozen_on_the_meta_device(families):
     parts = [part for part in families[1].loaded.components.values() if isinstance(part, nn.Module)]
     assert all(t.is_meta for part in parts for t in (*part.parameters(), *part.buffers()))
     assert not any(p.requires_grad for part in parts for p in part.parameters())
 
 
-def test_a_blank_has_the_shape_of_an_encoded_prompt(families):
+def test_blank_conditioning_has_the_shape_of_an_encoded_prompt(families):
     encoded = families[0].encode(["a red circle"])
     blank = families[1].blank_conditioning(torch.device("meta"))
     for name in ("sequence", "pooled", "ids"):
@@ -95,21 +95,21 @@ def test_a_blank_has_the_shape_of_an_encoded_prompt(families):
         ),
     ],
 )
-def test_shipped_architectures_have_the_published_numbers_of_parameters(family, path, counts):
+def test_shipped_architecture_has_the_published_number_of_parameters(family, path, counts):
     sketched = family(path)
     sketched.sketch()
-    assert {name: numbers(sketched.loaded.components[name]) for name in counts} == counts
+    assert {name: count_parameters(sketched.loaded.components[name]) for name in counts} == counts
 
 
-def test_the_contrastive_rewards_clip_has_its_published_number_of_parameters():
+def test_shipped_clip_has_the_published_number_of_parameters():
     from transformers import CLIPModel
 
-    assert numbers(sketch_model(CLIPModel, "openai/clip-vit-large-patch14")) == 427_616_513
+    assert count_parameters(sketch_model(CLIPModel, "openai/clip-vit-large-patch14")) == 427_616_513
 
 
-def test_a_configuration_that_describes_nothing_is_told(tiny_pipeline, tmp_path):
+def test_broken_configuration_is_an_error(tiny_pipeline, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_pipeline, broken)
     (broken / "transformer" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"family\.path: the configuration of .* is not understood"):
+    with pytest.raises(UserError, match=r"family\.path: the configuration of .* cannot be used"):
         SD3Family(str(broken)).sketch()

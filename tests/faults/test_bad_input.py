@@ -60,7 +60,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
         (["--trainer.strategy", "dpd"], "invalid strategy name: `strategy='dpd'`"),
         (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val: not supported with two optimizers; "),
         (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
-        (["--model.sampler.steps", "0"], "sampler.steps is 0"),
+        (["--model.steps", "0"], "model.steps: it is 0"),
         (["--model.policy.beta", "0"], "policy.beta is 0"),
         (["--model.family.init_args.dtype", "float31"], "family.dtype: unknown dtype 'float31'; "),
         (["--model.height", "33"], "resolution: 33x32 is not a multiple of "),

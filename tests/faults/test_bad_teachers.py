@@ -1,4 +1,4 @@
-"""What can be wrong with a teacher, its adapters, its cache and its export ends in one line, nothing half-written."""
+"""Errors of teachers, adapters, embedding caches and exports are one line, and leave no partial files."""
 
 import shutil
 import subprocess
@@ -16,33 +16,33 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", ["sdxl.yaml", "flux2.yaml"])
-def test_a_configuration_of_another_family_is_told(complaint, tiny_pipeline, config):
-    told = complaint("fit", "--config", config, f"--model.family.path={tiny_pipeline}", "--data.source=shapes")
-    assert "holds a StableDiffusion3Pipeline, not a" in told
-    assert "choose the family that matches it" in told
+def test_configuration_of_another_family_is_an_error(complaint, tiny_pipeline, config):
+    message = complaint("fit", "--config", config, f"--model.family.path={tiny_pipeline}", "--data.source=shapes")
+    assert "holds a StableDiffusion3Pipeline, not a" in message
+    assert "choose the family that matches it" in message
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "scheduler"])
-def test_a_missing_component_is_told(complaint, fast_fit, tiny_pipeline, tmp_path, part):
+def test_missing_component_is_an_error(complaint, fast_fit, tiny_pipeline, tmp_path, part):
     copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
     shutil.rmtree(copy / part)
     assert f"lacks its component {part!r}" in complaint("fit", *fast_fit, f"--model.family.path={copy}")
 
 
 @pytest.mark.parametrize("command", ["fit", "plan"])
-def test_a_resolution_that_does_not_fit_is_told(complaint, fast_fit, command):
-    told = complaint(command, *fast_fit, "--model.height=30")
-    assert told.startswith("resolution: 30x32 is not a multiple of 8 pixels; use a multiple of 8")
+def test_unsupported_resolution_is_an_error(complaint, fast_fit, command):
+    message = complaint(command, *fast_fit, "--model.height=30")
+    assert message.startswith("resolution: 30x32 is not a multiple of 8 pixels; use a multiple of 8")
 
 
 @pytest.mark.parametrize("command", ["fit", "plan"])
-def test_an_adapter_for_nothing_is_told_with_what_would_be_right(complaint, fast_fit, command):
-    told = complaint(command, *fast_fit, *ADAPTERS, "--model.lora.targets=['to_qq']")
-    assert told.startswith("model.lora.targets: LoRA target 'to_qq' matches no module of the network; ")
-    assert "to_add_out" in told
+def test_adapter_target_without_a_module_is_an_error_that_lists_others(complaint, fast_fit, command):
+    message = complaint(command, *fast_fit, *ADAPTERS, "--model.lora.targets=['to_qq']")
+    assert message.startswith("model.lora.targets: LoRA target 'to_qq' matches no module of the network; ")
+    assert "to_add_out" in message
 
 
-def test_a_cache_of_another_model_is_told(complaint, fast_fit, tmp_path):
+def test_cache_of_another_model_is_an_error(complaint, fast_fit, tmp_path):
     from gdmd_lightning.cli import main
 
     (tmp_path / "prompts.txt").write_text("a red circle\na green square\n")
@@ -50,18 +50,18 @@ def test_a_cache_of_another_model_is_told(complaint, fast_fit, tmp_path):
     once = [*fast_fit, *cached, "--trainer.max_steps=1", "--trainer.callbacks=ModelCheckpoint"]
     main(["fit", *once])
     other = tiny.save_pipeline(tmp_path / "other", seed=1)
-    told = complaint("fit", *once, f"--model.family.path={other}")
-    assert str(tmp_path / "cache") in told
-    assert "embeddings of another model" in told
+    message = complaint("fit", *once, f"--model.family.path={other}")
+    assert str(tmp_path / "cache") in message
+    assert "embeddings of another model" in message
 
 
-def test_a_start_without_the_adapters_is_told(complaint, fast_fit, recorded_run):
+def test_start_without_the_adapters_is_an_error(complaint, fast_fit, recorded_run):
     last = recorded_run / "checkpoints" / "last.ckpt"
-    told = complaint("fit", *fast_fit, *ADAPTERS, f"--model.start_from={last}")
-    assert "its generator is not this model's; use the same family, size and adapters" in told
+    message = complaint("fit", *fast_fit, *ADAPTERS, f"--model.start_from={last}")
+    assert "its generator is not this model's; use the same family, size and adapters" in message
 
 
-def test_an_optimizer_that_is_not_installed_is_told_before_anything_is_loaded(complaint, fast_fit, monkeypatch):
+def test_optimizer_that_is_not_installed_is_an_error_before_loading(complaint, fast_fit, monkeypatch):
     import importlib.util
 
     from gdmd_lightning.families.sd3 import SD3Family
@@ -70,8 +70,8 @@ def test_an_optimizer_that_is_not_installed_is_told_before_anything_is_loaded(co
     absent = lambda name, *more: None if name == "bitsandbytes" else found(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     monkeypatch.setattr(SD3Family, "load", lambda self: pytest.fail("loaded"))
-    told = complaint("fit", *fast_fit, "--model.critic.algorithm=adamw_8bit")
-    assert told.startswith("optimizer algorithm: adamw_8bit is bitsandbytes', which is not installed; pip install")
+    message = complaint("fit", *fast_fit, "--model.fake_score.algorithm=adamw_8bit")
+    assert message.startswith("optimizer algorithm: adamw_8bit is bitsandbytes', which is not installed; pip install")
 
 
 FULL = """
@@ -84,8 +84,8 @@ main(["export", sys.argv[2], sys.argv[3]])
 
 
 @pytest.mark.parametrize("room", [300, 60_000])
-def test_a_disk_that_fills_up_while_exporting_leaves_nothing(recorded_run, tmp_path, room):
-    """With a limit on files' sizes the kernel refuses a write half way, as it does where no space is left."""
+def test_full_disk_during_export_leaves_no_files(recorded_run, tmp_path, room):
+    """A limit on file sizes makes the kernel refuse a write halfway, as on a full disk."""
     from conftest import cli_environment
 
     out = tmp_path / "pipeline"

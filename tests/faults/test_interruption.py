@@ -97,7 +97,7 @@ def rows(run: Path) -> list[dict]:
 VARIANTS = {
     "default": [],
     "snapshots": ["--model.targets.over=both", "--model.targets.snapshot_every=2", "--model.targets.size=3"],
-    "renoise, fresh": ["--model.sampler.kind=renoise", "--model.matching.critic_samples=fresh"],
+    "renoise, fresh": ["--model.sampler=Renoise", "--model.matching.fake_score_samples=fresh"],
     "DMD": ["--config", "shapes_dmd.yaml", "--config", "{saving}"],
     "adapters": ["--model.lora.rank=2", "--model.lora.alpha=2", "--model.memory.gradient_checkpointing=true"],
 }
@@ -123,7 +123,7 @@ def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name):
 
 
 def test_max_steps_counts_updates_not_optimizer_steps(fast_fit, tmp_path):
-    last = train(fast_fit, tmp_path, "--trainer.max_steps=5", "--model.matching.critic_updates=3")
+    last = train(fast_fit, tmp_path, "--trainer.max_steps=5", "--model.matching.fake_score_updates=3")
     content = read_checkpoint(str(last))
     steps = [int(state["state"][0]["step"]) for state in content["optimizer_states"]]
     assert content["global_step"] == 5

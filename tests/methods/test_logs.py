@@ -6,18 +6,18 @@ import torch
 
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.matching import MatchingModule
 
 
 @pytest.mark.parametrize("method", [DMD, GDMD])
-def test_the_spread_of_the_students_latents_is_logged(tiny_pipeline, method, monkeypatch) -> None:
+def test_logged_sample_std_is_that_of_the_generators_samples(tiny_pipeline, method, monkeypatch) -> None:
     samples = []
-    whole = method.generator_loss
+    whole = MatchingModule.train_fake_score
 
-    def watched(self, batch, conditioning):
-        loss, x, logs = whole(self, batch, conditioning)
-        samples.append(x.detach().clone())
-        return loss, x, logs
+    def watched(self, batch, state, x0, learn):
+        samples.append(x0.clone())
+        return whole(self, batch, state, x0, learn)
 
-    monkeypatch.setattr(method, "generator_loss", watched)
+    monkeypatch.setattr(MatchingModule, "train_fake_score", watched)
     logged = tiny.train(tiny.module(tiny_pipeline, method), 1).logged_metrics
     torch.testing.assert_close(logged["train/sample_std"], samples[0].std())

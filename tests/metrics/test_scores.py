@@ -1,14 +1,18 @@
-"""Scores are means of the tasks' means, whatever the batches, with intervals that cover."""
+"""Scores: means of task means for any batch size, with intervals that cover; evaluation with fixed noise."""
 
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
+from gdmd_lightning.geneval.detector import Detector
+from gdmd_lightning.geneval.rules import Detection, Rules
 from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
 from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.shapes.captions import TASKS, evaluation_prompts
+from gdmd_lightning.shapes.detector import ShapesDetector
 from gdmd_lightning.shapes.scenes import render, sample_scenes
 
 
@@ -31,18 +35,18 @@ def filled(values, tasks):
     return score
 
 
-def test_overall_is_the_mean_of_task_means():
+def test_score_overall_is_the_mean_of_task_means():
     result = filled([1.0, 0.0, 0.0, 0.0, 1.0], ["a", "b", "b", "b", "b"]).compute()
     assert result["a"] == 1
     assert result["b"] == 0.25
     assert result["overall"] == pytest.approx(0.625)
 
 
-def test_prompts_without_task_have_one_overall_score():
+def test_score_of_prompts_without_task_is_overall_only():
     assert set(filled([0.2, 0.4], ["all", "all"]).compute()) == {"overall"}
 
 
-def test_batches_do_not_matter():
+def test_score_does_not_depend_on_batches():
     values, tasks = torch.rand(10).tolist(), ["a", "b"] * 5
     whole = filled(values, tasks).compute()
     parts = RewardScore(Brightness())
@@ -67,7 +71,7 @@ def test_interval_of_equal_values_is_a_point():
     assert filled([0.5, 0.5], ["a", "b"]).intervals()["overall"] == Interval(0.5, 0.5, 0.5)
 
 
-def test_rendered_truth_scores_one_in_every_task():
+def test_geneval_score_of_true_pictures_is_one_in_every_task():
     prompts = evaluation_prompts(10)
     pictures = render(sample_scenes([p.metadata for p in prompts], np.random.default_rng(0)))
     score = GenEvalScore()
@@ -76,7 +80,43 @@ def test_rendered_truth_scores_one_in_every_task():
     assert {name: float(v) for name, v in score.compute().items()} == dict.fromkeys(("overall", *TASKS), 1.0)
 
 
-def test_evaluation_gives_each_prompt_its_own_noise_whatever_batch_and_rank():
+class FindsRedCircle(Detector):
+    rules = Rules(score_threshold=0.5)
+
+    def __init__(self, confidence: float = 0.6):
+        self.confidence = confidence
+
+    def detect(self, images, prompts):
+        return [[Detection("circle", (0, 0, 9, 9), self.confidence, "red")] for _ in images]
+
+
+@pytest.mark.parametrize(("confidence", "expected"), [(0.6, 1.0), (0.4, 0.0)])
+def test_geneval_score_uses_its_detector_and_that_detectors_rules(confidence, expected):
+    content = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    prompts = [Prompt("a red circle", content)] * 2
+    score = GenEvalScore(FindsRedCircle(confidence))
+    score.begin(prompts)
+    score.update(torch.zeros(2, 3, 8, 8), prompts)
+    assert score.compute()["colors"] == expected
+
+
+def parsed(scores: str):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--score", type=TaskScore)
+    return parser.instantiate_classes(parser.parse_args(["--score", scores])).score
+
+
+def test_geneval_score_needs_no_detector_in_a_configuration():
+    assert isinstance(parsed('{"class_path": "GenEvalScore"}').detector, ShapesDetector)
+
+
+def test_geneval_score_takes_a_detector_from_a_configuration():
+    detector = '{"class_path": "test_scores.FindsRedCircle", "init_args": {"confidence": 0.7}}'
+    score = parsed(f'{{"class_path": "GenEvalScore", "init_args": {{"detector": {detector}}}}}')
+    assert score.detector.confidence == 0.7
+
+
+def test_evaluation_noise_depends_on_the_prompt_only():
     seen = {}
 
     def generate(noise, texts):
@@ -100,7 +140,7 @@ def test_evaluation_gives_each_prompt_its_own_noise_whatever_batch_and_rank():
             assert torch.equal(row, fixed_noise(index, (1, 2, 2), 0))
 
 
-def test_pictures_shown_cover_every_task():
+def test_shown_pictures_cover_every_task():
     prompts = evaluation_prompts(100)
     texts, noise = shown(prompts, 9, (1, 2, 2), 0)
     by_text = {p.text: p.metadata["tag"] for p in prompts}

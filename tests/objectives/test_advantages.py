@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd_lightning.objectives.advantages import Spread, centre_within, group_advantages, group_mean
+from gdmd_lightning.objectives.advantages import Spread, center_within, group_advantages, group_mean
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
 
 SPREADS = get_args(Spread)
@@ -18,33 +18,33 @@ def rewards(seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_every_group_averages_zero(spread: Spread) -> None:
+def test_group_advantages_average_zero_in_every_group(spread: Spread) -> None:
     mean = group_mean(group_advantages(rewards(), GROUPS, spread), GROUPS)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_a_constant_added_to_all_rewards_changes_nothing(spread: Spread) -> None:
+def test_group_advantages_ignore_a_constant_added_to_all_rewards(spread: Spread) -> None:
     torch.testing.assert_close(
         group_advantages(rewards() + 17.0, GROUPS, spread), group_advantages(rewards(), GROUPS, spread)
     )
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_a_constant_added_to_one_groups_rewards_changes_nothing(spread: Spread) -> None:
+def test_group_advantages_ignore_a_constant_added_to_one_group(spread: Spread) -> None:
     shifted = rewards() + torch.tensor([0.0, 5.0, -3.0], dtype=torch.float64)[GROUPS]
     torch.testing.assert_close(group_advantages(shifted, GROUPS, spread), group_advantages(rewards(), GROUPS, spread))
 
 
 @pytest.mark.parametrize("spread", ["group", "batch"])
-def test_a_scale_of_all_rewards_changes_nothing_once_a_spread_divides(spread: Spread) -> None:
+def test_group_advantages_over_a_spread_ignore_the_scale_of_rewards(spread: Spread) -> None:
     torch.testing.assert_close(
         group_advantages(3 * rewards(), GROUPS, spread), group_advantages(rewards(), GROUPS, spread)
     )
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_a_permutation_of_rows_permutes_the_advantages(spread: Spread) -> None:
+def test_group_advantages_follow_a_permutation_of_rows(spread: Spread) -> None:
     order = torch.randperm(len(GROUPS), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
         group_advantages(rewards()[order], GROUPS[order], spread), group_advantages(rewards(), GROUPS, spread)[order]
@@ -52,7 +52,7 @@ def test_a_permutation_of_rows_permutes_the_advantages(spread: Spread) -> None:
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_without_spread_anywhere_gdmd_is_dmd(spread: Spread) -> None:
+def test_group_advantages_without_spread_give_weight_one(spread: Spread) -> None:
     flat = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)[GROUPS]
     advantage = group_advantages(flat, GROUPS, spread)
     assert torch.equal(advantage, torch.zeros_like(flat))
@@ -62,7 +62,7 @@ def test_without_spread_anywhere_gdmd_is_dmd(spread: Spread) -> None:
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_a_group_without_spread_gets_nothing_beside_one_with_spread(spread: Spread) -> None:
+def test_group_without_spread_has_no_advantage_next_to_one_with_spread(spread: Spread) -> None:
     mixed = rewards()
     mixed[GROUPS == 1] = 0.25
     advantage = group_advantages(mixed, GROUPS, spread)
@@ -71,7 +71,7 @@ def test_a_group_without_spread_gets_nothing_beside_one_with_spread(spread: Spre
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7])  # (r + r + r) / 3 is not r in float32
-def test_rounding_gives_a_group_without_spread_no_advantage(size: int) -> None:
+def test_group_without_spread_has_no_advantage_by_rounding(size: int) -> None:
     groups = torch.arange(2).repeat_interleave(size)
     values = torch.cat([torch.full((size,), 0.9), torch.rand(size, generator=torch.Generator().manual_seed(0))])
     assert torch.equal(group_advantages(values, groups, "batch")[:size], torch.zeros(size))
@@ -103,14 +103,14 @@ def test_a_spread_below_the_floor_is_noise() -> None:
     assert (group_advantages(values, one, "group", floor=1e-8) != 0).all()
 
 
-def test_what_a_stratum_shares_is_removed() -> None:
+def test_center_within_removes_what_a_stratum_shares() -> None:
     strata = torch.arange(3).repeat(3)
     shared = torch.tensor([0.0, 10.0, -4.0], dtype=torch.float64)[strata]
     values = rewards()
-    torch.testing.assert_close(centre_within(values + shared, strata), centre_within(values, strata))
+    torch.testing.assert_close(center_within(values + shared, strata), center_within(values, strata))
 
 
-def test_centred_strata_average_zero() -> None:
+def test_centered_strata_average_zero() -> None:
     strata = torch.arange(3).repeat(3)
-    mean = group_mean(centre_within(rewards(), strata), strata)
+    mean = group_mean(center_within(rewards(), strata), strata)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-15)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd_lightning.objectives.distribution_matching import dm_direction, dm_loss, normaliser
+from gdmd_lightning.objectives.distribution_matching import dm_direction, dm_loss, normalizer
 
 SHAPE = (5, 3, 4, 2)
 
@@ -23,23 +23,23 @@ def per_sample(n: Tensor) -> Tensor:
     return n.view(-1, 1, 1, 1)
 
 
-def test_gradient_is_the_normalised_direction_over_the_number_of_elements() -> None:
+def test_gradient_is_the_normalized_direction_over_the_number_of_elements() -> None:
     x, real, fake = triple()
-    n = normaliser(x, real)
+    n = normalizer(x, real)
     loss = dm_loss(x, x - dm_direction(real, fake), n)
     torch.testing.assert_close(gradient(x, loss), (fake - real) / per_sample(n) / x.numel(), rtol=1e-12, atol=0)
 
 
 def test_a_teacher_equal_to_the_fake_score_gives_exactly_nothing() -> None:
     x, real, _ = triple()
-    loss = dm_loss(x, x - dm_direction(real, real), normaliser(x, real))
+    loss = dm_loss(x, x - dm_direction(real, real), normalizer(x, real))
     assert loss.item() == 0
     assert torch.equal(gradient(x, loss), torch.zeros(SHAPE, dtype=torch.float64))
 
 
-def test_no_gradient_reaches_target_direction_or_normaliser() -> None:
+def test_no_gradient_reaches_target_direction_or_normalizer() -> None:
     x, real, fake = (t.detach().requires_grad_() for t in triple())
-    direction, n = dm_direction(real, fake), normaliser(x, real)
+    direction, n = dm_direction(real, fake), normalizer(x, real)
     assert not direction.requires_grad
     assert not n.requires_grad
     target = (x * 2).detach().requires_grad_()
@@ -49,7 +49,7 @@ def test_no_gradient_reaches_target_direction_or_normaliser() -> None:
 
 def test_weights_scale_and_turn_each_samples_gradient() -> None:
     x, real, fake = triple()
-    n, y = normaliser(x, real), x - dm_direction(real, fake)
+    n, y = normalizer(x, real), x - dm_direction(real, fake)
     weight = torch.tensor([1.0, 2.0, 0.0, -1.0, -0.5], dtype=torch.float64)
     plain = gradient(x, dm_loss(x, y, n))
     torch.testing.assert_close(gradient(x, dm_loss(x, y, n, weight)), per_sample(weight) * plain, rtol=1e-12, atol=0)
@@ -57,7 +57,7 @@ def test_weights_scale_and_turn_each_samples_gradient() -> None:
 
 def test_descent_moves_a_sample_to_its_target() -> None:
     x, real, fake = triple()
-    n, y = normaliser(x, real), (x - dm_direction(real, fake)).detach()
+    n, y = normalizer(x, real), (x - dm_direction(real, fake)).detach()
     step = gradient(x, dm_loss(x, y, n)) * x.numel() * per_sample(n)
     torch.testing.assert_close(x.detach() - step, y)
 
@@ -67,21 +67,21 @@ def test_the_target_is_the_sample_shifted_from_fake_to_real() -> None:
     torch.testing.assert_close(x - dm_direction(real, fake), x + real - fake)
 
 
-def test_normaliser_is_each_samples_mean_distance_from_the_teachers_opinion() -> None:
+def test_normalizer_is_each_samples_mean_distance_from_the_teachers_opinion() -> None:
     x, real, _ = triple()
     expected = torch.stack([(a - b).abs().mean() for a, b in zip(x.detach(), real)])
-    torch.testing.assert_close(normaliser(x, real), expected)
+    torch.testing.assert_close(normalizer(x, real), expected)
 
 
-def test_normaliser_stops_at_its_floor() -> None:
+def test_normalizer_stops_at_its_floor() -> None:
     x, _, _ = triple()
-    assert torch.equal(normaliser(x, x.detach(), floor=0.25), torch.full((SHAPE[0],), 0.25, dtype=torch.float64))
+    assert torch.equal(normalizer(x, x.detach(), floor=0.25), torch.full((SHAPE[0],), 0.25, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0])
 def test_scaling_all_opinions_leaves_the_gradient_alone(scale: float) -> None:
     x, real, fake = triple()
     big, big_real, big_fake = (x.detach() * scale).requires_grad_(), real * scale, fake * scale
-    g = gradient(x, dm_loss(x, x - dm_direction(real, fake), normaliser(x, real)))
-    big_g = gradient(big, dm_loss(big, big - dm_direction(big_real, big_fake), normaliser(big, big_real)))
+    g = gradient(x, dm_loss(x, x - dm_direction(real, fake), normalizer(x, real)))
+    big_g = gradient(big, dm_loss(big, big - dm_direction(big_real, big_fake), normalizer(big, big_real)))
     torch.testing.assert_close(big_g, g)

@@ -6,7 +6,7 @@ from gaussian_world import TEACHER, Gaussian, Student, draw, opinions
 from torch import Tensor
 
 from gdmd_lightning.objectives.advantages import group_advantages
-from gdmd_lightning.objectives.distribution_matching import dm_loss, normaliser
+from gdmd_lightning.objectives.distribution_matching import dm_loss, normalizer
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
 
 BATCH, GROUP = 128, 2
@@ -23,14 +23,14 @@ def gdmd_loss(student: Student, teacher: Gaussian, draws: tuple[Tensor, Tensor, 
     scores = torch.ones(len(y), dtype=y.dtype) if reward is None else y @ reward
     advantage = group_advantages(scores, torch.arange(len(z)).repeat_interleave(group), "batch")
     weight = gradient_weight(optimality(advantage, 2.0), 2.0)
-    return dm_loss(each, y, normaliser(each, real), weight)
+    return dm_loss(each, y, normalizer(each, real), weight)
 
 
 def dmd_loss(student: Student, teacher: Gaussian, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     z, t, eps = draws
     each = student(z).repeat_interleave(len(t) // len(z), dim=0)
     real, y = opinions(teacher, student.critic, each.detach(), t, eps)
-    return dm_loss(each, y, normaliser(each, real))
+    return dm_loss(each, y, normalizer(each, real))
 
 
 def train(weighted: bool, reward: Reward, steps: int) -> Student:
@@ -51,11 +51,11 @@ def assert_is_the_teacher(student: Student, tolerance: float) -> None:
     torch.testing.assert_close(student.critic.covariance, TEACHER.covariance, rtol=0, atol=tolerance)
 
 
-def test_distillation_ends_at_the_teacher() -> None:
+def test_dmd_converges_to_the_teacher() -> None:
     assert_is_the_teacher(train(weighted=False, reward=None, steps=300), 0.01)
 
 
-def test_gdmd_with_a_flat_reward_ends_at_the_teacher() -> None:
+def test_gdmd_with_a_flat_reward_converges_to_the_teacher() -> None:
     assert_is_the_teacher(train(weighted=True, reward=None, steps=300), 0.01)
 
 
@@ -75,7 +75,7 @@ def test_the_teacher_is_a_fixed_point_whatever_the_reward(reward: list[float] | 
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
 
-def test_a_reward_leaves_the_end_of_the_way_at_the_teacher() -> None:
+def test_gdmd_with_a_reward_converges_to_the_teacher() -> None:
     reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert_is_the_teacher(train(weighted=True, reward=reward, steps=400), 0.03)
 
@@ -86,14 +86,14 @@ def extra_movement(reward: Tensor, spread: str, unit_n: bool, batch: int) -> tup
     z, t, eps = draw(batch, 4, torch.Generator().manual_seed(1))
     each = student(z).repeat_interleave(4, dim=0)
     real, y = opinions(TEACHER, student.critic, each.detach(), t, eps)
-    n = torch.ones(len(y), dtype=y.dtype) if unit_n else normaliser(each, real)
+    n = torch.ones(len(y), dtype=y.dtype) if unit_n else normalizer(each, real)
     groups = torch.arange(batch).repeat_interleave(4)
     advantage = group_advantages(y @ reward, groups, spread)  # type: ignore[arg-type]
     weight = gradient_weight(optimality(advantage, clip=100.0), strength=1.0)
     loss = dm_loss(each, y, n, weight) - dm_loss(each, y, n)
     (gradient,) = torch.autograd.grad(loss, student.shift)
-    centred = y.view(batch, 4, 2) - y.view(batch, 4, 2).mean(1, keepdim=True)
-    return -gradient, torch.einsum("bmi,bmj->ij", centred, centred) / (batch * 4) @ reward
+    centered = y.view(batch, 4, 2) - y.view(batch, 4, 2).mean(1, keepdim=True)
+    return -gradient, torch.einsum("bmi,bmj->ij", centered, centered) / (batch * 4) @ reward
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -113,7 +113,7 @@ def test_a_linear_reward_moves_the_mean_along_its_covariance_with_the_targets(re
 
 
 @pytest.mark.parametrize("reward", REWARDS)
-def test_with_the_real_normalisers_the_movement_still_follows_the_covariance(reward: list[float]) -> None:
+def test_with_the_real_normalizers_the_movement_still_follows_the_covariance(reward: list[float]) -> None:
     a = torch.tensor(reward, dtype=torch.float64)
     movement, covariance = extra_movement(a, "batch", unit_n=False, batch=2000)
     assert movement @ a > 0

@@ -18,7 +18,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def targets() -> tuple[Tensor, Tensor, Tensor]:
-    """Targets ``[B * M, ...]``, optimalities and normalisers ``[B * M]``."""
+    """Targets ``[B * M, ...]``, optimalities and normalizers ``[B * M]``."""
     count = BATCH * GROUP
     return random(count, *SHAPE[1:], seed=1), random(count, seed=2).sigmoid(), 0.5 + random(count, seed=3).abs()
 

@@ -5,7 +5,7 @@ import torch
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
-from gdmd_lightning.rewards.base import Reward, judge
+from gdmd_lightning.rewards.base import Reward, checked_score
 from gdmd_lightning.rewards.clip import ContrastiveReward
 from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.rewards.shapes import ShapesReward
@@ -27,7 +27,7 @@ class Answer(Reward):
 
 
 def test_finite_scores_pass_as_float32():
-    scores = judge(Answer(torch.arange(4, dtype=torch.float64)), PICTURES, PROMPTS)
+    scores = checked_score(Answer(torch.arange(4, dtype=torch.float64)), PICTURES, PROMPTS)
     assert scores.dtype == torch.float32
     assert scores.tolist() == [0, 1, 2, 3]
 
@@ -43,20 +43,20 @@ def test_finite_scores_pass_as_float32():
         (ValueError("no such word"), "raised ValueError: no such word"),
     ],
 )
-def test_a_wrong_answer_is_told_in_one_line(answer, said):
+def test_wrong_score_is_reported_in_one_line(answer, said):
     with pytest.raises(UserError, match=said) as caught:
-        judge(Answer(answer), PICTURES, PROMPTS)
+        checked_score(Answer(answer), PICTURES, PROMPTS)
     assert "\n" not in str(caught.value)
 
 
 def test_combination_is_the_weighted_sum():
     parts = [Answer(torch.tensor([1.0, 2, 3, 4])), Answer(torch.ones(4))]
-    assert judge(CombinedReward(parts, [2.0, -1.0]), PICTURES, PROMPTS).tolist() == [1, 3, 5, 7]
+    assert checked_score(CombinedReward(parts, [2.0, -1.0]), PICTURES, PROMPTS).tolist() == [1, 3, 5, 7]
 
 
 def test_combination_names_the_part_at_fault():
     with pytest.raises(UserError, match="'answer'"):
-        judge(CombinedReward([Answer(torch.zeros(3))], [1.0]), PICTURES, PROMPTS)
+        checked_score(CombinedReward([Answer(torch.zeros(3))], [1.0]), PICTURES, PROMPTS)
 
 
 def test_combination_needs_a_weight_for_each_reward():
@@ -80,11 +80,10 @@ def world():
 
     import numpy as np
 
-    from gdmd_lightning.shapes.captions import prompt_stream
+    from gdmd_lightning.shapes.captions import prompt_at
     from gdmd_lightning.shapes.scenes import render, sample_scenes
 
-    stream = prompt_stream("test", 3)
-    prompts = [next(stream) for _ in range(200)]
+    prompts = [prompt_at("test", 3, row) for row in range(200)]
     pictures = render(sample_scenes([p.metadata for p in prompts], np.random.default_rng(0)))
     shuffled = prompts[:]
     random.Random(0).shuffle(shuffled)
@@ -94,7 +93,7 @@ def world():
 def test_shipped_scorer_prefers_the_true_caption(world):
     pictures, prompts, shuffled = world
     scorer = ContrastiveReward("package:assets/shapes/scorer")
-    true, other = judge(scorer, pictures, prompts), judge(scorer, pictures, shuffled)
+    true, other = checked_score(scorer, pictures, prompts), checked_score(scorer, pictures, shuffled)
     ends = zip((p.text.split()[-3:] for p in prompts), (p.text.split()[-3:] for p in shuffled), strict=True)
     different = torch.tensor([a != b for a, b in ends])
     assert (true > other)[different].float().mean() > 0.9
@@ -115,6 +114,6 @@ def test_shipped_scorer_is_differentiable_in_pixels(world):
 
 def test_shapes_reward_is_the_detectors_grade(world):
     pictures, prompts, shuffled = world
-    true, other = judge(ShapesReward(), pictures, prompts), judge(ShapesReward(), pictures, shuffled)
+    true, other = checked_score(ShapesReward(), pictures, prompts), checked_score(ShapesReward(), pictures, shuffled)
     assert true.mean() > 0.85
     assert other.mean() < 0.4

@@ -1,4 +1,4 @@
-"""Adapters on one base are as good as networks of their own: to the bit, gradients too, in any order of calls."""
+"""Adapters on one base equal separate networks: to the bit, gradients too, in any order of calls."""
 
 import copy
 
@@ -11,11 +11,20 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.families.sdxl import SDXLFamily
-from gdmd_lightning.roles import AdapterRoles, LoRA, Role
+from gdmd_lightning.latents import NoisyLatents
+from gdmd_lightning.roles import AdapterRoles, LoRA, Optimization, RoleSpec
 
 TEXTS = ["a red circle", "two blue squares"]
 LORA = LoRA(rank=4, alpha=8)
-ADAPTERS: tuple[Role, ...] = ("generator", "fake_score", "old", "ema")
+ADAPTERS = ("generator", "fake_score", "old", "ema", "fake_score@1")
+SPECS = (
+    RoleSpec("generator", optimizer=Optimization()),
+    RoleSpec("ema", average_of="generator", decay=0.9),
+    RoleSpec("fake_score", optimizer=Optimization()),
+    RoleSpec("old", average_of="generator", decay=0.5),
+    RoleSpec("fake_score@1", snapshot_of="fake_score"),
+)
+FEW = SPECS[:3]
 
 
 @pytest.fixture(scope="module", params=["sd3", "sdxl", "flux2"])
@@ -40,18 +49,18 @@ def network_of(family: ModelFamily) -> nn.Module:
 
 def cast(family: ModelFamily, *, checkpointing: bool = False, **options) -> AdapterRoles:
     """Roles whose adapters have all been drawn at random, so that none is like another."""
-    roles = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1, **options)
+    roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA, **options)
     if checkpointing:
         roles.checkpoint_activations()
     stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in roles.named_parameters():
-            if not roles.is_teachers(name):
+            if not roles.is_frozen(name):
                 parameter.copy_(torch.randn(parameter.shape, generator=stream) / 4)
     return roles
 
 
-def alone(family: ModelFamily, roles: AdapterRoles, role: Role) -> nn.Module:
+def alone(family: ModelFamily, roles: AdapterRoles, role: str) -> nn.Module:
     """A network of the role's own, with one adapter, as peft is commonly used."""
     from peft import LoraConfig
 
@@ -70,46 +79,51 @@ def adapter_of(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in network.named_parameters() if ".lora_" in name]
 
 
-def inputs(family: ModelFamily):
+def inputs(family: ModelFamily) -> NoisyLatents:
     shape = family.latent_shape(32, 32)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
-    return x, torch.tensor([0.8, 0.3]), family.encode(TEXTS)
+    return NoisyLatents(x, torch.tensor([0.8, 0.3]), family.encode(TEXTS))
+
+
+def ask(family: ModelFamily, network: nn.Module, guidance_scale: float = 1.0) -> torch.Tensor:
+    """Velocity of a separate network at :func:`inputs`."""
+    at = inputs(family)
+    return family.predict_velocity(network, at.x, at.sigma, at.conditioning, guidance_scale)
 
 
 @pytest.mark.parametrize("role", ADAPTERS)
-def test_a_roles_output_is_that_of_a_network_of_its_own_to_the_bit(family, role):
+def test_role_output_equals_that_of_a_separate_network_to_the_bit(family, role):
     roles = cast(family)
     network = alone(family, roles, role)
     with torch.no_grad():
-        expected = family.predict_velocity(network, *inputs(family))
+        expected = ask(family, network)
     for other in ("teacher", *ADAPTERS):
-        roles.velocity(other, *inputs(family))
-    assert torch.equal(roles.velocity(role, *inputs(family)), expected)
+        roles.velocity(other, inputs(family))
+    assert torch.equal(roles.velocity(role, inputs(family)), expected)
 
 
-def test_the_teacher_is_the_base_to_the_bit(family):
+def test_teacher_equals_the_base_to_the_bit(family):
     roles = cast(family)
     with torch.no_grad():
-        expected = family.predict_velocity(network_of(family).eval(), *inputs(family), guidance_scale=3.0)
-    assert torch.equal(roles.velocity("teacher", *inputs(family), guidance_scale=3.0), expected)
+        expected = ask(family, network_of(family).eval(), 3.0)
+    assert torch.equal(roles.velocity("teacher", inputs(family), guidance_scale=3.0), expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("learner", ["generator", "fake_score"])
-def test_gradients_of_interleaved_roles_are_those_of_separate_networks_to_the_bit(family, learner, checkpointing):
+def test_gradients_of_interleaved_roles_equal_those_of_separate_networks_to_the_bit(family, learner, checkpointing):
     roles = cast(family, checkpointing=checkpointing)
     network = alone(family, roles, learner)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    family.predict_velocity(network, *inputs(family)).square().sum().backward()
+    ask(family, network).square().sum().backward()
     with roles.learning(learner):
-        roles.velocity("ema", *inputs(family))
-        loss = roles.velocity(learner, *inputs(family)).square().sum()
-        # Between a forward and its backward all others speak, with gradient asked for and without.
+        roles.velocity("ema", inputs(family))
+        loss = roles.velocity(learner, inputs(family)).square().sum()
+        # Between a forward and its backward all other roles are evaluated.
         for other in ("teacher", *ADAPTERS):
             if other != learner:
-                roles.velocity(other, *inputs(family))
-        roles.velocity("fake_score", *inputs(family), snapshot=1)
+                roles.velocity(other, inputs(family))
         loss.backward()
     expected = {name.replace(".mine.", f".{learner}."): p.grad for name, p in adapter_of(network)}
     found = {name.removeprefix("network."): p.grad for name, p in roles.named_parameters() if p.grad is not None}
@@ -124,7 +138,7 @@ def test_two_forwards_under_one_backward_add_up(family, checkpointing):
     def gradients(*scales: float) -> list[torch.Tensor]:
         roles.zero_grad()
         with roles.learning("generator"):
-            sum(scale * roles.velocity("generator", *inputs(family)).square().sum() for scale in scales).backward()
+            sum(scale * roles.velocity("generator", inputs(family)).square().sum() for scale in scales).backward()
         return [p.grad.clone() for p in roles.parameters_of("generator")]
 
     for twice, once in zip(gradients(1.0, 1.0), gradients(2.0), strict=True):
@@ -132,21 +146,22 @@ def test_two_forwards_under_one_backward_add_up(family, checkpointing):
 
 
 def test_adapters_start_as_no_change_and_as_each_other(family):
-    roles = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
-    answers = [roles.velocity(role, *inputs(family)) for role in ("teacher", *ADAPTERS)]
+    roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA)
+    answers = [roles.velocity(role, inputs(family)) for role in ("teacher", *ADAPTERS)]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
     state = roles.state_dict()
-    for average in ("ema", "old"):
-        for name in roles.names_of("generator"):
-            assert torch.equal(state[name], state[name.replace(".generator.", f".{average}.")])
+    for spec in SPECS:
+        if spec.source is not None:
+            for name in roles.names_of(spec.source):
+                assert torch.equal(state[name], state[name.replace(f".{spec.source}.", f".{spec.name}.")])
 
 
 def test_first_weights_depend_on_the_seed_alone(family):
     torch.manual_seed(1)
-    one = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9)
+    one = AdapterRoles(family, network_of(family), FEW, lora=LORA)
     torch.manual_seed(2)
     after = torch.get_rng_state()
-    other = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9)
+    other = AdapterRoles(family, network_of(family), FEW, lora=LORA)
     assert torch.equal(torch.get_rng_state(), after)
     assert tiny.differing(dict(one.state_dict()), dict(other.state_dict())) == []
 
@@ -154,34 +169,34 @@ def test_first_weights_depend_on_the_seed_alone(family):
 def test_averages_move_by_their_decay_and_a_snapshot_stays(family):
     roles = cast(family)
     before = {name: tensor.clone() for name, tensor in roles.state_dict().items()}
-    roles.after_generator_update()
-    roles.keep_snapshot(0)
+    roles.update_averages("generator")
+    roles.copy("fake_score", "fake_score@1")
     for role, decay in (("ema", 0.9), ("old", 0.5)):
         for name in roles.names_of("generator"):
             its = name.replace(".generator.", f".{role}.")
             expected = decay * before[its] + (1 - decay) * before[name]
             torch.testing.assert_close(roles.state_dict()[its], expected)
-    kept = roles.velocity("fake_score", *inputs(family), snapshot=1)
-    assert torch.equal(kept, roles.velocity("fake_score", *inputs(family)))
+    kept = roles.velocity("fake_score@1", inputs(family))
+    assert torch.equal(kept, roles.velocity("fake_score", inputs(family)))
     with torch.no_grad():
         for parameter in roles.parameters_of("fake_score"):
             parameter.add_(1)
-    assert torch.equal(kept, roles.velocity("fake_score", *inputs(family), snapshot=1))
+    assert torch.equal(kept, roles.velocity("fake_score@1", inputs(family)))
 
 
-def test_a_role_standing_alone_is_a_plain_network_that_answers_as_the_role(family):
+def test_standalone_role_is_a_plain_network_with_the_roles_output(family):
     roles = cast(family, checkpointing=True)
-    network = roles.standing_alone("ema")
+    network = roles.standalone("ema")
     assert {n for n, _ in network.named_parameters()} == {n for n, _ in network_of(family).named_parameters()}
     with torch.no_grad():
-        found = family.predict_velocity(network, *inputs(family))
-    expected = roles.velocity("ema", *inputs(family))
+        found = ask(family, network)
+    expected = roles.velocity("ema", inputs(family))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(expected, roles.velocity("teacher", *inputs(family)))
+    assert not torch.equal(expected, roles.velocity("teacher", inputs(family)))
 
 
-def test_what_is_trained_asks_for_gradient_from_the_start_and_nothing_else_does(family):
-    roles = AdapterRoles(family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
+def test_trained_adapters_alone_require_gradient_from_the_start(family):
+    roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA)
     asking = {name for name, p in roles.named_parameters() if p.requires_grad}
     assert asking == {*roles.names_of("generator"), *roles.names_of("fake_score")}
 
@@ -194,8 +209,8 @@ def storage_bytes(tensors) -> int:
 def test_one_base_is_in_memory(family):
     network = network_of(family)
     base = storage_bytes([*network.parameters(), *network.buffers()])
-    roles = AdapterRoles(family, network, lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1)
-    adapters = storage_bytes(p for name, p in roles.named_parameters() if not roles.is_teachers(name))
+    roles = AdapterRoles(family, network, SPECS, lora=LORA)
+    adapters = storage_bytes(p for name, p in roles.named_parameters() if not roles.is_frozen(name))
     assert storage_bytes([*roles.parameters(), *roles.buffers()]) <= 1.1 * (base + adapters)
 
 
@@ -207,36 +222,114 @@ def test_one_base_is_in_memory_at_half_a_billion_parameters():
             num_layers=12, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536
         )
         base = storage_bytes(network.parameters())
-        family = tiny.SD3Family.__new__(tiny.SD3Family)  # nothing of it but its list of targets is asked
-        roles = AdapterRoles(family, network, lora=LoRA(), ema_decay=0.9, old_decay=0.5, snapshots=2)
+        family = tiny.SD3Family.__new__(tiny.SD3Family)  # only its list of targets is used
+        roles = AdapterRoles(family, network, (*SPECS, RoleSpec("fake_score@2", snapshot_of="fake_score")), lora=LoRA())
     assert base > 4 * 5e8
-    adapters = sum(4 * p.numel() for name, p in roles.named_parameters() if not roles.is_teachers(name))
+    adapters = sum(4 * p.numel() for name, p in roles.named_parameters() if not roles.is_frozen(name))
     whole = storage_bytes([*roles.parameters(), *roles.buffers()])
     assert base + adapters <= whole <= 1.1 * (base + adapters)
     assert whole <= 1.2 * base
 
 
-def test_adapters_are_float32_on_a_base_of_less(family):
-    roles = AdapterRoles(family, network_of(family).bfloat16(), lora=LORA, ema_decay=0.9)
-    kinds = {(roles.is_teachers(name), p.dtype) for name, p in roles.named_parameters()}
+def test_adapters_are_float32_on_a_bfloat16_base(family):
+    roles = AdapterRoles(family, network_of(family).bfloat16(), FEW, lora=LORA)
+    kinds = {(roles.is_frozen(name), p.dtype) for name, p in roles.named_parameters()}
     assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
     with roles.learning("generator"):
-        v = roles.velocity("generator", *inputs(family))
+        v = roles.velocity("generator", inputs(family))
         v.square().mean().backward()
     assert v.dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in roles.parameters_of("generator"))
 
 
-def test_a_target_that_matches_nothing_is_refused(family):
+def test_lora_target_that_matches_nothing_is_refused(family):
     with pytest.raises(UserError, match="LoRA target 'to_qq' matches no module"):
-        AdapterRoles(family, network_of(family), lora=LoRA(targets=("to_q", "to_qq")), ema_decay=0.9)
+        AdapterRoles(family, network_of(family), FEW, lora=LoRA(targets=("to_q", "to_qq")))
     with pytest.raises(UserError, match="rank is 0"):
         LoRA(rank=0)
 
 
 def test_all_state_survives_a_checkpoint(family):
-    roles, other = cast(family), AdapterRoles(
-        family, network_of(family), lora=LORA, ema_decay=0.9, old_decay=0.5, snapshots=1
-    )  # fmt: skip
-    other.load_state_dict({k: v for k, v in roles.state_dict().items() if not roles.is_teachers(k)}, strict=False)
+    roles, other = cast(family), AdapterRoles(family, network_of(family), SPECS, lora=LORA)
+    other.load_state_dict({k: v for k, v in roles.state_dict().items() if not roles.is_frozen(k)}, strict=False)
     assert tiny.differing(dict(roles.state_dict()), dict(other.state_dict())) == []
+
+
+def test_first_weights_of_a_role_do_not_depend_on_the_other_roles(family):
+    alone = AdapterRoles(family, network_of(family), (SPECS[2],), lora=LORA).state_dict()
+    among = AdapterRoles(family, network_of(family), SPECS, lora=LORA).state_dict()
+    names = [name for name in alone if ".fake_score." in name]
+    assert names
+    assert all(torch.equal(alone[name], among[name]) for name in names)
+
+
+def test_adapter_scale_zero_equals_the_teacher_to_the_bit(family):
+    roles = cast(family)
+    found = roles.velocity("ema", inputs(family), adapter_scale=0.0)
+    assert torch.equal(found, roles.velocity("teacher", inputs(family)))
+    assert not torch.equal(found, roles.velocity("ema", inputs(family)))
+
+
+def test_adapter_scale_equals_scaled_weights(family):
+    roles = cast(family)
+    found = roles.velocity("ema", inputs(family), adapter_scale=0.25)
+    with torch.no_grad():
+        for name, parameter in roles.named_parameters():
+            if ".lora_B.ema." in name:
+                parameter.mul_(0.25)
+    torch.testing.assert_close(found, roles.velocity("ema", inputs(family)))
+
+
+def test_adapter_scale_ends_with_its_evaluation(family):
+    roles = cast(family)
+    before = {role: roles.velocity(role, inputs(family)) for role in ADAPTERS}
+    roles.velocity("ema", inputs(family), adapter_scale=0.5)
+    assert all(torch.equal(roles.velocity(role, inputs(family)), before[role]) for role in ADAPTERS)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapter_scale_holds_in_the_backward_of_the_learner(family, checkpointing):
+    plain, checkpointed = cast(family), cast(family, checkpointing=checkpointing)
+    for roles in (plain, checkpointed):
+        with roles.learning("generator"):
+            loss = roles.velocity("generator", inputs(family), adapter_scale=0.5).square().sum()
+            roles.velocity("ema", inputs(family))
+            loss.backward()
+    pairs = zip(plain.parameters_of("generator"), checkpointed.parameters_of("generator"), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+
+
+@pytest.mark.parametrize("role", ["teacher", *ADAPTERS])
+def test_through_passes_gradient_to_the_input_and_to_no_weight(family, role):
+    roles, latents = cast(family), inputs(family)
+    latents.x.requires_grad_()
+    asking = [p.requires_grad for p in roles.parameters()]
+    roles.velocity(role, latents, through=True).square().sum().backward()
+    assert latents.x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in roles.parameters())
+    assert [p.requires_grad for p in roles.parameters()] == asking
+
+
+def test_through_gradient_equals_that_of_a_separate_network(family):
+    roles, latents = cast(family), inputs(family)
+    latents.x.requires_grad_()
+    (found,) = torch.autograd.grad(roles.velocity("ema", latents, through=True).square().sum(), latents.x)
+    network = alone(family, roles, "ema")
+    v = family.predict_velocity(network, latents.x, latents.sigma, latents.conditioning)
+    (expected,) = torch.autograd.grad(v.square().sum(), latents.x)
+    assert torch.equal(found, expected)
+
+
+def test_features_are_those_of_the_role(family):
+    roles, latents = cast(family), inputs(family)
+    with torch.no_grad():
+        network = alone(family, roles, "fake_score")
+        expected = family.features(network, latents.x, latents.sigma, latents.conditioning)
+    assert torch.equal(roles.features("fake_score", latents), expected)
+    assert not torch.equal(roles.features("teacher", latents), expected)
+
+
+def test_undeclared_adapter_is_a_key_error(family):
+    roles = AdapterRoles(family, network_of(family), FEW, lora=LORA)
+    with pytest.raises(KeyError, match="old"):
+        roles.velocity("old", inputs(family))

@@ -1,4 +1,4 @@
-"""The embedded pipeline: small, safe to load, a real diffusers directory, good but beatable."""
+"""The embedded pipeline: small, safe to load, loadable by diffusers, and good but beatable."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from gdmd_lightning.locations import resolve
 ASSETS = Path(resolve("package:assets/shapes"))
 
 
-def test_assets_hold_safetensors_and_text_in_at_most_twelve_megabytes():
+def test_assets_are_safetensors_and_text_of_at_most_12_megabytes():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
     assert sum(path.stat().st_size for path in files) <= 12e6
 
 
-def test_diffusers_loads_and_samples_the_embedded_pipeline():
+def test_assets_load_and_sample_with_diffusers():
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(ASSETS, text_encoder_3=None, tokenizer_3=None)
@@ -28,13 +28,13 @@ def test_diffusers_loads_and_samples_the_embedded_pipeline():
     assert torch.isfinite(images).all()
 
 
-def test_every_word_of_the_world_is_one_token():
+def test_tokenizer_has_one_token_per_known_word():
     from transformers import CLIPTokenizer
 
     from gdmd_lightning.shapes.captions import WORDS
 
     tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "tokenizer")
-    assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)  # the word between its two marks
+    assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)  # start, word, end
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""Captions: what the world can say, and what is kept for the test."""
+"""Captions: the contents of each task and the split into training and test prompts."""
 
 import random
 from collections import Counter
-from itertools import islice
 
 import pytest
 
@@ -15,7 +14,7 @@ from gdmd_lightning.shapes.captions import (
     corrupt,
     describe,
     evaluation_prompts,
-    prompt_stream,
+    prompt_at,
     prompts,
 )
 
@@ -32,28 +31,28 @@ def captions(task: str, split: Split) -> set[str]:
 
 
 @every_task
-def test_train_and_test_share_no_prompt(task: str) -> None:
+def test_splits_of_a_task_share_no_prompt(task: str) -> None:
     assert not texts(task, "train") & texts(task, "test")
 
 
-def test_no_test_prompt_of_any_task_is_trained_on() -> None:
+def test_splits_share_no_prompt_across_tasks() -> None:
     train, test = (set().union(*(texts(task, split) for task in TASKS)) for split in SPLITS)
     assert not train & test
 
 
 @pytest.mark.parametrize("task", ["position", "color_attr"])
-def test_whole_contents_are_held_out_where_there_are_many(task: str) -> None:
+def test_splits_share_no_content_in_tasks_with_many(task: str) -> None:
     assert not captions(task, "train") & captions(task, "test")
 
 
 @every_task
-def test_a_quarter_is_held_out(task: str) -> None:
-    held_out, all_of_it = len(texts(task, "test")), len(texts(task, "train") | texts(task, "test"))
-    assert 0.2 <= held_out / all_of_it <= 0.25
+def test_test_split_is_a_quarter(task: str) -> None:
+    held_out, total = len(texts(task, "test")), len(texts(task, "train") | texts(task, "test"))
+    assert 0.2 <= held_out / total <= 0.25
 
 
 @every_task
-def test_every_content_is_asked_for_in_some_split(task: str) -> None:
+def test_splits_cover_every_content(task: str) -> None:
     assert captions(task, "train") | captions(task, "test") == {describe(content) for content in contents(task)}
 
 
@@ -65,32 +64,32 @@ def test_contents_have_distinct_captions(task: str) -> None:
 
 @every_task
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_word_is_a_word_of_the_world(task: str, split: Split) -> None:
+def test_prompts_use_only_known_words(task: str, split: Split) -> None:
     assert {word for text in texts(task, split) for word in text.split()} <= set(WORDS)
 
 
 @every_task
 @pytest.mark.parametrize("split", SPLITS)
-def test_metadata_describes_its_own_text(task: str, split: Split) -> None:
+def test_metadata_matches_the_text(task: str, split: Split) -> None:
     for prompt in prompts(task, split):
         assert prompt.text.endswith(describe(prompt.metadata))
         assert prompt.metadata["prompt"] == prompt.text
         assert prompt.metadata["tag"] == task
 
 
-def test_a_relation_is_told_of_the_second_clause_to_the_first() -> None:
+def test_position_metadata_puts_the_landmark_first() -> None:
     content = next(c for c in contents("position") if describe(c) == "a circle left of a square")
     assert [clause["class"] for clause in content["include"]] == ["square", "circle"]
     assert content["include"][1]["position"] == ["left of", 0]
 
 
-def test_an_exact_count_excludes_one_more() -> None:
+def test_counting_metadata_excludes_one_more() -> None:
     for content in contents("counting"):
         (clause,) = content["include"]
         assert content["exclude"] == [{"class": clause["class"], "count": clause["count"] + 1}]
 
 
-def test_evaluation_prompts_are_600_balanced_test_prompts() -> None:
+def test_evaluation_prompts_are_balanced_test_prompts() -> None:
     chosen = evaluation_prompts(100)
     assert Counter(prompt.metadata["tag"] for prompt in chosen) == dict.fromkeys(TASKS, 100)
     assert {prompt.text for prompt in chosen} <= set().union(*(texts(task, "test") for task in TASKS))
@@ -103,26 +102,26 @@ def test_evaluation_prompts_repeat_in_turn() -> None:
         assert max(times.values()) - min(times.values()) <= 1
 
 
-def test_fewer_evaluation_prompts_are_the_first_of_more() -> None:
+def test_evaluation_prompts_start_the_same_for_every_count() -> None:
     few, many = evaluation_prompts(3), evaluation_prompts(10)
     assert few == [prompt for start in range(0, 60, 10) for prompt in many[start : start + 3]]
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_stream_is_a_function_of_its_seed_and_split(split: Split) -> None:
-    one, same, other = ([p.text for p in islice(prompt_stream(split, seed), 50)] for seed in (0, 0, 1))
+def test_prompt_at_depends_on_seed_and_split(split: Split) -> None:
+    one, same, other = ([prompt_at(split, seed, row).text for row in range(50)] for seed in (0, 0, 1))
     assert one == same != other
     assert set(one) <= set().union(*(texts(task, split) for task in TASKS))
 
 
-def test_a_stream_draws_tasks_by_their_weights() -> None:
-    drawn = Counter(prompt.metadata["tag"] for prompt in islice(prompt_stream("train", 0), 6000))
+def test_prompt_at_draws_tasks_by_their_weights() -> None:
+    drawn = Counter(prompt_at("train", 0, row).metadata["tag"] for row in range(6000))
     for task, weight in TASK_WEIGHTS.items():
         assert drawn[task] / 6000 == pytest.approx(weight / sum(TASK_WEIGHTS.values()), abs=0.02)
 
 
 @every_task
-def test_a_corrupted_content_reads_differently(task: str) -> None:
+def test_corrupt_changes_the_caption(task: str) -> None:
     rng = random.Random(0)
     for _ in range(20):
         for content in contents(task):
@@ -130,7 +129,7 @@ def test_a_corrupted_content_reads_differently(task: str) -> None:
 
 
 @every_task
-def test_corrupting_leaves_the_original_as_it_was(task: str) -> None:
+def test_corrupt_does_not_modify_its_argument(task: str) -> None:
     for content in contents(task):
         before = describe(content), str(content)
         corrupt(content, random.Random(0))
@@ -138,7 +137,7 @@ def test_corrupting_leaves_the_original_as_it_was(task: str) -> None:
 
 
 @every_task
-def test_one_clause_alone_is_corrupted(task: str) -> None:
+def test_corrupt_changes_one_clause(task: str) -> None:
     rng = random.Random(0)
     for content in contents(task) * 5:
         wrong = corrupt(content, rng)
@@ -146,7 +145,7 @@ def test_one_clause_alone_is_corrupted(task: str) -> None:
         assert sum(clause != other for clause, other in pairs) == 1
 
 
-def test_a_corrupted_count_excludes_one_more_of_its_own() -> None:
+def test_corrupt_count_excludes_one_more() -> None:
     rng = random.Random(0)
     for content in contents("counting") * 5:
         wrong = corrupt(content, rng)
@@ -154,7 +153,7 @@ def test_a_corrupted_count_excludes_one_more_of_its_own() -> None:
         assert wrong["exclude"] == [{"class": clause["class"], "count": clause["count"] + 1}]
 
 
-def test_every_caption_fits_the_tokenizer_a_token_a_word() -> None:
+def test_tokenizer_has_one_token_per_word() -> None:
     from gdmd_lightning.shapes.pipeline import MAX_TOKENS, build_tokenizer
 
     tokenizer = build_tokenizer()

@@ -1,4 +1,4 @@
-"""Hand-made scenes and the pictures on the way from one to another."""
+"""Hand-made scenes, and pictures interpolated between two of them."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from gdmd_lightning.shapes.captions import COLORS, SHAPES, contents, corrupt, de
 from gdmd_lightning.shapes.scenes import MAX_OBJECTS, Scenes, render, sample_scenes
 
 Object = tuple[str, str, float, float, float]
-"""Shape, colour, x, y and radius."""
+"""Shape, color, x, y and radius."""
 
 
 def picture(*objects: Object) -> Tensor:
@@ -26,7 +26,7 @@ def picture(*objects: Object) -> Tensor:
 
 
 def blend(start: Tensor, end: Tensor, shares: Tensor) -> Tensor:
-    """Pictures on the straight line from one to another, ``[len(shares), 3, 32, 32]``."""
+    """Linear interpolation between two pictures, ``[len(shares), 3, 32, 32]``."""
     shares = shares.view(-1, 1, 1, 1)
     return (1 - shares) * start + shares * end
 
@@ -37,22 +37,22 @@ def asking(content: dict[str, Any]) -> Prompt:
 
 
 def content_of(task: str, caption: str) -> dict[str, Any]:
-    """The content of a task that has a caption."""
+    """The content of a task with this caption."""
     return next(content for content in contents(task) if describe(content) == caption)
 
 
 def drawn(task: str, split: str, count: int, seed: int = 0) -> tuple[list[Prompt], Tensor]:
-    """Prompts of a task, each as often as the others, and a true picture of each."""
+    """``count`` prompts of a task, repeated in turn, and a true picture of each."""
     pool = prompts(task, split)  # type: ignore[arg-type]
     chosen = [pool[i % len(pool)] for i in range(count)]
     return chosen, render(sample_scenes([prompt.metadata for prompt in chosen], np.random.default_rng(seed)))
 
 
 def otherwise(asked: Sequence[Prompt], seed: int = 0) -> list[Prompt]:
-    """For each prompt another content of its world that ``corrupt`` could have made of it.
+    """For each prompt a different valid content that ``corrupt`` can make from it.
 
-    Two mentions of one class and a count without its own ``exclude`` clause are no contents of the world, and a
-    picture of three circles does show "two circles" to a judge who was not told to exclude a third.
+    Contents that name a class twice are skipped. A corrupted count gets an ``exclude`` clause, because
+    without one a picture of three circles is also a correct picture of "two circles".
     """
     rng, out = random.Random(seed), []
     for prompt in asked:

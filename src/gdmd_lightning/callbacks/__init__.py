@@ -1,1 +1,1 @@
-"""What watches a training: evaluation, the record of gradient rewards, clean interruption."""
+"""Callbacks: evaluation at checkpoints, the record of gradient rewards, clean interruption."""

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from gdmd_lightning.callbacks.pictures import picture_grid
-from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import evaluate, shown
@@ -20,20 +20,20 @@ from gdmd_lightning.prompts import PromptBatch
 
 
 class GenerationEvaluation(pl.Callback):
-    """Every so many updates, and at the end, score the generator and draw it beside its teacher.
+    """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
 
-    Scores are logged as ``eval/<score>/<task>``, so ``ModelCheckpoint`` can monitor them; the picture grid goes to
+    Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
     TensorBoard and to ``pictures/`` in the log directory.
 
     Args:
         scores: What to compute.
         prompts: ``shapes``, or a prompt file as the data module reads it.
-        count: How many prompts; of Shapes an equal number for each task.
-        every_n_updates: Generator updates between two evaluations.
-        batch_size: Pictures generated at once.
-        columns: Pictures in the grid; 0 for no grid.
-        teacher_steps, teacher_guidance: How the grid's teacher samples.
-        seed: Of the noise.
+        count: Number of prompts; for Shapes the same number of each task.
+        every_n_updates: Updates between two evaluations.
+        batch_size: Images generated at once.
+        columns: Images in the grid; 0 for no grid.
+        teacher_steps, teacher_guidance: Steps and guidance scale of the teacher in the grid.
+        seed: Seed of the noise.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GenerationEvaluation(pl.Callback):
                 where="GenerationEvaluation",
             )
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
-        self.prompts = read_test_prompts(prompts, count)
+        self.prompts = read_evaluation_prompts(prompts, count)
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None
@@ -63,17 +63,17 @@ class GenerationEvaluation(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """Evaluate when it is due."""
+        """Evaluate when due."""
+        assert isinstance(pl_module, DistillationModule)
         last = trainer.global_step >= trainer.max_steps > 0
-        if trainer.global_step % self.every_n_updates == 0 or last:
-            assert isinstance(pl_module, DistillationModule)
+        if pl_module.updates % self.every_n_updates == 0 or last:
             self.run(trainer, pl_module)
 
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
-        """Evaluate now."""
-        if self._done_at == trainer.global_step:
+        """Evaluate now, unless this update was evaluated already."""
+        if self._done_at == module.updates:
             return
-        self._done_at = trainer.global_step
+        self._done_at = module.updates
         result = evaluate(
             module.generate,
             self.prompts,
@@ -91,7 +91,7 @@ class GenerationEvaluation(pl.Callback):
         found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
         module.provenance = replace(module.provenance, scores=found)
         module.log("eval/seconds_per_picture", result.seconds, batch_size=1)
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, so asked for on every rank
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, so all ranks must ask
         if self.columns and trainer.is_global_zero:
             self._draw(trainer, module, directory / "pictures")
 
@@ -105,12 +105,12 @@ class GenerationEvaluation(pl.Callback):
         figure = picture_grid(
             {
                 f"teacher, {self.teacher_steps}": self._teacher_pictures,
-                f"ours, {module.sampler.steps}": module.generate(noise, texts).cpu(),
+                f"ours, {module.steps}": module.generate(noise, texts).cpu(),
             },
             texts,
         )
         directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(directory / f"{trainer.global_step:06d}.png")
+        figure.savefig(directory / f"{module.updates:06d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("teacher and generator", figure, trainer.global_step)
+                logger.experiment.add_figure("teacher and generator", figure, module.updates)

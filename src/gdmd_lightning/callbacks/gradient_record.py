@@ -1,8 +1,7 @@
-"""The record of gradient rewards: a row for every judged target, in parquet, and some of the pictures."""
+"""The record of gradient rewards: one row per judged target, in parquet, and some of the images."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.verdicts import Judged
+from gdmd_lightning.methods.record import JudgedTargets
 
 COLUMNS = {
     "step": "int64", "rank": "int32", "state": "int32", "target": "int32", "prompt": "string", "sigma": "float32",
@@ -22,37 +22,42 @@ COLUMNS = {
 
 
 class GradientRewardRecord(pl.Callback):
-    """Writes what a method leaves in ``judged`` after each update.
+    """Writes the judged targets that each update reports.
 
-    Parts lie in ``gradient_rewards/`` of the log directory as ``part-<first step>-<rank>.parquet`` (one dataset to
-    pyarrow, pandas and polars), each moved into place only when whole. A resumed run drops what was recorded after
-    its checkpoint. Columns: ``step``, ``rank``, ``state`` and ``target`` (indices in the batch and the group),
-    ``prompt``, ``sigma`` (of the student's state), ``t`` (renoise level), ``snapshot`` (0 is the present fake score),
-    ``reward_sample`` (null unless ``verdict.score_samples``), ``reward_target``, ``advantage``, ``weight`` (signed,
-    first order) and ``gradient`` (mean ``|g|``).
+    Parts are written to ``gradient_rewards/`` in the log directory as ``part-<first step>-<rank>.parquet``, each one
+    complete or absent; pyarrow, pandas and polars read them as one dataset. A resumed run drops what was recorded
+    after its checkpoint.
+
+    Columns: ``step``, ``rank``, ``state`` and ``target`` (indices in the batch and the group), ``prompt``, ``sigma``
+    (of the student's state), ``t`` (renoise level), ``snapshot`` (0 is the present fake score), ``reward_sample``
+    (null unless ``advantages.score_samples``), ``reward_target``, ``advantage``, ``weight`` (signed, first order) and
+    ``gradient`` (mean ``|g|``).
 
     Args:
-        flush_every: Updates a part holds.
-        pictures_every: Updates between two files of pictures, ``pictures-<step>.safetensors`` with ``samples``
+        flush_every: Updates per part, at least 1.
+        pictures_every: Updates between two files of images, ``pictures-<step>.safetensors`` with ``samples``
             ``[N, 3, H, W]`` and ``targets`` ``[N, M, 3, H, W]`` of the first ``pictures`` states; 0 for none.
         pictures: ``N``.
+
+    Raises:
+        UserError: If ``flush_every`` is out of range.
     """
 
     def __init__(self, flush_every: int = 50, pictures_every: int = 0, pictures: int = 6) -> None:
         if flush_every < 1:
             raise UserError(f"flush_every is {flush_every}", where="GradientRewardRecord", remedy="use at least 1")
         self.flush_every, self.pictures_every, self.pictures = flush_every, pictures_every, pictures
-        self._waiting: list[tuple[int, Judged]] = []
+        self._waiting: list[tuple[int, JudgedTargets]] = []
         self._place = Path()
 
     @staticmethod
     def directory(trainer: pl.Trainer) -> Path:
-        """Where the record of this run lies; Lightning's ``log_dir`` is a broadcast, so all ranks must ask together."""
+        """Directory of this run's record; all ranks must ask together, since ``log_dir`` is a broadcast."""
         return Path(trainer.log_dir or trainer.default_root_dir) / "gradient_rewards"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a method that judges nothing, before anything is loaded."""
-        if not hasattr(pl_module, "judged"):
+        """Refuse a method that judges no targets, before anything is loaded."""
+        if not getattr(pl_module, "keeps_record", False):
             raise UserError(
                 f"{type(pl_module).__name__} judges no targets",
                 where="GradientRewardRecord",
@@ -60,15 +65,16 @@ class GradientRewardRecord(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop what a resumed run will write again; earlier hooks do not yet know where it resumes."""
+        """Drop what a resumed run will write again; only from this hook on is the number of updates known."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
+        assert isinstance(pl_module, DistillationModule)
         self._waiting.clear()
         self._place = self.directory(trainer)
         for part in sorted(self._place.glob(f"part-*-{trainer.global_rank}.parquet")):
             table = pq.read_table(part)
-            kept = table.filter(pc.field("step") < trainer.global_step)
+            kept = table.filter(pc.field("step") < pl_module.updates)
             if len(kept) == 0:
                 part.unlink()
             elif len(kept) < len(table):
@@ -77,18 +83,18 @@ class GradientRewardRecord(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep this update's verdicts, on the device until they are written."""
+        """Keep this update's record, on the device until it is written."""
         assert isinstance(pl_module, DistillationModule)
-        judged: Any = pl_module.judged
-        step = trainer.global_step - 1  # the update that has just been counted
-        self._waiting.append((step, judged.without_pictures()))
+        judged: JudgedTargets = outputs["record"]
+        step = pl_module.updates - 1
+        self._waiting.append((step, judged.without_latents()))
         if self.pictures_every and step % self.pictures_every == 0 and trainer.is_global_zero:
-            self._save_pictures(pl_module, judged, step)
+            self._save_images(pl_module, judged, step)
         if len(self._waiting) >= self.flush_every:
             self._flush(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """A checkpoint's run goes on after it, so everything up to it must be on disk."""
+        """Write what is waiting: a run resumed from this checkpoint continues after it."""
         self._flush(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,40 +115,40 @@ class GradientRewardRecord(pl.Callback):
             columns["rank"] += [trainer.global_rank] * (batch * size)
         schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
         first = self._waiting[0][0]
-        self._place.mkdir(parents=True, exist_ok=True)
         _write(pa.table(columns, schema), self._place / f"part-{first:08d}-{trainer.global_rank}.parquet")
         self._waiting.clear()
 
     @torch.no_grad()
-    def _save_pictures(self, module: DistillationModule, judged: Judged, step: int) -> None:
+    def _save_images(self, module: DistillationModule, judged: JudgedTargets, step: int) -> None:
         from safetensors.torch import save_file
 
-        samples = module.family.decode(judged.x[: self.pictures])
-        targets = module.family.decode(judged.targets.y[: self.pictures].flatten(0, 1))
-        self._place.mkdir(parents=True, exist_ok=True)
-        tensors = {"samples": samples, "targets": targets.unflatten(0, judged.targets.level[: self.pictures].shape)}
-        target = self._place / f"pictures-{step:08d}.safetensors"
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, target.with_suffix(".tmp"))
-        os.replace(target.with_suffix(".tmp"), target)
+        targets = judged.targets[: self.pictures]
+        decoded = module.family.decode(targets.flatten(0, 1))
+        tensors = {
+            "samples": module.family.decode(judged.x[: self.pictures]),
+            "targets": decoded.unflatten(0, targets.shape[:2]),
+        }
+        with atomic_file(self._place / f"pictures-{step:08d}.safetensors") as part:
+            save_file({name: images.cpu().contiguous() for name, images in tensors.items()}, part)
 
 
-def _rows(judged: Judged) -> dict[str, list[Any]]:
+def _rows(judged: JudgedTargets) -> dict[str, list[Any]]:
     batch, size = judged.rewards.shape
 
     def flat(values: Tensor) -> list[Any]:
         return values.expand(batch, size).flatten().float().cpu().tolist()
 
-    own = [None] * (batch * size) if judged.own is None else flat(judged.own[:, None])
+    scored = None if judged.sample_reward is None else flat(judged.sample_reward[:, None])
     return {
         "state": torch.arange(batch).repeat_interleave(size).tolist(),
         "target": list(range(size)) * batch,
         "prompt": [prompt.text for prompt in judged.prompts for _ in range(size)],
-        "sigma": flat(judged.state.sigma[:, None]),
-        "t": flat(judged.targets.level),
-        "snapshot": judged.targets.snapshot.tolist() * batch,
-        "reward_sample": own,
+        "sigma": flat(judged.sigma[:, None]),
+        "t": flat(judged.renoise_sigma),
+        "snapshot": judged.snapshot.tolist() * batch,
+        "reward_sample": scored or [None] * (batch * size),
         "reward_target": flat(judged.rewards),
-        "advantage": flat(judged.advantage),
+        "advantage": flat(judged.advantages),
         "weight": flat(judged.weight()),
         "gradient": flat(judged.gradient),
     }
@@ -151,6 +157,5 @@ def _rows(judged: Judged) -> dict[str, list[Any]]:
 def _write(table: Any, path: Path) -> None:
     import pyarrow.parquet as pq
 
-    fresh = path.with_suffix(".tmp")
-    pq.write_table(table, fresh)
-    os.replace(fresh, path)
+    with atomic_file(path) as part:
+        pq.write_table(table, part)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after the update at hand, with a checkpoint that resumes exactly."""
+"""SIGINT and SIGTERM end a run after the current update, with a checkpoint that resumes exactly."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 def interrupted_checkpoint(trainer: pl.Trainer) -> Path:
-    """Where :class:`StopOnSignal` saves."""
+    """Path of the checkpoint that :class:`StopOnSignal` writes."""
     return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
 
 
 class StopOnSignal(pl.Callback):
     """On the first SIGINT or SIGTERM, finish the update, save ``interrupted.ckpt`` and stop; on a second, stop at once.
 
-    It listens between the hooks in which Lightning installs its own handler of SIGTERM and takes it away again: that
-    one would end the run without a checkpoint and, left in place, make the process deaf to SIGTERM after the run.
+    Its handlers are installed after Lightning installs its own SIGTERM handler and removed before Lightning removes
+    that one. Lightning's handler would end the run without a checkpoint.
 
     Attributes:
-        received: The signal's number, or 0. The command line exits with ``128 + received``.
+        received: Number of the signal, or 0. The command line exits with ``128 + received``.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopOnSignal(pl.Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen; a run inside another program's thread leaves the signals to that program."""
+        """Install the handlers, unless the run is in another program's thread, to which the signals then belong."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
@@ -46,20 +46,20 @@ class StopOnSignal(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop if a signal came on any rank."""
+        """Save and stop if any rank received a signal."""
         if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             trainer.save_checkpoint(interrupted_checkpoint(trainer))
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
-        self._give_back()
+        """Restore the previous handlers."""
+        self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_back()
+        """Restore the previous handlers."""
+        self._restore()
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

@@ -1,4 +1,4 @@
-"""``last.ckpt`` holds a run's last update, whatever ended it."""
+"""Makes ``last.ckpt`` hold the last update of a run, whatever ended it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class SaveLastUpdate(pl.Callback):
     """Saves ``last.ckpt`` at the end of a run for every ``ModelCheckpoint(save_last=True)``.
 
-    ``ModelCheckpoint`` alone saves every so many updates, so the updates since would be lost.
+    ``ModelCheckpoint`` alone saves at its interval, so the updates after that would be lost.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class SaveLastUpdate(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note that this update is saved, under whatever name."""
+        """Remember that this update is saved, under any name."""
         self._saved_at = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -28,6 +28,6 @@ class SaveLastUpdate(pl.Callback):
         if self._saved_at == trainer.global_step:
             return
         for keeper in trainer.checkpoint_callbacks:
-            # One that has not saved yet does so itself, in a moment.
+            # A ModelCheckpoint that has not saved yet will do so itself at the end of training.
             if isinstance(keeper, ModelCheckpoint) and keeper.save_last and keeper.last_model_path:
                 trainer.save_checkpoint(keeper.last_model_path, keeper.save_weights_only)

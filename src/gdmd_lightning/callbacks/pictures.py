@@ -1,4 +1,4 @@
-"""Pictures side by side, the prompt under each."""
+"""Images side by side, with the prompt under each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def picture_grid(rows: dict[str, Tensor], texts: list[str]) -> Figure:
-    """A figure with one row of pictures a generator.
+    """Draw one row of images per generator.
 
     Args:
-        rows: Pictures ``[N, 3, H, W]`` in [0, 1] by the generator's name; column ``i`` shares its noise.
+        rows: Images ``[N, 3, H, W]`` in [0, 1] by generator name; the images of a column share their noise.
         texts: The ``N`` prompts, written under the last row.
     """
     from matplotlib.figure import Figure

@@ -37,7 +37,10 @@ def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str])
     start = option("model.start_from", str(last_checkpoint(dmd)))
     train(gdmd, [*GDMD.arguments, option("trainer.max_steps", updates), start, *extra])
     print(f"3/3  scores on {count} test prompts")
-    modules = {"DMD": load_module(str(last_checkpoint(dmd))), "GDMD": load_module(str(last_checkpoint(gdmd)))}
+    modules = {
+        "DMD": load_module(str(last_checkpoint(dmd)), role="ema"),
+        "GDMD": load_module(str(last_checkpoint(gdmd)), role="ema"),
+    }
     contestants = [*teachers(modules["GDMD"]), *(student(name, each) for name, each in modules.items())]
     card = score(contestants, SHAPES, count)
     write_scorecard(card, out / "scores.json")

@@ -48,5 +48,5 @@ def _load(checkpoints: list[str]) -> dict[str, DistillationModule]:
         name, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
-        modules[name] = load_module(path)
+        modules[name] = load_module(path, role="ema")
     return modules

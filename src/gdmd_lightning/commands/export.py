@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--averaged", type=bool, default=True, help="export the averaged (EMA) weights")
     parser.add_argument("--form", type=Form, default="pipeline", help="a whole pipeline, or the adapter of a LoRA run")
     options = parser.parse_args(arguments)
-    module = load_module(options.checkpoint)
+    module = load_module(options.checkpoint, role="ema" if options.averaged else "generator")
     export(module, options.out, averaged=options.averaged, form=options.form)
     print(f"import diffusers\n{snippet(module, options.out, options.form)}")
     return 0

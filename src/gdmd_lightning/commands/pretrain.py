@@ -1,9 +1,8 @@
-"""Train the embedded Shapes pipeline: autoencoder, scorer, then the teacher, each once, into one directory."""
+"""Train the embedded Shapes pipeline into one directory: autoencoder, scorer, then teacher."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from gdmd_lightning.configuration.configs import with_found_configs
-from gdmd_lightning.schedules import LogitNormalLaw
+from gdmd_lightning.files import atomic_directory
+from gdmd_lightning.schedules import LogitNormal
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (
     AutoencoderTraining,
@@ -31,7 +31,13 @@ from gdmd_lightning.shapes.pretraining import (
 
 @dataclass(frozen=True)
 class Stage:
-    """How long one part is trained, on how many pictures a step, and how fast."""
+    """Training of one part.
+
+    Args:
+        steps: Number of optimizer steps.
+        batch_size: Pictures per step.
+        learning_rate: Largest learning rate of the one-cycle schedule.
+    """
 
     steps: int
     batch_size: int = 64
@@ -40,19 +46,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What ``pretrain`` does.
+    """Settings of ``pretrain``.
 
     Args:
-        out: Directory of the finished pipeline; a part that is there already is kept.
-        autoencoder, scorer, teacher: The three stages.
+        out: Directory of the finished pipeline; parts that already exist there are kept.
+        autoencoder: Training of the autoencoder.
+        scorer: Training of the text-image scorer.
+        teacher: Training of the transformer and its text encoders.
         pictures: Number of training pictures.
-        caption_noise: Share of captions that get one class, colour, count or relation wrong, in [0, 1].
-        noise_from: Share of the teacher's training after which captions err.
-        num_layers, num_heads: Size of the transformer; heads are 32 wide.
+        caption_noise: Share of captions with one wrong class, color, count or relation, in [0, 1].
+        noise_from: Share of the teacher's training after which wrong captions occur, in [0, 1].
+        num_layers: Number of transformer layers.
+        num_heads: Number of attention heads; each is 32 wide.
         ema_decay: Decay of the teacher's averaged weights, which are the ones saved.
-        threads: CPU threads of torch; 0 keeps torch's choice.
-        seed: Of pictures, weights and noise.
-        start_from: An earlier pipeline whose transformer and text encoders are trained on for another cycle.
+        threads: Number of CPU threads; 0 keeps torch's default.
+        seed: Seed of pictures, weights and noise.
+        start_from: Directory of an earlier pipeline whose transformer and text encoders get another cycle.
     """
 
     out: Path = Path("runs/shapes_teacher")
@@ -71,7 +80,7 @@ class PretrainSettings:
 
 
 def pretrain(settings: PretrainSettings) -> Path:
-    """Train what is missing in ``settings.out`` and return that directory."""
+    """Train the parts that are missing in ``settings.out`` and return that directory."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     pl.seed_everything(settings.seed, verbose=False)
@@ -95,15 +104,9 @@ def pretrain(settings: PretrainSettings) -> Path:
         pictures = make_pictures(settings.pictures, settings.seed + 1)
         stage = settings.scorer
         training = ScorerTraining(scorer, stage.learning_rate)
-        _train(
-            training,
-            loader(pictures.images, tokens(pictures.captions), batch_size=stage.batch_size),
-            stage,
-            settings,
-            "scorer",
-        )
-        _save(scorer, settings.out / "scorer")
-        tokenizer.save_pretrained(settings.out / "scorer")
+        batches = loader(pictures.images, tokens(pictures.captions), batch_size=stage.batch_size)
+        _train(training, batches, stage, settings, "scorer")
+        _save(scorer, settings.out / "scorer", tokenizer)
     if not (settings.out / "transformer").is_dir():
         _train_teacher(settings, tokens)
     return settings.out
@@ -126,12 +129,12 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
         transformer = SD3Transformer2DModel.from_pretrained(earlier / "transformer", dtype=torch.float32)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
     stage = settings.teacher
-    law = LogitNormalLaw(shift=parts.SHIFT, low=1e-3, high=1.0)
+    distribution = LogitNormal(shift=parts.SHIFT, low=1e-3, high=1.0)
     module = TeacherTraining(
         transformer,
         encoders,
         empty,
-        law,
+        distribution,
         stage.learning_rate,
         caption_noise=settings.caption_noise,
         noise_from=settings.noise_from,
@@ -140,6 +143,11 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
     captions, wrong = tokens(pictures.captions), tokens(pictures.wrong)
     batches = loader(latents, captions, wrong, batch_size=stage.batch_size)
     _train(module, batches, stage, settings, "teacher", EMAWeightAveraging(decay=settings.ema_decay))
+    _save_pipeline(settings.out, vae, tokenizer, transformer, encoders)
+
+
+def _save_pipeline(out: Path, vae: Any, tokenizer: CLIPTokenizer, transformer: Any, encoders: Any) -> None:
+    """Save the whole pipeline in half precision, as diffusers expects it."""
     encoders = tuple(encoder.half() for encoder in encoders)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.half(),
@@ -152,14 +160,15 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    pipeline.save_pretrained(settings.out, safe_serialization=True)
+    pipeline.save_pretrained(out, safe_serialization=True)
     for name in ("vae", "transformer", "text_encoder", "text_encoder_2"):
-        _tidy(settings.out / name / "config.json")
+        _tidy(out / name / "config.json")
 
 
 def _tidy(config: Path) -> None:
-    """Forget where on this machine a part came from, and load text encoders in single precision unless asked
-    otherwise, as diffusers does: transformers takes what the file has.
+    """Remove local paths from a part's config, and make text encoders load in float32 by default.
+
+    diffusers loads in float32 unless asked otherwise, but transformers uses the dtype in the config.
     """
     content = json.loads(config.read_text())
     content.pop("_name_or_path", None)
@@ -176,7 +185,7 @@ def _train(
     name: str,
     *callbacks: pl.Callback,
 ) -> None:
-    """Run one stage, resuming from its last checkpoint if an earlier run was cut off."""
+    """Run one stage; continue from its last checkpoint if an earlier run was interrupted."""
     checkpoints = settings.out / "checkpoints" / name
     keep = ModelCheckpoint(checkpoints, every_n_train_steps=1000, save_last=True, save_top_k=0)
     trainer = pl.Trainer(
@@ -192,23 +201,22 @@ def _train(
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    parts_of = images.split(500)
-    return torch.cat([vae.encode(part * 2 - 1).latent_dist.mode() for part in parts_of])
+    return torch.cat([vae.encode(part * 2 - 1).latent_dist.mode() for part in images.split(500)])
 
 
-def _save(model: Any, directory: Path) -> None:
-    """Save in half precision, into place only when whole, so that a cut-off run leaves no broken part."""
-    fresh = directory.with_name(directory.name + ".part")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.half().save_pretrained(fresh, safe_serialization=True)
-    fresh.rename(directory)
+def _save(model: Any, directory: Path, tokenizer: CLIPTokenizer | None = None) -> None:
+    """Save a part, and its tokenizer if it has one, in half precision; an interrupted run leaves nothing."""
+    with atomic_directory(directory) as part:
+        model.half().save_pretrained(part, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
     model.float()
 
 
 def main(arguments: list[str]) -> int:
     """``pretrain [--config shapes_teacher.yaml] [--out DIR] ...``."""
     parser = ArgumentParser(prog="gdmd_lightning pretrain", description=__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="settings; a bare name is looked up among the shipped ones")
+    parser.add_argument("--config", action="config", help="settings; a bare name means a shipped file")
     parser.add_class_arguments(PretrainSettings, as_group=False)
     options = parser.parse_args(with_found_configs(arguments))
     values = parser.instantiate_classes(options)

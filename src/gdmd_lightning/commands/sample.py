@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     make_directory(out)
     seconds = 0.0
     if missing:
-        module = load_module(options.checkpoint, device)
+        module = load_module(options.checkpoint, device, role="ema")
         began = time.perf_counter()
         try:
             write_pictures(module, missing, origin, out, options.batch_size, existing)

@@ -33,12 +33,13 @@ def build_module(model: Any) -> DistillationModule:
     return module
 
 
-def load_module(path: str, device: str = "cpu") -> DistillationModule:
+def load_module(path: str, device: str = "cpu", role: str | None = None) -> DistillationModule:
     """Restore the module of a checkpoint, with its roles loaded, in evaluation mode.
 
     Args:
         path: A ``.ckpt`` written by ``fit``.
         device: Where the module is placed.
+        role: Build only this role and the teacher; ``None`` for all. Sampling and export need one.
 
     Raises:
         UserError: If the checkpoint is unreadable, has no configuration, or does not fit the pipeline on disk.
@@ -55,7 +56,9 @@ def load_module(path: str, device: str = "cpu") -> DistillationModule:
     # The checkpoint already has everything that was taken from there.
     configured.model.init_args.start_from = None
     module: DistillationModule = parser.instantiate_classes(configured).model
-    module.provenance = provenance
+    module.provenance, module.updates = provenance, provenance.updates
+    if role is not None:
+        module.only_role(role)
     module.configure_model()
     check_fits(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

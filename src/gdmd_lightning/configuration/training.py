@@ -56,8 +56,8 @@ class DistillationCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
-            # A backward pass reaches either the generator or the fake score; DDP would wait for the other's
-            # gradients.
+            # A backward pass reaches one role; DDP would wait for the gradients of the others. The public name
+            # "ddp_find_unused_parameters_true" does not help where Lightning chooses DDP itself ("auto").
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         return trainer
 
@@ -67,9 +67,9 @@ class DistillationCLI(LightningCLI):
         self.model.provenance = Provenance(describe_module(settings.model), str(settings.data.source))
         if self.trainer.gradient_clip_val:
             raise UserError(
-                "not supported with two optimizers",
+                "not supported: each role has its own optimizer",
                 where="trainer.gradient_clip_val",
-                remedy="set model.generator.gradient_clip and model.critic.gradient_clip",
+                remedy="set model.generator.gradient_clip and model.fake_score.gradient_clip",
             )
 
 

@@ -1,1 +1,1 @@
-"""Prompts for training: where they are read from, in which order, and how far a run has come."""
+"""Prompts: readers, the order in training with its exact position, and embeddings."""

@@ -1,7 +1,8 @@
-"""Embeddings of prompts on disk: a directory of safetensors shards that processes share and crashes leave whole.
+"""Embeddings of prompts on disk: a directory of safetensors shards, shared by processes, safe after crashes.
 
-A shard is written beside its place and moved there, and never changed afterwards. The index is the shards' own
-headers, so no second file can disagree with them; each names the model that it is of.
+A shard is written under a temporary name, renamed when complete, and never changed afterwards. There is no
+index file that could disagree with the shards: the index is read from their headers, which also hold the
+fingerprint of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning
+from gdmd_lightning.latents import Conditioning
 
 FIELDS = ("sequence", "pooled", "ids")
 FINGERPRINT = "text_fingerprint"
@@ -32,17 +33,18 @@ DAY = 24 * 3600
 
 @dataclass(frozen=True)
 class EmbeddingCache:
-    """Where and how the prompts of a run are embedded before it trains.
+    """Settings for embedding all prompts of a run before training starts.
 
     Args:
-        directory: Where the embeddings stand; all processes must see it, and other runs of the model may share it.
+        directory: Directory of the embeddings. All processes must see the same one; other runs of the same
+            model may share it.
         batch_size: Prompts encoded at once.
-        shard_size: Prompts a file; that many are in memory while they are written.
-        most: Distinct prompts that may be embedded ahead; a source with more is refused before anything is encoded.
-        free_encoders: Drop the text encoders once all is embedded.
+        shard_size: Prompts per file; as many embeddings are in memory while a file is written.
+        most: Maximum number of distinct prompts. A source with more is refused before anything is encoded.
+        free_encoders: Free the text encoders after all prompts are embedded.
 
     Raises:
-        UserError: If the directory has no name, or a number is below 1.
+        UserError: If the directory is empty, or a number is below 1.
     """
 
     directory: str
@@ -53,7 +55,7 @@ class EmbeddingCache:
 
     def __post_init__(self) -> None:
         if not str(self.directory).strip():
-            raise UserError("no directory", where="embedding_cache.directory", remedy="name one that may be written")
+            raise UserError("no directory", where="embedding_cache.directory", remedy="name a writable directory")
         for name in ("batch_size", "shard_size", "most"):
             if getattr(self, name) < 1:
                 raise UserError(
@@ -62,17 +64,17 @@ class EmbeddingCache:
 
 
 class EmbeddingStore:
-    """The embeddings of one model's prompts in a directory; its files are read when a prompt is asked for.
+    """Embeddings of one model's prompts in a directory; embeddings are read from disk on request.
 
-    A prompt that two runs wrote at the same time is read from the earlier shard, by every process.
+    If two runs wrote the same prompt at the same time, every process reads it from the earlier shard.
 
     Args:
-        directory: Where the shards stand; made where there is none.
-        fingerprint: Of the model, see :meth:`ModelFamily.text_fingerprint`.
-        rank: This process among those that write.
+        directory: Directory of the shards; created if missing.
+        fingerprint: The model's :meth:`ModelFamily.text_fingerprint`.
+        rank: Rank of this process among those that write.
 
     Raises:
-        UserError: If the directory cannot be used, a shard is broken, or it holds embeddings of another model.
+        UserError: If the directory cannot be used, a shard is broken, or it belongs to another model.
     """
 
     def __init__(self, directory: str, fingerprint: str, rank: int = 0) -> None:
@@ -90,14 +92,14 @@ class EmbeddingStore:
         return f"{key_of(text)}.{FIELDS[0]}" in self._places
 
     def missing(self, texts: Iterable[str]) -> list[str]:
-        """Those of the texts that are not there."""
+        """The texts whose embeddings are not in the store, in their order."""
         return [text for text in texts if text not in self]
 
     def refresh(self) -> None:
-        """Take note of the shards that any process has written since.
+        """Index the shards that any process has written since the last call.
 
         Raises:
-            UserError: If one is broken or of another model.
+            UserError: If a shard is broken or belongs to another model.
         """
         for path in sorted(self.directory.glob("*.safetensors")):
             if path.name in self._indexed:
@@ -107,20 +109,20 @@ class EmbeddingStore:
             if found != self.fingerprint:
                 what = "embeddings of another model, or of other settings of its text encoders"
                 raise UserError(
-                    f"holds {what if found else 'safetensors files that are no embeddings of prompts'}",
+                    f"contains {what if found else 'safetensors files that are not embeddings of prompts'}",
                     where=str(self.directory),
-                    remedy="give embedding_cache.directory a directory of its own",
+                    remedy="set embedding_cache.directory to a separate directory",
                 )
             for name in header:
-                # A shard's name begins with its time, so the lesser one is the earlier.
+                # Shard names begin with the time of writing, so the smaller name is the earlier shard.
                 self._places[name] = min(self._places.get(name, path), path)
             self._indexed.add(path.name)
 
     def read(self, text: str, device: torch.device) -> Conditioning:
-        """The embedding of a text that is there, one row, equal to the bit to what was written.
+        """Read the embedding of a text in the store: one row, bitwise equal to what was written.
 
         Raises:
-            UserError: If its file has been removed or damaged meanwhile.
+            UserError: If its file has been removed or damaged since it was indexed.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -128,7 +130,7 @@ class EmbeddingStore:
         path = self._places[f"{key}.{FIELDS[0]}"]
         try:
             with safe_open(path, "pt") as file:
-                # Copied, since a tensor that still stood in the file would need the file for as long as it lives.
+                # Copy: a tensor mapped from the file would need the file as long as the tensor exists.
                 parts = {
                     field: file.get_tensor(f"{key}.{field}").to(device, copy=True)
                     for field in FIELDS
@@ -139,10 +141,10 @@ class EmbeddingStore:
         return Conditioning(**parts)
 
     def write(self, rows: Mapping[str, Conditioning]) -> None:
-        """Write the embeddings of some texts, one row each, as one shard: whole, or not at all.
+        """Write the embeddings of some texts, one row each, as one shard: completely or not at all.
 
         Raises:
-            UserError: If the disk is full or cannot be written; what was written before stays.
+            UserError: If the disk is full or not writable; earlier shards stay intact.
         """
         from safetensors.torch import save
 
@@ -152,12 +154,16 @@ class EmbeddingStore:
             for field in FIELDS
             if getattr(row, field) is not None
         }
-        # As bytes, and by a plain write: safetensors' own goes through mapped memory, where a full disk is no error
-        # but the end of the process. Cloned, since it refuses rows of one batch.
+        # Serialize to bytes and write them plainly: safetensors' save_file maps the file into memory, where a
+        # full disk kills the process instead of raising an error. Clone: safetensors refuses rows that share
+        # a batch's memory.
         content = save(
             {name: part.detach().cpu().clone(memory_format=torch.contiguous_format) for name, part in named.items()},
             {FINGERPRINT: self.fingerprint},
         )
+        # Not files.atomic_file: the temporary name tells which process on which host writes the file, so that
+        # leftovers of a dead process can be removed without touching files of a running one. And the final
+        # name is the time when the content was complete, not the time when writing started.
         part = self.directory / f"{self.rank:05d}.{os.getpid()}.{socket.gethostname()}.part"
         try:
             try:
@@ -173,7 +179,7 @@ class EmbeddingStore:
         self.refresh()
 
     def check_room(self, count: int, bytes_each: int) -> None:
-        """See that the disk has room for so many more prompts.
+        """Check that the disk has room for ``count`` more prompts of ``bytes_each`` bytes.
 
         Raises:
             UserError: If it has not.
@@ -183,11 +189,11 @@ class EmbeddingStore:
             raise UserError(
                 f"{count:,} prompts of {size(bytes_each)} each need {size(count * bytes_each)}; {size(free)} are free",
                 where=str(self.directory),
-                remedy="free some, or give embedding_cache.directory a directory on another disk",
+                remedy="free some space, or set embedding_cache.directory to a directory on another disk",
             )
 
     def _clear_leftovers(self) -> None:
-        """Remove what earlier processes of this rank were writing when they died; another run's may be alive."""
+        """Remove files of this rank that a dead process left unfinished, but none that another run is writing."""
         for part in self.directory.glob(f"{self.rank:05d}.*.part"):
             named = re.fullmatch(r"\d+\.(\d+)\.(.+)\.part", part.name)
             with suppress(FileNotFoundError):
@@ -202,17 +208,17 @@ class EmbeddingStore:
         return UserError(
             f"cannot write {'here' if count is None else size(count)}: {reason}",
             where=str(self.directory),
-            remedy="what was written before is whole and will be used; give it room, or name another directory",
+            remedy="earlier embeddings are complete and will be used; free some space, or use another directory",
         )
 
 
 def key_of(text: str) -> str:
-    """The name of a text in a shard."""
+    """Key of a text in the shards: a hash, 32 hexadecimal digits."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
 def size(count: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes, as in ``2.7 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -221,21 +227,21 @@ def size(count: int) -> str:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, read without them.
+    """Read the header of a safetensors file: dtype, shape and place of each tensor, and the metadata.
 
     Raises:
-        UserError: If the file is not whole.
+        UserError: If the file is incomplete.
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             there = os.fstat(file.fileno()).st_size
             if 8 + length > there:
-                raise ValueError(f"{there} bytes are shorter than its header")
+                raise ValueError(f"{there} bytes are less than its header")
             header = json.loads(file.read(length))
         needed = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         if there != needed:
-            raise ValueError(f"it has {there} bytes and not the {needed} of its header")
+            raise ValueError(f"it has {there} bytes instead of {needed}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _broken(path, str(error)) from error
     return header
@@ -243,20 +249,18 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _broken(path: Path, reason: str) -> UserError:
     return UserError(
-        f"is no whole safetensors file ({reason})",
+        f"not a complete safetensors file ({reason})",
         where=str(path),
         remedy="remove this file; its prompts will be encoded again",
     )
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process of this number runs here; our own has nothing half-written when it asks."""
+    """Whether another process with this id runs on this host."""
     if pid == os.getpid():
-        return False
+        return False  # this process has no unfinished file when it asks, so the id was reused
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # otherwise it exists, but belongs to another user
     return True

@@ -1,4 +1,4 @@
-"""Embeddings of prompts, computed once a prompt."""
+"""Embeddings of prompts, each computed once."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ import torch
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, key_of, size
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.prompts import Prompt
 
 if TYPE_CHECKING:
     from gdmd_lightning.data.prompt_data import PromptDataModule
 
 PATIENCE = 60
-"""Seconds in which other machines' files must appear; NFS keeps a directory's listing for up to 60 by default."""
+"""Seconds to wait for files of other machines: NFS caches directory listings for up to 60 s by default."""
 
 
 class PromptEmbeddings:
-    """Encodes the prompts it has not seen and remembers the most recent ones.
+    """Least-recently-used cache of prompt embeddings in CPU memory.
 
-    They wait in the CPU's memory, where thousands of T5's (2.7 MB each) do no harm; a batch of them is on its way to a
-    GPU for a millisecond or two. Each is encoded by itself: the last bits of a matrix product depend on how many rows
-    are in it, and a resumed run, which remembers other prompts than the run it continues, must get the same
-    embeddings. Those of a store were encoded in batches, once; what was written is what every later run reads.
+    CPU memory has room for thousands of T5 embeddings (2.7 MB each), and moving a batch to a GPU takes a
+    millisecond or two.
+
+    Prompts are encoded one by one. The last bits of a matrix product depend on its number of rows, and a
+    resumed run, whose cache differs from that of the original run, must get the same embeddings. Embeddings
+    in a store were encoded in batches, but only once, so every later run reads the same bits.
 
     Args:
-        family: Whose text encoders are used.
-        capacity: How many prompts are remembered.
-        store: Where embeddings are looked for before they are computed.
+        family: The family that encodes the prompts.
+        capacity: Number of prompts to cache.
+        store: Embeddings on disk, looked up before encoding.
     """
 
     def __init__(self, family: ModelFamily, capacity: int = 4096, store: EmbeddingStore | None = None) -> None:
@@ -40,22 +43,22 @@ class PromptEmbeddings:
         self._known: OrderedDict[str, Conditioning] = OrderedDict()
 
     def __call__(self, texts: Sequence[str]) -> Conditioning:
-        """One row for each text, ``[B, ...]``.
+        """One row per text, ``[B, ...]``, on the family's device.
 
         Raises:
-            UserError: If a text is not in the store and the text encoders are freed.
+            UserError: If a text is not in the store and the text encoders have been freed.
         """
         chosen = []
         for text in texts:
             if text not in self._known:
-                self._known[text] = self._found(text).to(torch.device("cpu"))
+                self._known[text] = self._embed(text).to(torch.device("cpu"))
             self._known.move_to_end(text)
             chosen.append(self._known[text])
             if len(self._known) > self.capacity:
                 self._known.popitem(last=False)
         return Conditioning.concat(chosen).to(self.family.empty.sequence.device)
 
-    def _found(self, text: str) -> Conditioning:
+    def _embed(self, text: str) -> Conditioning:
         if self.store is not None and text in self.store:
             return self.store.read(text, torch.device("cpu"))
         return self.family.encode([text])
@@ -72,25 +75,26 @@ def fill(
     world_size: int = 1,
     barrier: Callable[[], object] = lambda: None,
 ) -> int:
-    """Encode the texts that a store lacks, shared among the ranks; afterwards every rank's store has them all.
+    """Encode the texts missing from a store, divided among the ranks; afterwards every store has all.
 
-    A rank's share are the texts whose hash is its number modulo ``world_size``: what has been written meanwhile, which
-    ranks see at different times, then changes nothing about who encodes what.
+    Each rank encodes the texts whose hash equals its rank modulo ``world_size``. This does not depend on
+    which shards a rank has already seen, which differs between ranks that start at different times.
 
     Args:
-        store: Of this rank.
-        family: Whose text encoders are used.
-        texts: The same on all ranks.
+        store: This rank's view of the directory.
+        family: The family that encodes the texts.
+        texts: The same texts on all ranks.
         batch_size: Texts encoded at once.
-        shard_size: Texts a file.
-        rank, world_size: This process among those that share the work.
-        barrier: Returns when all of them have called it.
+        shard_size: Texts per file.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        barrier: Blocks until all processes have called it.
 
     Returns:
-        How many texts this rank encoded.
+        Number of texts that this rank encoded.
 
     Raises:
-        UserError: If the disk has no room, or the directory is not one that all ranks see.
+        UserError: If the disk has no room, or the ranks do not share the directory.
     """
     from tqdm import tqdm
 
@@ -99,9 +103,9 @@ def fill(
     store.check_room(len(absent), bytes_each(family))
     mine = [text for text in absent if int(key_of(text), 16) % world_size == rank]
     with tqdm(total=len(mine), desc="text embeddings", unit="prompt", disable=bool(rank) or not mine) as bar:
-        for shard in _portions(mine, shard_size):
+        for shard in _chunks(mine, shard_size):
             rows: dict[str, Conditioning] = {}
-            for batch in _portions(shard, batch_size):
+            for batch in _chunks(shard, batch_size):
                 encoded = family.encode(batch)
                 if encoded.sequence.shape[1:] != family.empty.sequence.shape[1:]:
                     raise UserError(
@@ -109,15 +113,16 @@ def fill(
                         where=f"{type(family).__name__}.encode",
                         remedy="pad all prompts to one length",
                     )
-                rows |= {text: encoded.slice(i, i + 1) for i, text in enumerate(batch)}
+                rows |= {text: encoded.select(slice(i, i + 1)) for i, text in enumerate(batch)}
                 bar.update(len(batch))
             store.write(rows)
     barrier()
-    _await(store, distinct, PATIENCE if world_size > 1 else 0)
+    _wait_for(store, distinct, PATIENCE if world_size > 1 else 0)
     return len(mine)
 
 
-def _await(store: EmbeddingStore, texts: Sequence[str], seconds: float) -> None:
+def _wait_for(store: EmbeddingStore, texts: Sequence[str], seconds: float) -> None:
+    """Refresh the store until it has all texts; raise an error after some seconds."""
     last = time.monotonic() + seconds
     while True:
         store.refresh()
@@ -126,57 +131,57 @@ def _await(store: EmbeddingStore, texts: Sequence[str], seconds: float) -> None:
             return
         if time.monotonic() > last:
             raise UserError(
-                f"lacks {len(absent)} of {len(texts)} prompts that other processes embedded, as {absent[0][:60]!r}",
+                f"lacks {len(absent)} of {len(texts)} prompts that other processes embedded, e.g. {absent[0][:60]!r}",
                 where=str(store.directory),
-                remedy="give embedding_cache.directory a directory that all processes share",
+                remedy="set embedding_cache.directory to a directory that all processes share",
             )
         time.sleep(1)
 
 
 def bytes_each(family: ModelFamily) -> int:
-    """Bytes of a prompt's embedding."""
+    """Size of one prompt's embedding in bytes."""
     parts = (family.empty.sequence, family.empty.pooled, family.empty.ids)
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 @runtime_checkable
-class DrawsPrompts(Protocol):
-    """A callback that has pictures of its own prompts drawn."""
+class HasPrompts(Protocol):
+    """A callback that generates images of prompts which may not be training prompts."""
 
     prompts: Sequence[Prompt]
 
 
 def prompts_of_run(data: PromptDataModule, callbacks: Iterable[object], most: int, each: int) -> list[str]:
-    """All distinct texts that a run will ask for, the empty one among them, in the order in which they first stand.
+    """All distinct texts that a run will embed, including the empty one, in order of first use.
 
-    The source is streamed once; only the distinct texts are held.
+    Streams the source once and holds only the distinct texts in memory.
 
     Args:
         data: The training prompts.
-        callbacks: The trainer's; those that have prompts of their own are asked for them.
-        most: How many there may be.
-        each: Bytes of an embedding, for the message.
+        callbacks: The trainer's callbacks; their prompts are included.
+        most: Maximum number of distinct texts.
+        each: Bytes per embedding, for the error message.
 
     Raises:
-        UserError: If there are more than ``most``, or the source is broken at any place.
+        UserError: If there are more than ``most`` texts, or the source is broken anywhere.
     """
     seen: dict[str, None] = {"": None}
     for text in _texts(data, callbacks):
         seen[text] = None
         if len(seen) > most:
             raise UserError(
-                f"the run asks for more than {most:,} distinct prompts; each takes {each:,} bytes on disk, "
+                f"the run has more than {most:,} distinct prompts; each takes {each:,} bytes on disk, "
                 f"{most:,} take {size(most * each)}",
                 where="embedding_cache.most",
-                remedy="raise it if the disk has room, choose fewer prompts, or leave embedding_cache out, "
-                "which encodes prompts as they come",
+                remedy="raise it if the disk has room, use fewer prompts, or remove embedding_cache to encode "
+                "prompts during training",
             )
     return list(seen)
 
 
 def _texts(data: PromptDataModule, callbacks: Iterable[object]) -> Iterator[str]:
     for callback in callbacks:
-        if isinstance(callback, DrawsPrompts):
+        if isinstance(callback, HasPrompts):
             yield from (prompt.text for prompt in callback.prompts)
     yield from data.texts()
 
@@ -191,7 +196,19 @@ def embed_ahead(
     world_size: int,
     barrier: Callable[[], object],
 ) -> PromptEmbeddings:
-    """Embed all that a run will ask for, free the text encoders if told so, and give back what answers from the store.
+    """Embed all prompts of a run, and free the text encoders if the settings say so.
+
+    Args:
+        family: The loaded family.
+        cache: Settings.
+        data: The training prompts.
+        callbacks: The trainer's callbacks, whose prompts are embedded too.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        barrier: Blocks until all processes have called it.
+
+    Returns:
+        Embeddings that are read from the directory.
 
     Raises:
         UserError: As :class:`EmbeddingStore`, :func:`prompts_of_run` and :func:`fill`.
@@ -213,6 +230,6 @@ def embed_ahead(
     return PromptEmbeddings(family, store=store)
 
 
-def _portions(texts: Sequence[str], length: int) -> Iterator[Sequence[str]]:
+def _chunks(texts: Sequence[str], length: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(texts), length):
         yield texts[start : start + length]

@@ -1,4 +1,4 @@
-"""Prompt files: one small class a format, each streaming from any row (see ``readers.PromptSource``)."""
+"""Prompt files: one small class per format, each streaming from any row (see ``readers.PromptSource``)."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ from gdmd_lightning.prompts import Prompt
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-# Rows decoded at once: enough that decoding costs little, few enough that the first prompt comes quickly.
 BATCH_ROWS = 1024
+"""Rows decoded at once: enough for little overhead, few enough for the first prompt to come quickly."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A prompt a line, without the white space around it."""
+    """One prompt per line; white space around it is removed."""
 
     name: str
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
         for number, line in islice(numbered_rows(self.name), start, None):
             where = f"{self.name}:{number}"
             yield as_prompt(decoded(line, where), where)
 
     def count(self) -> int:
-        """The number of lines that are not blank."""
+        """Number of lines that are not blank."""
         return sum(1 for _ in numbered_rows(self.name))
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A JSON object a line; the whole object becomes the prompt's metadata, as GenEval's lines want it."""
+    """One JSON object per line; the whole object becomes the prompt's metadata, as GenEval's files need."""
 
     name: str
     column: str = "prompt"
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
         for number, line in islice(numbered_rows(self.name), start, None):
             where = f"{self.name}:{number}"
             try:
@@ -60,21 +58,21 @@ class JsonLines:
             yield as_prompt(row[self.column], where, row)
 
     def count(self) -> int:
-        """The number of lines that are not blank."""
+        """Number of lines that are not blank."""
         return sum(1 for _ in numbered_rows(self.name))
 
 
 @dataclass(frozen=True)
 class CsvTable:
-    """One column of a comma-separated file whose first record names the columns."""
+    """One column of a comma-separated file whose first record holds the column names."""
 
     name: str
     column: str = "prompt"
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """Each record, with the line on which it ends; an empty line is none."""
+        """Each record with the number of its last line; empty lines are skipped."""
         lines = (decoded(line, f"{self.name}:{number}") for number, line in numbered_lines(self.name))
-        # Strict, or an unclosed quote would swallow the rest of the file into one prompt.
+        # Without strict, an unclosed quote would turn the rest of the file into one prompt.
         records = csv.reader(lines, strict=True)
         try:
             for record in records:
@@ -84,7 +82,6 @@ class CsvTable:
             raise UserError(f"broken CSV: {error}", where=f"{self.name}:{records.line_num}") from error
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
         records = self._records()
         for line, header in islice(records, 1):
             if self.column not in header:
@@ -96,18 +93,18 @@ class CsvTable:
                     raise UserError(
                         f"{len(record)} fields where the header has {len(header)}",
                         where=where,
-                        remedy='write a prompt that holds a comma in "double quotes"',
+                        remedy='put prompts that contain a comma in "double quotes"',
                     )
                 yield as_prompt(record[index], where)
 
     def count(self) -> int:
-        """The number of records below the header."""
+        """Number of records below the header."""
         return max(sum(1 for _ in self._records()) - 1, 0)
 
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """One column of a parquet file; whole row groups are passed over through the file's metadata."""
+    """One column of a parquet file; row groups before the start are skipped by the file's metadata."""
 
     name: str
     column: str = "prompt"
@@ -118,14 +115,13 @@ class ParquetTable:
         from pyarrow.parquet import ParquetFile
 
         try:
-            # With a buffer a column is streamed; without, a row group's column is held whole.
+            # With a buffer a column is streamed; without one, a row group's whole column is held in memory.
             with ParquetFile(self.name, buffer_size=1 << 20) as file:
                 yield file
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"not a readable parquet file: {error}", where=self.name) from error
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
         with self._open() as file:
             columns = file.schema_arrow.names
             if self.column not in columns:
@@ -135,7 +131,7 @@ class ParquetTable:
                 row += file.metadata.row_group(group).num_rows
                 group += 1
             groups = list(range(group, file.num_row_groups))
-            # Without threads, which the fork of a loader's worker would lose.
+            # Without threads: they would not survive the fork of a data loader's worker.
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[self.column], use_threads=False):
                 unwanted = min(max(start - row, 0), batch.num_rows)
                 for number, value in enumerate(batch.column(self.column)[unwanted:], row + unwanted + 1):
@@ -148,6 +144,6 @@ class ParquetTable:
                 row += batch.num_rows
 
     def count(self) -> int:
-        """The number of rows in the file's metadata."""
+        """Number of rows according to the file's metadata."""
         with self._open() as file:
             return int(file.metadata.num_rows)

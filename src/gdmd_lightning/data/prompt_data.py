@@ -1,4 +1,4 @@
-"""Prompts for training as Lightning wants them, with a position that a checkpoint holds exactly."""
+"""Training prompts as a Lightning data module whose exact position is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gdmd_lightning.shapes.captions import TASK_WEIGHTS, prompts
 
 
 class PromptLoader:
-    """Yields the batches of a stream; each iterator starts where training stands when the iterator starts.
+    """Yields the batches of a stream; each new iterator starts at training's current position.
 
-    Lightning asks for a new iterator every epoch, and its epochs have nothing to do with passes over the prompts.
+    Lightning creates an iterator for every epoch. Its epochs are unrelated to passes over the prompts.
 
     Args:
-        stream: Makes the stream at the current position.
-        num_workers: Processes that read; with 0 the training process reads.
+        stream: Creates the stream at the current position.
+        num_workers: Number of reading processes; with 0 the training process reads.
     """
 
     def __init__(self, stream: Callable[[], PromptStream], num_workers: int) -> None:
@@ -36,7 +36,7 @@ class PromptLoader:
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
-            # A generator of its own: by default every new iterator draws from torch's global random stream.
+            # By default every new iterator would draw from torch's global random stream.
             generator=torch.Generator(),
         )
         for batch in loader:
@@ -46,10 +46,10 @@ class PromptLoader:
 
 
 class InTransit:
-    """A batch between the loader and ``transfer_batch_to_device``, opaque to Lightning.
+    """Wraps a batch between the loader and ``transfer_batch_to_device`` to hide it from Lightning.
 
-    In between, the precision plugins (``bf16-true``, DeepSpeed, FSDP) walk into every dataclass to convert its
-    tensors, and refuse a frozen one.
+    Precision plugins (``bf16-true``, DeepSpeed, FSDP) convert the tensors in every dataclass that they see,
+    and fail on frozen ones such as ``PromptBatch``.
     """
 
     def __init__(self, batch: PromptBatch) -> None:
@@ -57,7 +57,7 @@ class InTransit:
 
 
 class InTransitLoader:
-    """A loader's batches, each made opaque on its way through a trainer."""
+    """A loader whose batches are wrapped in :class:`InTransit`."""
 
     def __init__(self, loader: Iterable[PromptBatch]) -> None:
         self.loader = loader
@@ -67,24 +67,24 @@ class InTransitLoader:
 
 
 class PromptDataModule(LightningDataModule):
-    """Training prompts from a file, a Hugging Face data set or the Shapes world, endlessly and in a fixed order.
+    """Training prompts from a file, a data set or the Shapes world, repeated endlessly in a fixed order.
 
-    A checkpoint holds how many batches training has finished; a run resumed from it goes on with the next one,
-    whatever the loader had read ahead.
+    A checkpoint stores how many batches training has finished. A resumed run continues with the next batch,
+    no matter how far the loader had read ahead.
 
     Args:
-        source: A ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file, ``organisation/name`` of a Hugging Face data
-            set, or ``shapes``.
-        batch_size: Samples an update on one rank.
-        group_size: Samples a prompt, one after another in the batch; divides ``batch_size``.
-        shuffle_buffer: Rows that are read and shuffled together; 0 or 1 keeps the source's order.
-        seed: Seed of the order (and of the prompts, where the source is ``shapes``).
-        num_workers: Processes that read ahead; they do not change the order.
-        column: The key or column that holds the prompt.
-        split: The split of a Hugging Face data set or of ``shapes``.
+        source: A ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a Hugging Face data set as
+            ``organization/name``, or ``shapes``.
+        batch_size: Samples per update on one rank.
+        group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``.
+        shuffle_buffer: Number of rows that are read and shuffled together; 0 or 1 keeps the source's order.
+        seed: Seed of the order, and of the prompts if the source is ``shapes``.
+        num_workers: Number of processes that read ahead; it does not affect the order.
+        column: Key or column that holds the prompt.
+        split: Split of a Hugging Face data set or of ``shapes``.
 
     Raises:
-        UserError: A number makes no sense, or the source cannot be read or has no prompt.
+        UserError: If a number is out of range, the source cannot be read, or it has no prompt.
     """
 
     def __init__(
@@ -121,19 +121,19 @@ class PromptDataModule(LightningDataModule):
         self._processed_before: int | None = None
 
     def train_dataloader(self) -> PromptLoader | InTransitLoader:
-        """The batches from the current position on: ``PromptBatch`` objects, opaque ones for a trainer."""
+        """Batches from the current position: ``PromptBatch``, or ``InTransit`` if there is a trainer."""
         loader = PromptLoader(self._stream, self.num_workers)
         return loader if self.trainer is None else InTransitLoader(loader)
 
     def texts(self) -> Iterator[str]:
-        """The texts of one pass over the source; of the Shapes world, where a pass has no end, those it draws from."""
+        """Texts of one pass over the source; for the endless Shapes world, all texts that it draws from."""
         if isinstance(self.prompts, ShapesPrompts):
             split = self.prompts.split
             return (prompt.text for task in TASK_WEIGHTS for prompt in prompts(task, split))
         return (prompt.text for prompt in self.prompts.read())
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave prompts where they are, and note that training got a batch."""
+        """Unwrap a batch of prompts, and count it as handed over to training."""
         if isinstance(batch, InTransit):
             self._handed_over += 1
             self._processed_before = self._processed()
@@ -144,37 +144,37 @@ class PromptDataModule(LightningDataModule):
 
     @property
     def batches_consumed(self) -> int:
-        """Batches whose training step is over, on this rank; what was only read ahead does not count."""
+        """Number of batches on this rank whose training step is over; batches only read do not count."""
         in_step = self._processed_before is not None and self._processed() == self._processed_before
         return self._handed_over - in_step
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and all that gives it a meaning."""
-        return {"batches": self.batches_consumed, **self._meaning()}
+        """The position, and the settings it depends on."""
+        return {"batches": self.batches_consumed, **self._position_settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches of a checkpoint.
+        """Continue after the batches that a checkpoint has counted.
 
         Raises:
-            UserError: The checkpoint counted other batches than this run would.
+            UserError: If the checkpoint counted batches under other settings.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            # Evaluating a checkpoint needs no training prompts, so these may differ.
+            # Evaluation of a checkpoint uses no training prompts, so their settings may differ.
             return
         changed = [
             f"{name} {state_dict.get(name)!r} (now {value!r})"
-            for name, value in self._meaning().items()
+            for name, value in self._position_settings().items()
             if state_dict.get(name) != value
         ]
         if changed:
             raise UserError(
                 f"the checkpoint counts its prompts with {', '.join(changed)}",
                 where="data",
-                remedy="resume with the values of the checkpoint, or begin a new run from its weights",
+                remedy="resume with the values of the checkpoint, or start a new run from its weights",
             )
         self._handed_over, self._processed_before = state_dict["batches"], None
 
-    def _meaning(self) -> dict[str, Any]:
+    def _position_settings(self) -> dict[str, Any]:
         return {
             "source": self.source,
             "column": self.column,
@@ -187,7 +187,7 @@ class PromptDataModule(LightningDataModule):
         }
 
     def _processed(self) -> int | None:
-        """Steps that the trainer has done; it counts one up when a step is over."""
+        """Number of training steps that the trainer has finished."""
         if self.trainer is None:
             return None
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total

@@ -1,12 +1,11 @@
 """Streaming prompt sources: files, Hugging Face data sets and the Shapes world, none of them held in memory.
 
-A *row* is one prompt; the rows of a source are numbered from 0 in the order in which they stand. Lines of ASCII white
-space alone are no rows in ``.txt`` and ``.jsonl``, nor are empty lines in ``.csv``.
+A *row* is one prompt; rows are numbered from 0 in the order of the source. Lines of only ASCII white space in
+``.txt`` and ``.jsonl`` files are not rows, and neither are empty lines in ``.csv`` files.
 """
 
 from __future__ import annotations
 
-import random
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from gdmd_lightning.data.files import BATCH_ROWS, CsvTable, JsonLines, ParquetTa
 from gdmd_lightning.data.rows import as_prompt, no_column
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
-from gdmd_lightning.shapes.captions import TASK_WEIGHTS, Split, prompts
+from gdmd_lightning.shapes.captions import Split, prompt_at
 
 if TYPE_CHECKING:
     import datasets
@@ -29,40 +28,41 @@ FILES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 class PromptSource(Protocol):
-    """Something that can be read from any row to its end, again and again, always in the same order."""
+    """A sequence of prompts that can be read repeatedly from any row, always in the same order."""
 
     @property
     def name(self) -> str:
-        """What the user called it, for messages."""
+        """Name that the user gave, for messages."""
         ...
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts of one pass from row ``start`` on, none where the pass is shorter.
+        """The prompts of one pass from row ``start``; none if the pass is shorter.
 
-        Rows before ``start`` are passed over without parsing them.
+        Rows before ``start`` are skipped without parsing them.
 
         Raises:
-            UserError: A row is not a prompt, or the source cannot be read.
+            UserError: If a row is not a prompt, or the source cannot be read.
         """
         ...
 
     def count(self) -> int:
-        """How many rows a pass has, found without parsing them."""
+        """Number of rows in a pass, found without parsing them."""
         ...
 
 
 def open_source(source: str, *, column: str = "prompt", split: str = "train", seed: int = 0) -> PromptSource:
-    """Choose the reader of a source and read its first prompt, so that a wrong source fails here.
+    """Choose the reader for a source and read the first prompt, so that an invalid source fails early.
 
     Args:
-        source: A ``.txt`` (a prompt a line), ``.jsonl``, ``.csv`` or ``.parquet`` file; a data set of Hugging Face
-            as ``organisation/name``, or a local folder of one; or ``shapes``, the prompts of the Shapes world.
-        column: The key or column that holds the prompt; a ``.txt`` file and the Shapes world have none.
-        split: The split of a Hugging Face data set or of the Shapes world; a file has none.
+        source: A ``.txt`` (one prompt per line), ``.jsonl``, ``.csv`` or ``.parquet`` file; a Hugging Face
+            data set as ``organization/name`` or as a local folder; or ``shapes``, the prompts of the Shapes
+            world.
+        column: Key or column that holds the prompt; ignored for ``.txt`` files and the Shapes world.
+        split: Split of a Hugging Face data set or of the Shapes world; ignored for files.
         seed: Seed of the Shapes world's prompts.
 
     Raises:
-        UserError: There is no such source, it has no prompt, or its first row is not one.
+        UserError: If the source does not exist, has no prompt, or its first row is not a prompt.
     """
     chosen = _choose(source, column, split, seed)
     if next(chosen.read(), None) is None:
@@ -71,7 +71,7 @@ def open_source(source: str, *, column: str = "prompt", split: str = "train", se
 
 
 def no_prompt(source: PromptSource) -> UserError:
-    """The error for a source without a single prompt."""
+    """Error for a source without a single prompt."""
     return UserError("there is no prompt in it", where=source.name, remedy="give a source with at least one prompt")
 
 
@@ -97,20 +97,20 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
                 return CsvTable(source, column)
             case _:
                 return ParquetTable(source, column)
-    # A suffix of letters is taken for a file's, so that a slip in a file's name never goes to the network; in a
-    # data set's name a dot stands before a number ("org/prompts-v1.5").
+    # A suffix of letters means a file, so that a typo in a file's name never reaches the network. In names of
+    # data sets a dot is followed by a number ("org/prompts-v1.5").
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not suffix[1:].isalpha() and not path.exists():
         return HubDataset(source, column, split)
     raise UserError(
         "unknown kind of prompt source",
         where=source or "data.source",
-        remedy=f"give a {', '.join(FILES)} file, a Hugging Face data set as organisation/name, or 'shapes'",
+        remedy=f"give a {', '.join(FILES)} file, a Hugging Face data set as organization/name, or 'shapes'",
     )
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One column of a Hugging Face data set, streamed; also of a local folder that ``datasets`` can load."""
+    """One column of a Hugging Face data set, or of a local folder that ``datasets`` can load, streamed."""
 
     name: str
     column: str = "prompt"
@@ -127,7 +127,7 @@ class HubDataset:
             return rows
         if self.column not in columns:
             raise no_column(self.column, columns, self.name)
-        # Other columns may hold images, which would be fetched and decoded for nothing.
+        # Other columns may hold images, which would be downloaded and decoded needlessly.
         return rows.select_columns([self.column])
 
     @contextmanager
@@ -140,16 +140,15 @@ class HubDataset:
             raise UserError(
                 f"cannot be read as a Hugging Face data set: {error}",
                 where=self.name,
-                remedy=f"give organisation/name of one that you may read, with a split {self.split!r}, or a file",
+                remedy=f"give a readable organization/name with a split {self.split!r}, or a file",
             ) from error
 
     def _batches(self, start: int) -> Iterator[dict[str, list[Any]]]:
         with self._explained():
-            # `iter(dataset)` would give each loader's worker only a share of the rows; `.iter(size)` does not.
+            # `.iter(size)` returns all rows; in a loader's worker `iter(dataset)` would return only a share.
             yield from self._dataset.skip(start).iter(BATCH_ROWS)
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
         number = start
         for batch in self._batches(start):
             if self.column not in batch:
@@ -159,15 +158,15 @@ class HubDataset:
                 yield as_prompt(text, f"{self.name}:row {number}")
 
     def count(self) -> int:
-        """The number of rows, for which all are streamed once: what a data set's card says may be out of date."""
+        """Number of rows, counted by streaming all of them, since a data set's card may be out of date."""
         return sum(len(next(iter(batch.values()))) for batch in self._batches(0))
 
 
 @dataclass(frozen=True)
 class ShapesPrompts:
-    """The Shapes world's own prompts, tasks drawn by ``TASK_WEIGHTS``; a row depends on the seed and its number alone.
+    """Prompts of the Shapes world, with tasks drawn by ``TASK_WEIGHTS``.
 
-    So any row is reached at once, and a pass need never end.
+    A row depends only on the seed and its number, so any row can be reached directly and a pass never ends.
     """
 
     split: Split = "train"
@@ -175,13 +174,9 @@ class ShapesPrompts:
     name: str = "shapes"
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
-        """The prompts from row ``start`` on."""
-        tasks, weights = list(TASK_WEIGHTS), list(TASK_WEIGHTS.values())
         for row in range(start, self.count()):
-            rng = random.Random(f"shapes {self.seed} {row}")
-            (task,) = rng.choices(tasks, weights)
-            yield rng.choice(prompts(task, self.split))
+            yield prompt_at(self.split, self.seed, row)
 
     def count(self) -> int:
-        """More than anyone reads."""
+        """More rows than any run reads."""
         return sys.maxsize

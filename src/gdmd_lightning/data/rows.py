@@ -1,6 +1,6 @@
-"""From bytes to prompts, a row at a time, with the place of whatever is wrong.
+"""From bytes to prompts, one row at a time, with errors that name the line or row.
 
-Whatever is not blank is a prompt or an error, never skipped. Messages count lines and rows from 1, as editors do.
+A row that is not blank is never skipped: it is a prompt or an error. Messages count lines and rows from 1.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from gdmd_lightning.prompts import Prompt
 
 
 def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Every line of a file with its number and its ending, without a byte order mark.
+    """Every line of a file with its number, including the line ending, without a byte order mark.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: If the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -28,10 +28,10 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def numbered_rows(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold more than ASCII white space, with their numbers and without the white space around them.
+    """Numbered lines without surrounding ASCII white space; blank lines are skipped.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: If the file cannot be read.
     """
     for number, line in numbered_lines(path):
         line = line.strip()
@@ -40,10 +40,10 @@ def numbered_rows(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def decoded(line: bytes, where: str) -> str:
-    """The text of a line.
+    """Decode a line.
 
     Raises:
-        UserError: The line is not UTF-8.
+        UserError: If the line is not UTF-8.
     """
     try:
         return line.decode("utf-8")
@@ -56,10 +56,10 @@ def decoded(line: bytes, where: str) -> str:
 
 
 def as_prompt(text: object, where: str, metadata: dict[str, Any] | None = None) -> Prompt:
-    """A prompt of a value that should be its text.
+    """Check a value that should be a prompt's text and make a prompt of it.
 
     Raises:
-        UserError: The value is no string, blank, or not encodable.
+        UserError: If the value is not a string, is blank, or cannot be encoded as UTF-8.
     """
     if not isinstance(text, str):
         kind = "missing (null)" if text is None else f"of type {type(text).__name__}"
@@ -67,16 +67,16 @@ def as_prompt(text: object, where: str, metadata: dict[str, Any] | None = None) 
     if not text.strip():
         raise UserError("the prompt is empty", where=where, remedy="a prompt must be a non-empty string")
     try:
-        # JSON can spell half a surrogate pair, which no tokenizer takes: better told here than hours later.
+        # JSON can contain half a surrogate pair, which no tokenizer accepts. Fail early.
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"half a surrogate pair at letter {error.start + 1} of the prompt", where=where) from error
+        raise UserError(f"half a surrogate pair at character {error.start + 1} of the prompt", where=where) from error
     return Prompt(text, {} if metadata is None else metadata)
 
 
 def no_column(column: str, there: Iterable[object], where: str) -> UserError:
-    """The error for a table or an object that lacks the prompt's column."""
+    """Error for a table or an object without the prompt's column."""
     names = ", ".join(repr(name) for name in there) or "none"
     return UserError(
-        f"no column {column!r}", where=where, remedy=f"it has {names}; choose one by its name (column), or rename it"
+        f"no column {column!r}", where=where, remedy=f"it has {names}; set column to one of them, or rename it"
     )

@@ -1,14 +1,14 @@
-"""The endless order of prompts: a pure function of source and seed that can be entered at any place.
+"""The endless order of prompts: a pure function of source and seed that can start at any position.
 
-*Item* ``i`` is the ``i``-th prompt of the shuffled passes, one after another. Batch ``n`` of rank ``r`` of ``R`` holds
-those items among ``n * k * R`` to ``(n + 1) * k * R - 1`` whose number is ``r`` modulo ``R``, with ``k`` prompts a
-batch; worker ``w`` of ``W`` makes the batches ``start + w``, ``start + w + W``, ... So a position is one number, the
-ranks share every pass without overlap or loss, and the number of workers changes nothing.
+*Item* ``i`` is the ``i``-th prompt of all shuffled passes in sequence. With ``k`` prompts per batch, batch
+``n`` of rank ``r`` of ``R`` contains the items from ``n * k * R`` to ``(n + 1) * k * R - 1`` whose number is
+``r`` modulo ``R``. Worker ``w`` of ``W`` makes the batches ``start + w``, ``start + w + W``, ... So a
+position is a single number, the ranks share every pass without overlap or loss, and the number of workers
+does not affect the order.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -18,29 +18,30 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gdmd_lightning.data.readers import PromptSource, no_prompt
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt, PromptBatch
+from gdmd_lightning.streams import python_stream
 
 
 def shuffled(source: PromptSource, *, seed: int, block: int, start: int = 0) -> Iterator[Prompt]:
-    """The endless passes over a source from item ``start`` on, each block of rows in an order of its own.
+    """Endless passes over a source from item ``start``, with the rows of each block shuffled.
 
     Args:
-        source: Where the prompts come from.
-        seed: With the numbers of pass and block, the seed of the block's order.
-        block: How many rows are shuffled among each other and held in memory; 1 or less keeps the source's order.
-        start: Number of the first item, over all passes.
+        source: Source of the prompts.
+        seed: Seed of the order; each block of each pass is shuffled differently.
+        block: Number of rows that are held in memory and shuffled; 1 or less keeps the source's order.
+        start: Number of the first item, counted over all passes.
 
     Raises:
-        UserError: A row is not a prompt, or the source has none.
+        UserError: If a row is not a prompt, or the source has none.
     """
     block = max(block, 1)
-    # Until the length of a pass is known, `row` may lie beyond its end.
+    # `row` may be beyond the end of the pass until the length of a pass is known.
     number, row = 0, start
     while True:
         first = seen = row - row % block
         rows = source.read(first)
         while prompts := list(islice(rows, block)):
             if block > 1:
-                random.Random(f"block {seed} {number} {seen // block}").shuffle(prompts)
+                python_stream("block", seed, number, seen // block).shuffle(prompts)
             yield from prompts[max(row - seen, 0) :]
             seen += len(prompts)
         length = seen if seen > first else source.count()
@@ -55,19 +56,19 @@ def shuffled(source: PromptSource, *, seed: int, block: int, start: int = 0) -> 
 
 @dataclass(frozen=True)
 class PromptStream(IterableDataset[PromptBatch | UserError]):
-    """The batches of one rank, endlessly; an error in the source is the last thing that it yields.
+    """The endless batches of one rank. If the source is broken, the last item is the error.
 
-    An error raised in a loader's worker would reach the user as a traceback inside a message, so it travels as a
-    value and is raised where the batches arrive (``PromptLoader``).
+    An error raised in a loader's worker would reach the user as a traceback inside a message. So it is
+    yielded as a value, and raised where the batches arrive (``PromptLoader``).
 
     Args:
-        source: Where the prompts come from.
+        source: Source of the prompts.
         seed: Seed of the order.
-        shuffle_buffer: Rows shuffled among each other.
-        prompts: Prompts a batch.
-        group_size: Samples a prompt.
-        rank: This process among those that share the stream.
-        world_size: How many processes share the stream.
+        shuffle_buffer: Number of rows that are shuffled together.
+        prompts: Prompts per batch.
+        group_size: Samples per prompt.
+        rank: Rank of this process.
+        world_size: Number of processes that share the stream.
         start: Number of the first batch.
     """
 
@@ -81,7 +82,7 @@ class PromptStream(IterableDataset[PromptBatch | UserError]):
     start: int = 0
 
     def __iter__(self) -> Iterator[PromptBatch | UserError]:
-        """The share of the loader's worker in which it is called."""
+        """The batches of the loader's worker in which this runs; all batches outside of a worker."""
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         try:

@@ -1,1 +1,1 @@
-"""Model families: what is particular to Stable Diffusion 3 and its like stays behind one door."""
+"""Model families: everything specific to Stable Diffusion 3, SDXL or FLUX.2, behind one interface."""

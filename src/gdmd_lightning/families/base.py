@@ -1,15 +1,14 @@
-"""What a family of models must say of itself, so that nothing above it asks which family it is.
+"""The contract of a model family: everything about a model that the rest of the package must not know.
 
-Above this door everything is ``x0``, ``sigma`` and a :class:`Conditioning`; networks, tokenizers, time
-embeddings and autoencoders stay behind it.
+Above this module there are only latents, ``sigma`` and :class:`Conditioning`. Networks, tokenizers, time
+embeddings and autoencoders stay below it.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,88 +18,36 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.locations import resolve
-from gdmd_lightning.schedules import x0_from_velocity
 
 Pipeline = Any
-"""A ``diffusers.DiffusionPipeline``. To build the help, jsonargparse runs imports under ``TYPE_CHECKING`` too, and
-diffusers takes seconds, so its classes stand in no signature here.
+"""A ``diffusers.DiffusionPipeline``. The class itself appears in no signature: jsonargparse also runs the
+imports under ``TYPE_CHECKING`` to build the help, and importing diffusers takes seconds.
 """
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What a network is told beside its input.
-
-    Args:
-        sequence: Token embeddings, ``[B, L, D]``.
-        pooled: One embedding a prompt, ``[B, P]``, where the family has one.
-        ids: Further tensors of the family's own (SDXL's time ids, FLUX.2's text positions), ``[B, ...]``.
-    """
-
-    sequence: Tensor
-    pooled: Tensor | None = None
-    ids: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(*(None if t is None else function(t) for t in (self.sequence, self.pooled, self.ids)))  # type: ignore[arg-type]
-
-    def repeat(self, times: int) -> Conditioning:
-        """Each row ``times`` in a row, ``[B * times, ...]``."""
-        return self._map(lambda t: t.repeat_interleave(times, dim=0))
-
-    def select(self, rows: Tensor) -> Conditioning:
-        """The given rows, in their order."""
-        return self._map(lambda t: t[rows])
-
-    def slice(self, start: int, stop: int) -> Conditioning:
-        """Rows ``start`` to ``stop``, as a view."""
-        return self._map(lambda t: t[start:stop])
-
-    def expand(self, batch: int) -> Conditioning:
-        """One row (``B = 1``) seen as ``batch`` rows."""
-        return self._map(lambda t: t.expand(batch, *t.shape[1:]))
-
-    def to(self, device: torch.device) -> Conditioning:
-        """The same on another device."""
-        return self._map(lambda t: t.to(device))
-
-    def cast(self, dtype: torch.dtype) -> Conditioning:
-        """Embeddings in another precision; ``ids`` keep theirs."""
-        return Conditioning(self.sequence.to(dtype), None if self.pooled is None else self.pooled.to(dtype), self.ids)
-
-    @staticmethod
-    def concat(parts: Sequence[Conditioning]) -> Conditioning:
-        """One batch of several; all must carry the same tensors."""
-
-        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-            present = [t for t in tensors if t is not None]
-            return torch.cat(present) if present else None
-
-        return Conditioning(
-            torch.cat([part.sequence for part in parts]),
-            joined([part.pooled for part in parts]),
-            joined([part.ids for part in parts]),
-        )
-
-
 class ModelFamily(ABC):
-    """A pipeline on disk or on the hub, and how to use its network.
+    """A pipeline on disk or on the Hugging Face hub, and how to use its network.
 
     Args:
-        path: A directory written by ``DiffusionPipeline.save_pretrained``, ``package:`` and a path inside this
-            package, or a hub id (``org/name``), which is the one case in which the network is used.
+        path: A directory written by ``DiffusionPipeline.save_pretrained``, ``package:`` and a path inside
+            this package, or a hub id (``org/name``), which is downloaded.
 
     Raises:
-        UserError: If the directory is missing, is no diffusers pipeline, or is of another family.
+        UserError: If the directory is missing, is not a diffusers pipeline, or belongs to another family.
     """
 
     pipeline_class: ClassVar[str]
+    """Name of the diffusers class."""
+
     network_component: ClassVar[str] = "transformer"
+    """Name of the denoising network in the pipeline."""
+
     guided_passes: ClassVar[int] = 2
+    """Network evaluations per guided sample."""
+
+    _encoders_freed = False
 
     def __init__(self, path: str) -> None:
         self.path = resolve(str(path))
@@ -109,91 +56,131 @@ class ModelFamily(ABC):
         self._empty: Conditioning | None = None
         self._fingerprint: str | None = None
 
-    # What each family says of itself.
+    # What each family implements.
 
     @abstractmethod
     def load(self) -> nn.Module:
-        """Load all weights; returns the denoising network and keeps text encoders and autoencoder."""
+        """Load all weights; return the denoising network and keep text encoders and autoencoder."""
 
     def sketch(self) -> nn.Module:
-        """As :meth:`load`, with shapes for weights: every network on the meta device, nothing read but configurations.
+        """Like :meth:`load`, but on the meta device: shapes without weights, from the configurations.
 
         Raises:
-            UserError: If a configuration is missing, or this family has no sketch.
+            UserError: If a configuration is missing, or the family does not implement this.
         """
-        raise UserError(f"{type(self).__name__} has no sketch", where="family", remedy="give it sketch()")
+        raise UserError(f"{type(self).__name__} has no sketch", where="family", remedy="implement sketch()")
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
-        """One row of the shapes and precision that :meth:`encode` would give; what it says is undefined.
+        """One row with the shapes and dtypes that :meth:`encode` returns; its values are undefined.
 
         Raises:
-            UserError: If this family cannot tell.
+            UserError: If the family does not implement this.
         """
-        raise UserError(f"{type(self).__name__} has no blank", where="family", remedy="give it blank_conditioning()")
+        raise UserError(f"{type(self).__name__} has no blank", where="family", remedy="implement blank_conditioning()")
+
+    def feature_module(self, network: nn.Module) -> nn.Module:
+        """The submodule of ``network`` with the output that :meth:`features` returns.
+
+        Raises:
+            UserError: If the family does not implement this.
+        """
+        raise UserError(f"{type(self).__name__} has no features", where="family", remedy="implement feature_module()")
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Embed prompts, ``B`` rows on the family's device. No gradient."""
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
+        """Embed prompts. :meth:`encode` calls this, without gradient, unless the encoders are freed."""
 
     @abstractmethod
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's prediction as a flow velocity ``eps - x0``, ``[B, C, H, W]`` at levels ``sigma`` ``[B]``.
+        """The network's prediction as a flow velocity ``eps - x0``, ``[B, C, H, W]``.
 
-        The conditioning comes in the network's precision, the state in its own: cast it for the network alone.
+        Args:
+            network: The denoising network.
+            x_sigma: Noisy latents, ``[B, C, H, W]``, in their own dtype; cast only what the network sees.
+            sigma: Noise levels in [0, 1], ``[B]``.
+            conditioning: ``B`` rows in the network's dtype.
         """
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """``(C, H, W)`` of a picture's latent.
+        """Shape ``(C, H, W)`` of the latent of an image.
+
+        Args:
+            height: In pixels.
+            width: In pixels.
 
         Raises:
-            UserError: If autoencoder and patches do not divide the resolution.
+            UserError: If the resolution is not a multiple of what autoencoder and patches need.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` in [0, 1] of latents; carries gradient if asked to."""
+        """Decode latents to images ``[B, 3, H, W]`` in [0, 1]; differentiable."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents of pictures ``[B, 3, H, W]`` in [0, 1]. No gradient."""
+        """Encode images ``[B, 3, H, W]`` in [0, 1] to latents. No gradient."""
 
     @property
     @abstractmethod
     def lora_targets(self) -> tuple[str, ...]:
-        """Names of the modules that get LoRA."""
+        """Names of the modules that get LoRA adapters."""
 
     @abstractmethod
-    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
-        """A diffusers pipeline around ``network`` whose plain call with ``steps`` steps samples as ours does.
+    def to_pipeline(
+        self, network: nn.Module, steps: int, latent_shape: tuple[int, int, int], *, stochastic: bool
+    ) -> Pipeline:
+        """Build a diffusers pipeline around ``network`` that samples as we do when called with ``steps`` steps.
 
         Args:
             network: The generator.
             steps: Its number of steps; the scheduler visits :meth:`few_step_sigmas`.
-            stochastic: Re-noise between the steps (DMD2) instead of Euler steps.
+            latent_shape: ``(C, H, W)``, as returned by :meth:`latent_shape`.
+            stochastic: Add fresh noise between the steps (DMD2) instead of taking Euler steps.
         """
 
     @abstractmethod
-    def few_step_sigmas(self, steps: int) -> Tensor:
-        """Levels of a few-step generator of this family, ``[steps + 1]``, from most noise to 0."""
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Sigmas of a few-step generator, ``[steps + 1]``, descending to 0.
+
+        Args:
+            steps: Number of steps.
+            latent_shape: ``(C, H, W)``; some families add more noise to larger images.
+        """
 
     @abstractmethod
-    def teacher_sigmas(self, steps: int) -> Tensor:
-        """Levels that the pipeline's own scheduler would visit in ``steps`` steps, ``[steps + 1]``."""
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Sigmas of the pipeline's own scheduler, ``[steps + 1]``; arguments as :meth:`few_step_sigmas`."""
 
     def teacher_start(self, steps: int) -> float:
-        """What the pipeline's scheduler makes of ``sigma_1 noise``, the latents it starts from, as a factor."""
+        """Factor ``f``: the pipeline starts from ``f sigma_1 noise`` with ``sigma_1`` the first sigma."""
         return 1.0
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """Arguments beside prompt, steps and guidance that a call of the pipeline needs to repeat our pictures."""
+        """Arguments that a call of the pipeline needs for our images, besides prompt, steps and guidance."""
         return {}
 
     def loading_arguments(self) -> dict[str, Any]:
-        """Arguments beside the path that ``from_pretrained`` needs for a pipeline saved by :meth:`to_pipeline`."""
+        """Further arguments that ``from_pretrained`` needs for a pipeline made by :meth:`to_pipeline`."""
         return {}
 
-    # What follows from it.
+    # What all families share.
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Embed prompts, one row each, on the text encoders' device. No gradient.
+
+        Raises:
+            UserError: If the text encoders have been freed.
+        """
+        if self._encoders_freed:
+            raise UserError(
+                f"the text encoders are freed, and {texts[0][:80]!r} was not embedded before",
+                where="prompt",
+                remedy="set embedding_cache.free_encoders to false, or use only prompts of the run's source and "
+                "callbacks",
+            )
+        return self._encode(texts)
 
     def predict_velocity(
         self,
@@ -203,56 +190,86 @@ class ModelFamily(ABC):
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """The velocity, guided ``u + w (c - u)`` in one batched pass unless ``w`` is 1.
+        """The velocity with classifier-free guidance, ``u + w (c - u)``, in one batched pass.
 
-        Source: Classifier-free guidance (2207.12598), Eq. 6, in the scale's usual form.
+        Args:
+            network: The denoising network.
+            x_sigma: Noisy latents, ``[B, C, H, W]``.
+            sigma: Noise levels in [0, 1], ``[B]``.
+            conditioning: ``B`` rows, in any dtype.
+            guidance_scale: ``w``; 1 means no guidance, which skips the unconditional half of the batch.
+
+        Returns:
+            Velocity in the dtype of ``x_sigma``, ``[B, C, H, W]``.
+
+        Source: Classifier-free guidance (2207.12598), Eq. 6, with ``w`` as the scale in common use.
         """
         if guidance_scale == 1.0:
-            return self._told(network, x_sigma, sigma, conditioning)
+            return self._call_network(network, x_sigma, sigma, conditioning)
         both = Conditioning.concat([self.empty.expand(len(x_sigma)), conditioning])
-        v = self._told(network, torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
+        v = self._call_network(network, torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
         unconditional, conditional = v.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def _told(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Told in the network's own precision, answered in the state's."""
-        told = conditioning.cast(next(network.parameters()).dtype)
-        return self.velocity(network, x_sigma, sigma, told).to(x_sigma.dtype)
+    def _call_network(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity in the dtype of ``x_sigma``; the conditioning is cast to the network's dtype."""
+        cast = conditioning.cast(next(network.parameters()).dtype)
+        return self.velocity(network, x_sigma, sigma, cast).to(x_sigma.dtype)
 
-    def predict_x0(
-        self,
-        network: nn.Module,
-        x_sigma: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning,
-        guidance_scale: float = 1.0,
-    ) -> Tensor:
-        """The clean latent that the network sees in ``x_sigma``, guided as :meth:`predict_velocity`."""
-        v = self.predict_velocity(network, x_sigma, sigma, conditioning, guidance_scale)
-        return x0_from_velocity(x_sigma, v, sigma)
+    def features(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Image features from the middle of the network, for the head of a discriminator.
+
+        Args:
+            network: The denoising network; gradient reaches ``x_sigma`` even if its weights are frozen.
+            x_sigma: Noisy latents, ``[B, C, H, W]``.
+            sigma: Noise levels in [0, 1], ``[B]``.
+            conditioning: ``B`` rows, in any dtype.
+
+        Returns:
+            Output of :meth:`feature_module` in the dtype of ``x_sigma``, ``[B, tokens, D]``.
+
+        Source: DMD2 (2405.14867), section 4.3, which takes the features of the fake score's UNet.
+        """
+        outputs: list[Any] = []
+        hook = self.feature_module(network).register_forward_hook(lambda _module, _inputs, out: outputs.append(out))
+        try:
+            self._call_network(network, x_sigma, sigma, conditioning)
+        finally:
+            hook.remove()
+        return self._image_tokens(outputs[0], x_sigma).to(x_sigma.dtype)
+
+    def _image_tokens(self, output: Any, x_sigma: Tensor) -> Tensor:
+        """Output of :meth:`feature_module` for latents ``x_sigma`` as image tokens, ``[B, tokens, D]``."""
+        # Blocks with two streams return text first.
+        image: Tensor = output[-1] if isinstance(output, tuple) else output
+        return image.flatten(2).transpose(1, 2) if image.ndim == 4 else image
 
     @property
     def empty(self) -> Conditioning:
-        """The empty prompt's conditioning, one row, encoded once."""
+        """The conditioning of the empty prompt, one row, encoded once."""
         if self._empty is None:
             self._empty = self.encode([""])
         return self._empty
 
     def encoding_settings(self) -> dict[str, Any]:
-        """What of this object shapes an embedding: by default all the constructor's arguments but the path, each of
-        which must then stand on the object under its name.
+        """The settings that affect an embedding.
+
+        By default all arguments of the constructor except the path; each must be an attribute of the same
+        name.
         """
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "path"}
 
     def text_fingerprint(self) -> str:
-        """A hash of all that shapes an embedding, see :func:`text_fingerprint`; the same at any path."""
+        """Hash of all that affects an embedding, see :func:`text_fingerprint`; independent of the path."""
         if self._fingerprint is None:
             self._fingerprint = text_fingerprint(self.loaded.components, self.encoding_settings())
         return self._fingerprint
 
     def free_text_encoders(self) -> None:
-        """Give the text encoders' memory back. Afterwards :meth:`encode` refuses; :attr:`empty` and
-        :meth:`text_fingerprint` were asked before and go on to answer.
+        """Free the memory of the text encoders.
+
+        Afterwards :meth:`encode` raises an error. :attr:`empty` and :meth:`text_fingerprint` still work,
+        since both are computed here first.
         """
         parts = self.loaded.components.items()
         encoders = [name for name, part in parts if name.startswith("text_encoder") and part is not None]
@@ -261,31 +278,31 @@ class ModelFamily(ABC):
         self._empty, self._fingerprint = self.empty, self.text_fingerprint()
         for name in encoders:
             setattr(self.loaded, name, None)
-        # In front of every family's own, which would fail with an AttributeError.
-        self.encode = _encode_without_encoders  # type: ignore[method-assign]
+        self._encoders_freed = True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @property
     def loaded(self) -> Pipeline:
-        """The pipeline, after :meth:`load`."""
+        """The pipeline; available after :meth:`load` or :meth:`sketch`."""
         if self.pipeline is None:
             raise RuntimeError(f"{type(self).__name__}.load() must run before the pipeline is used")
         return self.pipeline
 
     def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Write an adapter of the network as the file that the pipeline's ``load_lora_weights`` reads.
+        """Write an adapter of the network in the format that the pipeline's ``load_lora_weights`` reads.
 
         Args:
-            directory: Gets ``pytorch_lora_weights.safetensors``.
-            layers, metadata: As :meth:`AdapterRoles.lora_of` gives them.
+            directory: Where ``pytorch_lora_weights.safetensors`` is written.
+            layers: The adapter's tensors by name, as peft names them.
+            metadata: The adapter's peft configuration.
         """
         name = self.network_component
         adapter = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
         type(self.loaded).save_lora_weights(directory, safe_serialization=True, **adapter)
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
-        """Let the autoencoder work on one picture, or one tile, at a time."""
+        """Let the autoencoder process one image (slicing) or one tile (tiling) at a time."""
         if slicing:
             self.loaded.vae.enable_slicing()
         if tiling:
@@ -297,11 +314,3 @@ class ModelFamily(ABC):
             if isinstance(component, nn.Module):
                 component.to(device)
         self._empty = None if self._empty is None else self._empty.to(device)
-
-
-def _encode_without_encoders(texts: Sequence[str]) -> Conditioning:
-    raise UserError(
-        f"the text encoders are freed, and {texts[0][:80]!r} was not embedded before",
-        where="prompt",
-        remedy="set embedding_cache.free_encoders to false, or use prompts of the run's source and callbacks alone",
-    )

@@ -1,4 +1,4 @@
-"""FLUX.2 and its klein variants: rectified flow on patches of a normalised autoencoder, told by layers of an LLM."""
+"""FLUX.2 and FLUX.2 klein: rectified flow on normalized latent patches, with an LLM as text encoder."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.sketch import sketch_pipeline
+from gdmd_lightning.latents import Conditioning
 
 
 class Flux2KleinFamily(ModelFamily):
     """FLUX.2 klein, base or distilled.
 
-    Its latents, here and in the pipeline's ``latents=``, are 2x2 patches of the autoencoder's, each channel
-    normalised by the autoencoder's statistics: ``[B, 4 c, height / 16, width / 16]``.
+    Latents, here and in the pipeline's ``latents`` argument, are 2x2 patches of the autoencoder's ``c``
+    channels, ``[B, 4 c, height / 16, width / 16]``, normalized with the autoencoder's statistics.
 
     Args:
         path: Directory or hub id of a ``Flux2KleinPipeline``.
-        max_sequence_length: Tokens a prompt is padded or cut to, as in the pipeline's call.
-        text_layers: Layers of the text encoder whose states are told to the network, as in the pipeline's call.
-        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+        max_sequence_length: Number of tokens that prompts are padded or cut to, as in the pipeline's call.
+        text_layers: Layers of the text encoder whose hidden states condition the network, as in the
+            pipeline's call.
+        dtype: Precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
 
     Source: diffusers' ``Flux2KleinPipeline``; distilled in RTDMD (2605.26108).
     """
 
     pipeline_class = "Flux2KleinPipeline"
-    told_guidance = False
+    embeds_guidance = False
     _pipeline_arguments: ClassVar[dict[str, Any]] = {"is_distilled": True}
 
     def __init__(
@@ -43,14 +45,13 @@ class Flux2KleinFamily(ModelFamily):
     ) -> None:
         super().__init__(path)
         self.max_sequence_length, self.text_layers, self.dtype = max_sequence_length, text_layers, dtype
-        self._tokens = 0
 
     def load(self) -> nn.Module:
-        """See :meth:`ModelFamily.load`.
+        """Load all weights.
 
         Raises:
-            UserError: If the text encoder has not the layers asked for, or the network is of the other kind: told
-                its guidance, or not.
+            UserError: If the text encoder has fewer layers than requested, or the network takes the guidance
+                scale as an input and should not, or the other way round.
         """
         import diffusers
 
@@ -58,7 +59,6 @@ class Flux2KleinFamily(ModelFamily):
         return self._network()
 
     def sketch(self) -> nn.Module:
-        """See :meth:`ModelFamily.sketch`."""
         import diffusers
 
         self.pipeline = sketch_pipeline(getattr(diffusers, self.pipeline_class), self.path, self.dtype)
@@ -71,19 +71,22 @@ class Flux2KleinFamily(ModelFamily):
             raise UserError(
                 f"the text encoder has {layers} layers, not {max(self.text_layers)}", where="family.text_layers"
             )
-        if self.loaded.transformer.config.guidance_embeds != self.told_guidance:
-            raise UserError("only klein's network is not told its guidance", where="family.path")
+        if self.loaded.transformer.config.guidance_embeds != self.embeds_guidance:
+            takes = "takes no guidance scale" if self.embeds_guidance else "takes the guidance scale as an input"
+            raise UserError(
+                f"the network {takes}",
+                where="family.path",
+                remedy="use Flux2KleinFamily for klein models and Flux2Family for FLUX.2",
+            )
         return self.loaded.transformer
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
-        """See :meth:`ModelFamily.blank_conditioning`."""
         length, width = self.max_sequence_length, self.loaded.transformer.config.joint_attention_dim
         sequence = torch.empty(1, length, width, dtype=self.loaded.text_encoder.dtype, device=device)
         return Conditioning(sequence, ids=torch.zeros(1, length, 4, dtype=torch.long, device=device))
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """See :meth:`ModelFamily.encode`; ``ids`` are the tokens' positions."""
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
+        """Embed prompts; ``ids`` are the positions of the tokens."""
         sequence, ids = self.loaded.encode_prompt(
             list(texts),
             device=next(self.loaded.text_encoder.parameters()).device,
@@ -93,12 +96,20 @@ class Flux2KleinFamily(ModelFamily):
         return Conditioning(sequence, ids=ids)
 
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`ModelFamily.velocity`; the network's time is ``sigma``, a latent's every place a token."""
-        return self._ask(network, x_sigma, sigma, conditioning, None)
+        return self._call_transformer(network, x_sigma, sigma, conditioning, None)
 
-    def _ask(
+    def _call_transformer(
         self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Tensor | None
     ) -> Tensor:
+        """Velocity ``[B, C, H, W]``; each of the ``H W`` positions is one token.
+
+        Args:
+            network: The transformer.
+            x_sigma: Noisy latents, ``[B, C, H, W]``.
+            sigma: Noise levels, which are also the transformer's time, ``[B]``.
+            conditioning: ``B`` rows in the transformer's dtype.
+            guidance: Guidance scales, ``[B]``, if the transformer takes them as an input.
+        """
         tokens = network(
             hidden_states=x_sigma.flatten(2).transpose(1, 2).to(conditioning.sequence.dtype),
             timestep=sigma,
@@ -110,8 +121,16 @@ class Flux2KleinFamily(ModelFamily):
         )[0]
         return tokens.transpose(1, 2).reshape(x_sigma.shape)
 
+    def feature_module(self, network: Any) -> nn.Module:
+        """The middle block of all transformer blocks, double-stream blocks first."""
+        blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
+        return blocks[len(blocks) // 2]
+
+    def _image_tokens(self, output: Any, x_sigma: Tensor) -> Tensor:
+        # A single-stream block returns text and image tokens in one sequence, text first.
+        return super()._image_tokens(output, x_sigma)[:, -x_sigma[0, 0].numel() :]
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """See :meth:`ModelFamily.latent_shape`; the levels of :meth:`few_step_sigmas` depend on what was asked last."""
         unit = 2 * self.loaded.vae_scale_factor
         if height % unit or width % unit or min(height, width) < unit:
             raise UserError(
@@ -119,11 +138,9 @@ class Flux2KleinFamily(ModelFamily):
                 where="resolution",
                 remedy=f"use a multiple of {unit}: autoencoder {unit // 2}, patch 2",
             )
-        self._tokens = (height // unit) * (width // unit)
         return self.loaded.transformer.config.in_channels, height // unit, width // unit
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See :meth:`ModelFamily.decode`."""
         vae = self.loaded.vae
         mean, std = self._statistics(latents)
         patches = self.loaded._unpatchify_latents(latents * std + mean)
@@ -131,7 +148,6 @@ class Flux2KleinFamily(ModelFamily):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """See :meth:`ModelFamily.encode_images`."""
         vae = self.loaded.vae
         latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
         patches = self.loaded._patchify_latents(latents)
@@ -139,18 +155,21 @@ class Flux2KleinFamily(ModelFamily):
         return (patches - mean) / std
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each patch channel, ``[1, 4 c, 1, 1]``."""
         norm, eps = self.loaded.vae.bn, self.loaded.vae.config.batch_norm_eps
         mean, std = norm.running_mean, torch.sqrt(norm.running_var + eps)
         return mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Attention of both streams, and the fused projections of the single one, as in RTDMD (2605.26108)."""
+        """Attention of double-stream blocks, fused projections of the others, as in RTDMD (2605.26108)."""
         joint = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         return (*joint, "to_qkv_mlp_proj", "to_out")
 
-    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
-        """See :meth:`ModelFamily.to_pipeline`; the pipeline's own levels in ``steps`` steps are the generator's."""
+    def to_pipeline(
+        self, network: nn.Module, steps: int, latent_shape: tuple[int, int, int], *, stochastic: bool
+    ) -> Pipeline:
+        """Keep the pipeline's own scheduler: its sigmas are :meth:`few_step_sigmas`."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(
@@ -159,51 +178,47 @@ class Flux2KleinFamily(ModelFamily):
         components = dict(self.loaded.components, transformer=network, scheduler=scheduler)
         return type(self.loaded)(**components, **self._pipeline_arguments)
 
-    def few_step_sigmas(self, steps: int) -> Tensor:
-        """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the shift that the pipeline gives to so many
-        steps on so many tokens.
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Evenly spaced sigmas (1, 3/4, 2/4, 1/4, 0 for 4 steps) with the pipeline's shift.
 
-        Raises:
-            RuntimeError: If :meth:`latent_shape` has not been asked, so that the number of tokens is not known.
+        The pipeline's shift depends on the number of steps and the number of image tokens.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-        if not self._tokens:
-            raise RuntimeError("latent_shape() must be asked before the levels, which depend on it")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
         even = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(self._tokens, steps))
+        _, height, width = latent_shape
+        scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(height * width, steps))
         return scheduler.sigmas.clone()
 
-    def teacher_sigmas(self, steps: int) -> Tensor:
-        """See :meth:`ModelFamily.teacher_sigmas`."""
-        return self.few_step_sigmas(steps)
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        return self.few_step_sigmas(steps, latent_shape)
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """See :meth:`ModelFamily.sampling_arguments`."""
         return {"max_sequence_length": self.max_sequence_length, "text_encoder_out_layers": self.text_layers}
 
 
 class Flux2Family(Flux2KleinFamily):
-    """FLUX.2, whose network is told a guidance scale and so needs no second, unconditional pass.
+    """FLUX.2, whose network takes the guidance scale as an input and needs no second, unconditional pass.
 
-    Its text encoder's processor needs torchvision (``pip install gdmd_lightning[flux2]``).
+    Generator and fake score get a scale of 1, as in a call of the exported pipeline with
+    ``guidance_scale=1.0``.
 
-    A scale of 1, which fake score and student have, is told as 1, as a call of the exported pipeline with
-    ``guidance_scale=1.0`` tells it.
+    The processor of the text encoder requires torchvision (``pip install gdmd_lightning[flux2]``).
 
     Args:
         path: Directory or hub id of a ``Flux2Pipeline``.
-        max_sequence_length: Tokens a prompt is padded or cut to, as in the pipeline's call.
-        text_layers: Layers of the text encoder whose states are told to the network, as in the pipeline's call.
-        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+        max_sequence_length: Number of tokens that prompts are padded or cut to, as in the pipeline's call.
+        text_layers: Layers of the text encoder whose hidden states condition the network, as in the
+            pipeline's call.
+        dtype: Precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
 
     Source: diffusers' ``Flux2Pipeline``.
     """
 
     pipeline_class = "Flux2Pipeline"
-    told_guidance = True
+    embeds_guidance = True
     guided_passes = 1
     _pipeline_arguments: ClassVar[dict[str, Any]] = {}
 
@@ -224,11 +239,10 @@ class Flux2Family(Flux2KleinFamily):
         conditioning: Conditioning,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """The velocity, guided by telling the network the scale."""
-        told = conditioning.cast(next(network.parameters()).dtype)
+        """The velocity, with ``guidance_scale`` as an input of the network."""
+        cast = conditioning.cast(next(network.parameters()).dtype)
         guidance = torch.full_like(sigma, guidance_scale)
-        return self._ask(network, x_sigma, sigma, told, guidance).to(x_sigma.dtype)
+        return self._call_transformer(network, x_sigma, sigma, cast, guidance).to(x_sigma.dtype)
 
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`ModelFamily.velocity`."""
-        return self._ask(network, x_sigma, sigma, conditioning, torch.ones_like(sigma))
+        return self._call_transformer(network, x_sigma, sigma, conditioning, torch.ones_like(sigma))

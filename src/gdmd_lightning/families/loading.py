@@ -1,4 +1,4 @@
-"""Loading diffusers pipelines, with errors that name the part at fault."""
+"""Load diffusers pipelines, with errors that name the faulty part."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gdmd_lightning.errors import UserError
 
 
 def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = (), drop: Sequence[str] = ()) -> Any:
-    """``cls.from_pretrained(path)`` from safetensors, its modules frozen and in evaluation mode.
+    """Load ``cls.from_pretrained(path)`` from safetensors; freeze its modules and set evaluation mode.
 
     Args:
         cls: The pipeline's class.
         path: Directory or hub id.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        may_lack: Components that the class demands but a directory may have saved as empty.
+        may_lack: Components that the class requires but that a directory may have saved as empty.
         drop: Components not to load.
 
     Raises:
-        UserError: If the dtype is unknown or any file of the pipeline is missing or corrupt.
+        UserError: If the dtype is unknown, or a file of the pipeline is missing or corrupt.
     """
     import torch
     from diffusers.utils import logging
@@ -62,9 +62,13 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
 
 
 def _check_complete(component: Any, directory: Path) -> None:
-    """See that a component's files hold as many numbers as it has: what they lack is drawn at random, with a log line.
+    """Check that a component's files hold all of its weights.
 
-    Numbers are counted and not names compared, since transformers renames weights as it loads them.
+    transformers initializes missing weights at random. It also renames weights when loading, so this counts them
+    instead of comparing names.
+
+    Raises:
+        UserError: If weights are missing.
     """
     from safetensors import safe_open
 
@@ -82,10 +86,14 @@ def _check_complete(component: Any, directory: Path) -> None:
 
 
 def check_pipeline(path: str, pipeline_class: str) -> None:
-    """See that ``path`` is a diffusers pipeline of the given class, reading nothing but its index.
+    """Check that ``path`` holds a diffusers pipeline of the given class; read only its index.
+
+    Args:
+        path: Directory, or hub id, of which only the form is checked.
+        pipeline_class: Name of the expected class.
 
     Raises:
-        UserError: If it is missing, broken or of another class. A hub id is only checked for its form.
+        UserError: If the pipeline is missing, broken or of another class.
     """
     where = "family.path"
     directory = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: rectified flow, an MMDiT, two CLIP text encoders and an optional T5."""
+"""Stable Diffusion 3 and 3.5: rectified flow, MMDiT, two CLIP text encoders and an optional T5."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.sketch import sketch_pipeline
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import few_step_sigmas
 
 _T5 = ("text_encoder_3", "tokenizer_3")
@@ -22,10 +23,10 @@ class SD3Family(ModelFamily):
 
     Args:
         path: Directory or hub id of a ``StableDiffusion3Pipeline``.
-        max_sequence_length: T5 tokens, as in the pipeline's call; without T5 the pipeline feeds that many zero
-            tokens, so the length matters there too. Shapes uses 0.
+        max_sequence_length: Number of T5 tokens, as in the pipeline's call. Without T5 the pipeline passes as
+            many zero tokens, so the length matters there too. Shapes uses 0.
         use_t5: Load the T5 encoder if the pipeline has one.
-        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: Precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
 
     Source: Stable Diffusion 3 (2403.03206).
     """
@@ -37,7 +38,6 @@ class SD3Family(ModelFamily):
         self.max_sequence_length, self.use_t5, self.dtype = max_sequence_length, use_t5, dtype
 
     def load(self) -> nn.Module:
-        """See :meth:`ModelFamily.load`."""
         from diffusers import StableDiffusion3Pipeline
 
         self.pipeline = load_pipeline(
@@ -46,7 +46,6 @@ class SD3Family(ModelFamily):
         return self.loaded.transformer
 
     def sketch(self) -> nn.Module:
-        """See :meth:`ModelFamily.sketch`."""
         from diffusers import StableDiffusion3Pipeline
 
         self.pipeline = sketch_pipeline(
@@ -56,7 +55,7 @@ class SD3Family(ModelFamily):
         return self.loaded.transformer
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
-        """See :meth:`ModelFamily.blank_conditioning`: CLIP's tokens, then T5's or the zeros in their place."""
+        # CLIP's tokens, then T5's or the zeros in their place.
         network, encoder = self.loaded.transformer.config, self.loaded.text_encoder
         length = encoder.config.max_position_embeddings + self.max_sequence_length
         like = torch.empty(0, dtype=encoder.dtype, device=device)
@@ -64,9 +63,7 @@ class SD3Family(ModelFamily):
             like.new_empty(1, length, network.joint_attention_dim), like.new_empty(1, network.pooled_projection_dim)
         )
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """See :meth:`ModelFamily.encode`."""
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
         sequence, _, pooled, _ = self.loaded.encode_prompt(
             prompt=list(texts),
             prompt_2=None,
@@ -78,17 +75,20 @@ class SD3Family(ModelFamily):
         return Conditioning(sequence, pooled)
 
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`ModelFamily.velocity`; the network's time is ``1000 sigma``."""
         return network(
             hidden_states=x_sigma.to(conditioning.sequence.dtype),
-            timestep=1000 * sigma,
+            timestep=1000 * sigma,  # the network's time runs from 0 to 1000
             encoder_hidden_states=conditioning.sequence,
             pooled_projections=conditioning.pooled,
             return_dict=False,
         )[0]
 
+    def feature_module(self, network: Any) -> nn.Module:
+        """The middle transformer block."""
+        blocks = network.transformer_blocks
+        return blocks[len(blocks) // 2]
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """See :meth:`ModelFamily.latent_shape`."""
         config = self.loaded.transformer.config
         factor = self.loaded.vae_scale_factor
         unit = factor * config.patch_size
@@ -101,32 +101,32 @@ class SD3Family(ModelFamily):
         return config.in_channels, height // factor, width // factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See :meth:`ModelFamily.decode`."""
         vae = self.loaded.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """See :meth:`ModelFamily.encode_images`."""
         vae = self.loaded.vae
         latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Attention of both streams, as in RTDMD (2605.26108)."""
+        """Attention of the image and text streams, as in RTDMD (2605.26108)."""
         joint = ("to_q", "to_k", "to_v", "to_out.0")
         return (*joint, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
-        """See :meth:`ModelFamily.to_pipeline`.
+    def to_pipeline(
+        self, network: nn.Module, steps: int, latent_shape: tuple[int, int, int], *, stochastic: bool
+    ) -> Pipeline:
+        """Reproduce :meth:`few_step_sigmas` with diffusers' scheduler.
 
-        ``FlowMatchEulerDiscreteScheduler`` spaces its levels evenly from 1 to 0.001, shifts them, and stretches the
-        result affinely to end at ``shift_terminal``. Ours are even from 1 to ``1/steps``, then shifted by the
-        teacher's ``s``. Writing ``w`` for the distance from 1 along the even grid, both have the form
-        ``1 - a w / (1 - b w)``, so another shift ``m`` and the terminal level make them equal:
-        ``0.999 (m - 1) / m = (1 - 1/steps) (s - 1) / s``.
+        ``FlowMatchEulerDiscreteScheduler`` spaces its sigmas evenly from 1 to 0.001, shifts them, and
+        stretches the result affinely to end at ``shift_terminal``. Our sigmas run evenly from 1 to
+        ``1/steps`` and are then shifted by the teacher's ``s``. With ``w`` the distance from 1 on the even
+        grid, both have the form ``1 - a w / (1 - b w)``. They agree if the terminal value is our last sigma
+        above 0 and the shift ``m`` satisfies ``0.999 (m - 1) / m = (1 - 1/steps) (s - 1) / s``.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
@@ -135,21 +135,20 @@ class SD3Family(ModelFamily):
         m = 1 / (1 - (1 - 1 / steps) * (config.shift - 1) / config.shift / even)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(
             config,
-            use_dynamic_shifting=True,  # the static shift is applied twice to the last level, the dynamic one once
+            use_dynamic_shifting=True,  # diffusers applies a static shift twice to the last sigma
             time_shift_type="linear",
             base_shift=m,
             max_shift=m,
-            shift_terminal=float(self.few_step_sigmas(steps)[-2]) if steps > 1 else None,
+            shift_terminal=float(self.few_step_sigmas(steps, latent_shape)[-2]) if steps > 1 else None,
             stochastic_sampling=stochastic,
         )
         return StableDiffusion3Pipeline(**dict(self.loaded.components, transformer=network, scheduler=scheduler))
 
-    def few_step_sigmas(self, steps: int) -> Tensor:
-        """See :meth:`ModelFamily.few_step_sigmas`: 1, 3/4, 2/4, 1/4 under the scheduler's shift."""
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Evenly spaced sigmas (1, 3/4, 2/4, 1/4, 0 for 4 steps) with the scheduler's shift."""
         return few_step_sigmas(steps, self.loaded.scheduler.config.shift)
 
-    def teacher_sigmas(self, steps: int) -> Tensor:
-        """See :meth:`ModelFamily.teacher_sigmas`."""
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
@@ -157,9 +156,8 @@ class SD3Family(ModelFamily):
         return scheduler.sigmas.clone()
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """See :meth:`ModelFamily.sampling_arguments`."""
         return {"max_sequence_length": self.max_sequence_length}
 
     def loading_arguments(self) -> dict[str, Any]:
-        """See :meth:`ModelFamily.loading_arguments`: T5 must be named where it is absent."""
+        # from_pretrained requires every component that the class knows; None stands for an absent T5.
         return {name: None for name in _T5 if self.loaded.components[name] is None}

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a variance preserving UNet, two CLIP text encoders, the picture's size as a condition."""
+"""Stable Diffusion XL: variance-preserving UNet, two CLIP text encoders, conditioned on the image size."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.sketch import sketch_pipeline
+from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import per_sample, sigma_from_vp, vp_from_sigma
 
 
 class SDXLFamily(ModelFamily):
     """Stable Diffusion XL, base models.
 
-    Its states ``x_t = a_t x0 + s_t eps`` are seen as flow states, see :mod:`gdmd_lightning.schedules`; its levels end
-    at ``s_T / (a_T + s_T)``, about 0.94, since the last timestep still holds some of the picture.
+    Its states ``x_t = a_t x0 + s_t eps`` are converted to flow states, see :mod:`gdmd_lightning.schedules`.
+    Its highest sigma is ``s_T / (a_T + s_T)``, about 0.94, because the last timestep still contains some of
+    the image.
 
     Args:
         path: Directory or hub id of a ``StableDiffusionXLPipeline``.
-        dtype: Weights' precision: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: Precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
 
     Source: SDXL (2307.01952).
     """
@@ -36,10 +38,10 @@ class SDXLFamily(ModelFamily):
         self.dtype = dtype
 
     def load(self) -> nn.Module:
-        """See :meth:`ModelFamily.load`.
+        """Load all weights and the schedule.
 
         Raises:
-            UserError: If the network predicts something else than noise or velocity.
+            UserError: If the network does not predict noise or velocity.
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -47,7 +49,6 @@ class SDXLFamily(ModelFamily):
         return self._network()
 
     def sketch(self) -> nn.Module:
-        """See :meth:`ModelFamily.sketch`."""
         from diffusers import StableDiffusionXLPipeline
 
         self.pipeline = sketch_pipeline(StableDiffusionXLPipeline, self.path, self.dtype)
@@ -58,21 +59,22 @@ class SDXLFamily(ModelFamily):
         scheduler = self.loaded.scheduler
         self.predicts = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
-            raise UserError(f"its scheduler says it predicts {self.predicts!r}", where="family.path")
+            raise UserError(
+                f"the network predicts {self.predicts!r}, according to its scheduler",
+                where="family.path",
+                remedy="use a model that predicts epsilon or v_prediction",
+            )
         alphas = scheduler.alphas_cumprod.double()
-        self.levels = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())  # of each timestep, [T], rising
+        self.timestep_sigmas = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())  # [T], ascending
         return self.loaded.unet
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
-        """See :meth:`ModelFamily.blank_conditioning`."""
         encoder = self.loaded.text_encoder_2
         like = torch.empty(0, dtype=encoder.dtype, device=device)
         length, width = encoder.config.max_position_embeddings, self.loaded.unet.config.cross_attention_dim
         return Conditioning(like.new_empty(1, length, width), like.new_empty(1, encoder.config.projection_dim))
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """See :meth:`ModelFamily.encode`."""
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
         device = next(self.loaded.text_encoder.parameters()).device
         sequence, _, pooled, _ = self.loaded.encode_prompt(
             list(texts), device=device, do_classifier_free_guidance=False
@@ -81,16 +83,16 @@ class SDXLFamily(ModelFamily):
 
     @property
     def empty(self) -> Conditioning:
-        """See :attr:`ModelFamily.empty`; zeros where the pipeline says so, as the base models do."""
+        """Conditioning of the empty prompt; zeros if the pipeline is configured so, as base models are."""
         if self._empty is None:
-            told = self.encode([""])
-            if self.loaded.config.force_zeros_for_empty_prompt and told.pooled is not None:
-                told = Conditioning(torch.zeros_like(told.sequence), torch.zeros_like(told.pooled))
-            self._empty = told
+            empty = self.encode([""])
+            if self.loaded.config.force_zeros_for_empty_prompt and empty.pooled is not None:
+                empty = Conditioning(torch.zeros_like(empty.sequence), torch.zeros_like(empty.pooled))
+            self._empty = empty
         return self._empty
 
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`ModelFamily.velocity`; the size told to the network is the latents', without a crop."""
+        # Size conditioning: the size of these latents, without a crop.
         a, s = (per_sample(part, x_sigma) for part in vp_from_sigma(sigma.double()))
         x_t = (a + s) * x_sigma
         size = [side * self.loaded.vae_scale_factor for side in x_sigma.shape[2:]]
@@ -108,19 +110,30 @@ class SDXLFamily(ModelFamily):
             return (a * predicted + s * x_t) - (a * x_t - s * predicted)
         return predicted - (x_t - s * predicted) / a
 
+    def feature_module(self, network: Any) -> nn.Module:
+        """The middle block of the UNet."""
+        return network.mid_block
+
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The network's time at flow levels ``[B]``, ``[B]``: linear in the log-ratio of noise to signal between its
-        timesteps, at their ends beyond them.
+        """Convert sigmas to the network's time.
+
+        Between two timesteps the time is linear in the log-ratio of noise to signal. Values beyond the first
+        or last timestep are clamped to it.
+
+        Args:
+            sigma: Noise levels in (0, 1), ``[B]``.
+
+        Returns:
+            Times in [0, T - 1], ``[B]``.
         """
-        ratio = torch.logit(self.levels.to(sigma.device))
+        ratio = torch.logit(self.timestep_sigmas.to(sigma.device))
         here = torch.logit(sigma.double()).clamp(ratio[0], ratio[-1])
         above = torch.searchsorted(ratio, here).clamp(1, len(ratio) - 1)
         t = above - 1 + (here - ratio[above - 1]) / (ratio[above] - ratio[above - 1])
-        # A level that is a timestep's, but for the rounding of single precision, is meant to be that timestep.
+        # Sigmas of timesteps, rounded to single precision, map back to exactly these timesteps.
         return torch.where((t - t.round()).abs() < 0.01, t.round(), t).to(sigma.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """See :meth:`ModelFamily.latent_shape`."""
         factor = self.loaded.vae_scale_factor
         if height % factor or width % factor or min(height, width) < factor:
             raise UserError(
@@ -131,30 +144,30 @@ class SDXLFamily(ModelFamily):
         return self.loaded.unet.config.in_channels, height // factor, width // factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See :meth:`ModelFamily.decode`."""
         vae = self.loaded.vae
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """See :meth:`ModelFamily.encode_images`."""
         vae = self.loaded.vae
         return vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Attention."""
+        """All attention projections."""
         return ("to_q", "to_k", "to_v", "to_out.0")
 
-    def to_pipeline(self, network: nn.Module, steps: int, *, stochastic: bool) -> Pipeline:
-        """See :meth:`ModelFamily.to_pipeline`.
+    def to_pipeline(
+        self, network: nn.Module, steps: int, latent_shape: tuple[int, int, int], *, stochastic: bool
+    ) -> Pipeline:
+        """Use ``EulerDiscreteScheduler``, or ``LCMScheduler`` if stochastic, as DMD2's release does.
 
-        Re-noising is ``LCMScheduler``'s, as DMD2's release uses it. It starts from unit noise and not from the first
-        level times noise, which is 0.2 % less; the pictures differ as little.
+        ``LCMScheduler`` starts from unit noise instead of the first sigma times noise, a difference of 0.2 %;
+        the images differ by as little.
 
         Raises:
-            UserError: If re-noising is asked for in a number of steps that does not divide the timesteps.
+            UserError: If ``stochastic`` and the number of steps does not divide the number of timesteps.
         """
         from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 
@@ -164,8 +177,8 @@ class SDXLFamily(ModelFamily):
             if config.num_train_timesteps % steps:
                 raise UserError(
                     f"{steps} steps do not divide {config.num_train_timesteps} timesteps",
-                    where="sampler.steps",
-                    remedy="use a divisor, or the ode sampler",
+                    where="steps",
+                    remedy="use a divisor, or the ODE sampler",
                 )
             scheduler = LCMScheduler.from_config(config, original_inference_steps=steps)
         else:
@@ -175,19 +188,17 @@ class SDXLFamily(ModelFamily):
             **components, force_zeros_for_empty_prompt=self.loaded.config.force_zeros_for_empty_prompt
         )
 
-    def few_step_sigmas(self, steps: int) -> Tensor:
-        """See :meth:`ModelFamily.few_step_sigmas`: those of timesteps 999, 749, 499, 249, as in DMD2 (2405.14867)."""
-        count = len(self.levels)
+    def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Sigmas of evenly spaced timesteps: 999, 749, 499, 249 for 4 steps, as in DMD2 (2405.14867)."""
+        count = len(self.timestep_sigmas)
         timesteps = (torch.arange(steps, 0, -1).double() * count / steps).round().long() - 1
-        return torch.cat([self.levels[timesteps], torch.zeros(1)]).float()
+        return torch.cat([self.timestep_sigmas[timesteps], torch.zeros(1)]).float()
 
-    def teacher_sigmas(self, steps: int) -> Tensor:
-        """See :meth:`ModelFamily.teacher_sigmas`, under Euler steps."""
+    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         sigmas = self._euler(steps).sigmas.double()
         return (sigmas / (1 + sigmas)).float()
 
     def teacher_start(self, steps: int) -> float:
-        """See :meth:`ModelFamily.teacher_start`."""
         scheduler = self._euler(steps)
         return float(scheduler.init_noise_sigma / scheduler.sigmas.max())
 

@@ -1,4 +1,4 @@
-"""A pipeline's shapes without its weights: every network on the meta device, from the configurations alone."""
+"""Pipelines without weights: every network on the meta device, built from the configuration files alone."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _FILES = ("model_index.json", "config.json", "*/config.json", "*/scheduler_confi
 
 
 def sketch_pipeline(cls: Any, path: str, dtype: str, *, drop: Sequence[str] = ()) -> Any:
-    """The pipeline that ``load_pipeline`` would load, without weights.
+    """Build the pipeline that ``load_pipeline`` would load, without weights.
 
-    Networks are on the meta device, frozen and in evaluation mode; the scheduler is real; tokenizers are ``None``.
+    Networks are frozen on the meta device, in evaluation mode. The scheduler is real; tokenizers are ``None``.
 
     Args:
         cls: The pipeline's class.
@@ -32,7 +32,7 @@ def sketch_pipeline(cls: Any, path: str, dtype: str, *, drop: Sequence[str] = ()
         drop: Components to leave out.
 
     Raises:
-        UserError: If a configuration is missing or describes no network of the installed libraries.
+        UserError: If a configuration is missing, or the installed libraries do not know its network.
     """
     directory = configurations(path)
     try:
@@ -53,7 +53,7 @@ def sketch_pipeline(cls: Any, path: str, dtype: str, *, drop: Sequence[str] = ()
         raise
     except Exception as error:  # diffusers, transformers and json raise a dozen unrelated types here
         raise UserError(
-            f"the configuration of {path!r} is not understood: {' '.join(str(error).split())[:300]}",
+            f"the configuration of {path!r} cannot be used: {' '.join(str(error).split())[:300]}",
             where="family.path",
         ) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -61,10 +61,14 @@ def sketch_pipeline(cls: Any, path: str, dtype: str, *, drop: Sequence[str] = ()
 
 
 def sketch_model(cls: Any, path: str) -> nn.Module:
-    """A transformers model on the meta device, from the ``config.json`` in a directory or of a hub id.
+    """Build a transformers model on the meta device from its ``config.json``.
+
+    Args:
+        cls: The model's class.
+        path: A directory, or a hub id.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no configuration.
     """
     network: nn.Module = _on_meta(
         lambda: cls(cls.config_class.from_pretrained(str(configurations(path)))), torch.float32
@@ -73,12 +77,13 @@ def sketch_model(cls: Any, path: str) -> nn.Module:
 
 
 def configurations(path: str) -> Path:
-    """The directory that holds the configurations of a model.
+    """Find the directory with a model's configurations.
 
-    A hub id is looked for among those that ship, so that nothing is fetched; of others the configurations alone are.
+    A hub id is first looked up among the configurations shipped with the package, which needs no network
+    access. If it is not among them, only its configuration files are downloaded.
 
     Raises:
-        UserError: If they cannot be fetched.
+        UserError: If they cannot be downloaded.
     """
     directory = Path(path).expanduser()
     for place in (directory, ARCHITECTURES / path):
@@ -88,16 +93,16 @@ def configurations(path: str) -> Path:
 
     try:
         return Path(snapshot_download(path, allow_patterns=list(_FILES)))
-    except Exception as error:  # a dozen unrelated types: no such model, no access, no network
+    except Exception as error:  # unrelated types: no such model, no access, no network
         raise UserError(
-            f"the configuration of {path!r} cannot be fetched: {' '.join(str(error).split())[:200]}",
+            f"the configuration of {path!r} cannot be downloaded: {' '.join(str(error).split())[:200]}",
             where="path",
-            remedy="give a directory, or be online and logged in where the model asks for it",
+            remedy="give a directory, or go online, and log in if the model requires it",
         ) from error
 
 
 def _component(library: str, kind: str, directory: Path, dtype: torch.dtype) -> Any:
-    """A network on the meta device, a real scheduler, or nothing for what works on texts and pictures."""
+    """A network on the meta device, a real scheduler, or ``None`` for tokenizers and image processors."""
     if library == "diffusers":
         import diffusers
 
@@ -117,6 +122,6 @@ def _component(library: str, kind: str, directory: Path, dtype: torch.dtype) -> 
 def _on_meta(build: Any, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         network = build()
-    # Tables that are computed in numpy come as real tensors.
-    # The plain method: diffusers' own warns of precisions that none of these networks mixes.
+    # Some networks compute tables in numpy, which become real tensors even here, so everything is moved.
+    # nn.Module.to avoids a warning about mixed precision from diffusers' override.
     return nn.Module.to(network, "meta", dtype).requires_grad_(False).eval()

@@ -1,304 +1,162 @@
-"""What all distillation methods share: roles, optimizers with two time scales, random streams, checkpoints.
+"""What all methods compose: a few-step generator, its rollouts, and sampling from it.
 
-The only place that knows Lightning's manual optimisation. A method answers two questions, ``critic_loss`` and
-``generator_loss``; everything they need to compose is a call away.
+A method declares its roles and writes its update as a short script over these pieces.
 """
 
 from __future__ import annotations
 
-import hashlib
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any
+from abc import ABC
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from gdmd_lightning.data.embedding_cache import EmbeddingCache
-from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Conditioning, ModelFamily
-from gdmd_lightning.methods.checkpointing import Provenance, check_fits, take_over
-from gdmd_lightning.methods.settings import Matching, Memory, Optimization
-from gdmd_lightning.methods.targets import Targets, implicit_targets
-from gdmd_lightning.objectives.score_matching import velocity_loss
-from gdmd_lightning.prompts import PromptBatch
-from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Role, Roles, Trainable
-from gdmd_lightning.samplers import FewStepSampler, State, backward_simulation, draw_noise, sample
-from gdmd_lightning.schedules import draw_levels, renoise
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
+from gdmd_lightning.methods.lightning import RoleModule, Update
+from gdmd_lightning.phases import phase
+from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.judge import Judge
+from gdmd_lightning.roles import RoleSpec
+from gdmd_lightning.samplers import ODE, Predict, Sampler, Trajectory, rollout
+from gdmd_lightning.streams import Streams, draw_noise, stream
+
+__all__ = ["DistillationModule", "State", "Update", "weighted_sum"]
 
 
-class DistillationModule(pl.LightningModule):
-    """A few-step generator, its critic and its teacher, under manual optimisation.
+@dataclass(frozen=True)
+class State:
+    """Where generator samples are on their way: the input of the step to be trained.
 
-    One ``training_step`` is one generator update followed by ``matching.critic_updates`` critic updates;
-    ``trainer.max_steps`` counts generator updates.
+    Args:
+        latents: ``B`` rows.
+        step_index: The sampler's step that starts here, ``[B]`` in ``0..K-1``, on the CPU.
+    """
+
+    latents: NoisyLatents
+    step_index: Tensor
+
+
+class DistillationModule(RoleModule, ABC):
+    """A few-step generator that a method trains.
 
     Args:
         family: The teacher's pipeline.
-        height, width: Resolution in pixels.
-        sampler: The few-step sampler.
-        matching: Distribution matching.
-        generator, critic: The two optimizers.
-        lora: Train adapters on one network instead of copies of it.
-        memory: What is done to need less of it.
-        embedding_cache: Embed all prompts of a run before it trains, on disk; null to embed each as it comes.
-        ema_decay: Of the weights that are evaluated and exported.
-        seed: Of every random stream; with rank and update it determines all draws.
-        start_from: Checkpoint of this project whose generator, fake score and averages are taken over as a start.
+        steps: Network evaluations of a sample, at least 1.
+        sampler: How the generator goes from step to step.
+        shared: Arguments of :class:`RoleModule`.
+
+    Raises:
+        UserError: If a value is out of range.
     """
 
-    old_decay: float | None = None
-    snapshots: int = 0
+    judge: Judge | None = None
+    keeps_record: ClassVar[bool] = False
+    """Whether updates carry a record of judged targets."""
 
-    def __init__(
-        self,
-        family: ModelFamily,
-        height: int = 1024,
-        width: int = 1024,
-        sampler: FewStepSampler = FewStepSampler(),
-        matching: Matching = Matching(),
-        generator: Optimization = Optimization(),
-        critic: Optimization = Optimization(),
-        lora: LoRA | None = None,
-        memory: Memory = Memory(),
-        embedding_cache: EmbeddingCache | None = None,
-        ema_decay: float = 0.99,
-        seed: int = 0,
-        start_from: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.family, self.sampler, self.matching = family, sampler, matching
-        self.height, self.width, self.seed = height, width, seed
-        self.optimization: dict[Trainable, Optimization] = {"generator": generator, "fake_score": critic}
-        self.lora, self.memory, self.embedding_cache = lora, memory, embedding_cache
-        self.ema_decay, self.start_from = ema_decay, start_from
-        self.roles: Roles | None = None
-        self.provenance = Provenance()
+    def __init__(self, family: ModelFamily, steps: int = 4, sampler: Sampler = ODE(), **shared: Any) -> None:
+        super().__init__(family, **shared)
+        if steps < 1:
+            raise UserError(f"it is {steps}", where="model.steps", remedy="use at least 1")
+        self.steps, self.sampler = steps, sampler
 
-    # What a method answers.
+    def role_specs(self) -> tuple[RoleSpec, ...]:
+        """A trained generator and its average, which is evaluated and exported."""
+        return (
+            RoleSpec("generator", optimizer=self.generator),
+            RoleSpec("ema", average_of="generator", decay=self.ema_decay),
+        )
 
-    @abstractmethod
-    def generator_loss(
-        self, batch: PromptBatch, conditioning: Conditioning
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The generator's loss on a batch.
-
-        Returns:
-            The loss; the student samples it was computed on, ``[B, C, H, W]``; and what to log, on the device.
-        """
-
-    def critic_loss(self, x0: Tensor, conditioning: Conditioning, turn: int) -> Tensor:
-        """Flow matching of the fake score on student samples; ``turn`` numbers the critic's updates in this step."""
-        stream = self.stream("critic", turn)
-        law = self.matching.critic_law or self.matching.law
-        sigma = draw_levels(law, 1, len(x0), stream)[0].to(x0)
-        eps = draw_noise(tuple(x0.shape), stream, x0.device)
-        v = self.networks.velocity("fake_score", renoise(x0, sigma, eps), sigma, conditioning)
-        return velocity_loss(v, x0, eps)
+    def build_roles(self, network: nn.Module) -> None:
+        super().build_roles(network)
+        self.sigmas = self.family.few_step_sigmas(self.steps, self.latent_shape)
 
     # Pieces that methods compose.
 
-    def rollout_state(self, batch: PromptBatch, conditioning: Conditioning, purpose: str = "rollout") -> State:
-        """Backward simulation to levels that the batch's prompts cover evenly, from this update's own noise.
+    def judge_with(self, reward: Reward) -> Judge:
+        """A judge that decodes with this family and follows the memory options."""
+        return Judge(reward, self.family, self.memory.reward, self.micro_batch_size)
 
-        All samples of a prompt stand at one level: a reward then compares them with their like, and not early
-        guesses with finished pictures.
-        """
-        stream = self.stream(purpose)
-        noise = draw_noise((len(conditioning), *self.latent_shape), stream, self.device)
-        first = int(torch.randint(self.sampler.steps, (1,), generator=stream))
-        level = (batch.groups + first) % self.sampler.steps
-        predict = self.predictor("generator", conditioning)
-        return backward_simulation(predict, noise, self.sigmas, level, self.sampler, stream)
+    def micro_batches(self, rows: int) -> Iterator[tuple[slice, float]]:
+        """Slices of a batch that fit into memory at once, each with its share of the batch."""
+        for part in micro_batches(rows, self.micro_batch_size):
+            yield part, (part.stop - part.start) / rows
 
-    def student_x0(self, state: State, conditioning: Conditioning) -> Tensor:
-        """The student's sample at its state, ``[B, C, H, W]``; with gradient inside a training role."""
-        return self.networks.x0("generator", state.x_sigma, state.sigma, conditioning)
-
-    def implicit_targets(self, x: Tensor, conditioning: Conditioning, level: Tensor, snapshot: Tensor) -> Targets:
-        """Targets of student samples ``x`` at renoise levels ``[B, M]``, see :func:`implicit_targets`."""
-        return implicit_targets(self.networks, x, conditioning, level, snapshot, self.matching, self.stream("renoise"))
-
-    def predictor(self, role: Role, conditioning: Conditioning, guidance_scale: float = 1.0) -> Any:
-        """A role's velocity as samplers ask for it."""
+    def predictor(self, role: str, conditioning: Conditioning, guidance_scale: float = 1.0) -> Predict:
+        """A role's velocity in the form that samplers call."""
 
         def predict(x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-            whole = len(rows) == len(conditioning)
-            chosen = conditioning if whole else conditioning.select(rows)
-            return self.networks.velocity(role, x, sigma, chosen, guidance_scale)
+            chosen = conditioning if len(rows) == len(conditioning) else conditioning.select(rows)
+            return self.roles.velocity(role, NoisyLatents(x, sigma, chosen), guidance_scale=guidance_scale)
 
         return predict
 
-    def stream(self, purpose: str, turn: int = 0) -> torch.Generator:
-        """A random stream of its own for each purpose, update and rank.
+    def rollout_state(self, batch: Batch, purpose: str = "rollout", step_index: int | None = None) -> State:
+        """Backward simulation: bring samples from pure noise to the step to be trained, without gradient.
 
-        Being a function of those, it needs no place in a checkpoint, and asking for more randomness elsewhere
-        (logging, evaluation) never changes a run.
+        All samples of a prompt are at one step, so that a reward compares like with like, and the prompts of a batch
+        cover the steps evenly.
+
+        Args:
+            batch: ``B`` samples.
+            purpose: Name of the random stream.
+            step_index: The same step for all samples, in ``0..K-1``; ``None`` to cover all.
+
+        Source: DMD2 (2405.14867), section 4.5.
         """
-        name = f"{self.seed}/{self.global_rank}/{self.updates}/{purpose}/{turn}"
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        rng = self.stream(purpose)
+        noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)
+        first = int(torch.randint(self.steps, (1,), generator=rng))
+        stop = (batch.groups + first) % self.steps
+        if step_index is not None:
+            stop = torch.full_like(stop, step_index)
+        with phase("rollout"):
+            path = rollout(self.predictor("generator", batch.conditioning), noise, self.sigmas, self.sampler, rng, stop)
+        return State(NoisyLatents(path.states[-1], self.sigmas[stop].to(noise), batch.conditioning), stop)
+
+    def rollout(self, batch: Batch, purpose: str = "rollout", sampler: Sampler | None = None) -> Trajectory:
+        """Full rollout of the generator from pure noise, without gradient."""
+        rng = self.stream(purpose)
+        noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)
+        predict = self.predictor("generator", batch.conditioning)
+        with phase("rollout"):
+            return rollout(predict, noise, self.sigmas, sampler or self.sampler, rng)
+
+    def student_x0(self, latents: NoisyLatents) -> Tensor:
+        """The generator's samples ``[B, C, H, W]``, with gradient while it is learning."""
+        return self.roles.x0("generator", latents)
+
+    # Sampling.
+
+    @property
+    def teacher_guidance(self) -> float:
+        """Guidance scale with which the method asks its teacher, 1 if it does not."""
+        return 1.0
 
     @torch.no_grad()
-    def generate(
-        self, noise: Tensor, texts: list[str], role: Role = "ema", streams: list[torch.Generator] | None = None
-    ) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` of the few-step generator from noise ``[B, C, H, W]``.
+    def generate(self, noise: Tensor, texts: list[str], role: str = "ema", rngs: Streams | None = None) -> Tensor:
+        """Images ``[B, 3, H, W]`` in [0, 1] from noise ``[B, C, H, W]`` in the generator's few steps.
 
-        A stochastic sampler draws from ``streams``, one a picture, or from one stream of the module's seed.
+        A stochastic sampler draws from ``rngs``: one stream per image, or one that the module's seed determines.
         """
-        conditioning = self.embeddings(texts)
-        fresh = torch.Generator().manual_seed(self.seed) if streams is None else streams
-        x0 = sample(self.predictor(role, conditioning), noise, self.sigmas, self.sampler, fresh)
-        return self.family.decode(x0)
+        predict = self.predictor(role, self.embeddings(texts))
+        rngs = stream("generate", self.seed) if rngs is None else rngs
+        return self.family.decode(rollout(predict, noise, self.sigmas, self.sampler, rngs).x0)
 
     @torch.no_grad()
     def generate_teacher(self, noise: Tensor, texts: list[str], steps: int, guidance_scale: float) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` of the teacher by Euler steps on its own scheduler's levels."""
+        """Images ``[B, 3, H, W]`` in [0, 1] of the teacher, by Euler steps on its own scheduler's levels."""
         predict = self.predictor("teacher", self.embeddings(texts), guidance_scale)
         start = self.family.teacher_start(steps) * noise
-        x0 = sample(predict, start, self.family.teacher_sigmas(steps), FewStepSampler(steps, "ode"))
-        return self.family.decode(x0)
+        sigmas = self.family.teacher_sigmas(steps, self.latent_shape)
+        return self.family.decode(rollout(predict, start, sigmas, ODE()).x0)
 
-    # Lightning.
 
-    @property
-    def networks(self) -> Roles:
-        """The roles, once :meth:`configure_model` has run."""
-        if self.roles is None:
-            raise RuntimeError("configure_model() must run before the roles are used")
-        return self.roles
-
-    @property
-    def updates(self) -> int:
-        """Generator updates done so far."""
-        return 0 if self._trainer is None else int(self.trainer.global_step)
-
-    def setup(self, stage: str) -> None:
-        """See that the optimizers are to be had, before anything is loaded."""
-        if stage == "fit":
-            for settings in self.optimization.values():
-                settings.check()
-
-    def configure_model(self) -> None:
-        """Load the family and cast its network in all roles, once."""
-        if self.roles is not None:
-            return
-        network = self.family.load()
-        self.cast_roles(network)
-        self.embeddings = PromptEmbeddings(self.family)
-        if self.start_from is not None:
-            take_over(self, self.start_from)
-
-    def cast_roles(self, network: nn.Module) -> None:
-        """Give the family's network its roles, as copies or as adapters."""
-        self.family.save_memory(slicing=self.memory.vae_slicing, tiling=self.memory.vae_tiling)
-        self.latent_shape = self.family.latent_shape(self.height, self.width)
-        self.sigmas = self.family.few_step_sigmas(self.sampler.steps)
-        kept: dict[str, Any] = {"old_decay": self.old_decay, "snapshots": self.snapshots, "ema_decay": self.ema_decay}
-        if self.lora is None:
-            self.roles = CopiedRoles(self.family, network, **kept)
-        else:
-            self.roles = AdapterRoles(self.family, network, lora=self.lora, seed=self.seed, **kept)
-        if self.memory.gradient_checkpointing:
-            self.roles.checkpoint_activations()
-
-    def on_fit_start(self) -> None:
-        """Bring what is no module of ours to the device; embed the prompts ahead where that is wanted."""
-        self.family.to(self.device)
-        if self.embedding_cache is not None:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            if data is None:
-                raise UserError("no data module says which prompts to embed", where="embedding_cache")
-            self.embeddings = embed_ahead(
-                self.family,
-                self.embedding_cache,
-                data,
-                self.trainer.callbacks,  # type: ignore[attr-defined]
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                barrier=self.trainer.strategy.barrier,
-            )
-
-    def configure_optimizers(self) -> Any:
-        """Of the generator and of the fake score, in that order, each with its warm-up."""
-        out = []
-        for role, settings in self.optimization.items():
-            optimizer = settings.over(self.networks.parameters_of(role))
-            schedule = torch.optim.lr_scheduler.LinearLR(
-                optimizer, 1 / max(settings.warmup, 1), total_iters=max(settings.warmup, 1) - 1
-            )
-            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
-        return tuple(out)
-
-    def training_step(self, batch: PromptBatch, batch_index: int) -> None:
-        """One generator update, then the critic's."""
-        conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
-        loss, logs = self.one_update(batch, conditioning, self._update)
-        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
-            schedule.step()
-        self.networks.after_generator_update()
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
-        self.log_dict({f"train/{k}": v for k, v in logs.items()}, batch_size=len(batch))
-
-    def one_update(
-        self, batch: PromptBatch, conditioning: Conditioning, update: Callable[[Trainable, Tensor], None]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses of an update in their order, each given to ``update`` with the role that learns from it.
-
-        Returns:
-            The generator's loss and what to log, detached.
-        """
-        with self.networks.learning("generator"):
-            loss, x0, logs = self.generator_loss(batch, conditioning)
-            update("generator", loss)
-        x0 = x0.detach()
-        logs["sample_std"] = x0.std()
-        for turn in range(self.matching.critic_updates):
-            if self.matching.critic_samples == "fresh":
-                with torch.no_grad():
-                    x0 = self.student_x0(
-                        self.rollout_state(batch, conditioning, f"critic rollout {turn}"), conditioning
-                    )
-            with self.networks.learning("fake_score"):
-                critic = self.critic_loss(x0, conditioning, turn)
-                update("fake_score", critic)
-            logs["critic_loss"] = critic.detach()
-        return loss.detach(), logs
-
-    def _update(self, role: Trainable, loss: Tensor) -> None:
-        optimizer: Any = self.optimizers()[("generator", "fake_score").index(role)]  # type: ignore[index]
-        optimizer.zero_grad(set_to_none=True)
-        self.manual_backward(loss)
-        self.clip_gradients(optimizer, self.optimization[role].gradient_clip, "norm")
-        if role == "generator":
-            optimizer.step()
-        else:
-            # Lightning counts every step taken through its wrapper as one of max_steps; the strategy's own call,
-            # which that wrapper makes too, does not, so max_steps stays the number of generator updates.
-            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, self)
-
-    # Checkpoints hold what was trained; the frozen teacher stays where it came from.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """All roles but the teacher."""
-        whole = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in whole.items() if not self._is_teachers(name)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint explain itself."""
-        checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that is not of this model before anything is overwritten, and add the teacher to it."""
-        check_fits(self, checkpoint)
-        self.provenance = replace(self.provenance, scores=checkpoint["provenance"]["scores"])
-        teacher = {name: value for name, value in super().state_dict().items() if self._is_teachers(name)}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **teacher}
-
-    def _is_teachers(self, name: str) -> bool:
-        return name.startswith("roles.") and self.networks.is_teachers(name.removeprefix("roles."))
+def weighted_sum(total: dict[str, Tensor], share: float, **values: Tensor) -> None:
+    """Add ``share`` times each value, detached, to a running total: means over a batch from its micro-batches."""
+    for name, value in values.items():
+        part = share * value.detach()
+        total[name] = part if name not in total else total[name] + part

@@ -1,8 +1,7 @@
-"""Checkpoints: written whole or not at all, read as plain values, and only into the model that they are of."""
+"""Checkpoints: written completely or not at all, read as plain values, and loaded only into the model they fit."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +10,21 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import atomic_file
 
 if TYPE_CHECKING:
-    from gdmd_lightning.methods.base import DistillationModule
+    from gdmd_lightning.methods.lightning import RoleModule
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a checkpoint tells of its own origin.
+    """What a checkpoint says about its own origin.
 
     Args:
-        configuration: The module's part of the configuration, as YAML.
-        prompts: The data's source.
-        updates: Generator updates done.
-        scores: Of the averaged generator at its last evaluation, by name.
+        configuration: The model part of the configuration, as YAML.
+        prompts: Source of the training prompts.
+        updates: Updates done.
+        scores: Scores of the averaged generator at its last evaluation, by name.
     """
 
     configuration: str = ""
@@ -34,38 +34,31 @@ class Provenance:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, then moves it there, so that ``kill -9`` leaves the one before.
+    """Writes checkpoints atomically, so that ``kill -9`` leaves the previous one.
 
-    Lightning's own goes through the system's temporary directory, from which a move is a copy where that is another
-    file system, and through memory.
+    Lightning's own class writes through memory and the system's temporary directory, which may be on another file
+    system, where a move is a copy.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """See :class:`CheckpointIO`."""
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.with_name(place.name + ".part")
-        with fresh.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, place)
+        with atomic_file(Path(path)) as part:
+            torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """See :class:`CheckpointIO`; onto the CPU, tensors and plain values only."""
+        """Load to the CPU, tensors and plain values only."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_checkpoint(str(path))
 
 
 def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
-    """A checkpoint of this project, tensors and plain values only.
+    """Read a checkpoint of this project, tensors and plain values only.
 
     Args:
         path: The file.
-        in_memory: Read the tensors, instead of leaving them on the disk until they are used.
+        in_memory: Read the tensors now, instead of mapping them from disk when they are used.
 
     Raises:
         UserError: If there is no such file, or it is not a checkpoint.
@@ -82,15 +75,15 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     return content
 
 
-def check_fits(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
-    """See that a checkpoint holds this module's roles in their shapes.
+def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
+    """Fail if a checkpoint does not hold this module's roles in their shapes.
 
     Raises:
-        UserError: Naming the first thing that differs.
+        UserError: Naming the first tensor that differs.
     """
     mine, theirs = module.state_dict(), checkpoint["state_dict"]
-    remedy = "use the configuration that the checkpoint was trained with, or model.start_from to start anew from it"
-    for name in [*mine, *theirs]:
+    remedy = "use the configuration that the checkpoint was trained with, or start a new run with model.start_from"
+    for name in [*mine, *(() if module.restricted else theirs)]:
         if name not in theirs or name not in mine:
             who = "the checkpoint" if name in mine else "this model"
             raise UserError(f"it is of another model: {who} has no {name}", where="checkpoint", remedy=remedy)
@@ -99,25 +92,32 @@ def check_fits(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
             raise UserError(f"it is of another model: {name} is {shapes}", where="checkpoint", remedy=remedy)
 
 
-def take_over(module: DistillationModule, path: str) -> None:
-    """Start from another run's generator and fake score; averages and snapshots it lacks start as their present.
+def take_over(module: RoleModule, path: str) -> None:
+    """Start from another run's roles, which may be those of another method.
+
+    The generator must be there. A role that the checkpoint lacks starts as usual: a trained one as the teacher, an
+    average or snapshot as the role that it follows.
 
     Raises:
-        UserError: If the checkpoint does not fit.
+        UserError: If a role does not fit.
     """
-    theirs, roles = read_checkpoint(path)["state_dict"], module.networks
-    own, taken = roles.state_dict(), {}
-    for role in ("generator", "fake_score", "ema"):
-        for name in roles.names_of(role):
-            found = theirs.get(f"roles.{name}")
-            if found is None or found.shape != own[name].shape:
-                raise UserError(
-                    f"its {role} is not this model's",
-                    where=f"model.start_from {path!r}",
-                    remedy="use the same family, size and adapters (model.lora)",
-                )
-            taken[name] = found
+    theirs, roles = read_checkpoint(path)["state_dict"], module.roles
+    own = roles.state_dict()
+    taken: dict[str, Any] = {}
+    followers = []
+    for spec in roles.specs:
+        names = roles.names_of(spec.name)
+        found = {name: theirs[f"roles.{name}"] for name in names if f"roles.{name}" in theirs}
+        if not found and spec.name != "generator":
+            followers += [spec] if spec.source is not None else []
+            continue
+        if len(found) < len(names) or any(found[name].shape != own[name].shape for name in found):
+            raise UserError(
+                f"its {spec.name} is not this model's",
+                where=f"model.start_from {path!r}",
+                remedy="use the same family, size and adapters (model.lora)",
+            )
+        taken |= found
     roles.load_state_dict(taken, strict=False)
-    roles.restart_old()
-    for slot in range(roles.slots):
-        roles.keep_snapshot(slot)
+    for spec in followers:
+        roles.copy(str(spec.source), spec.name)

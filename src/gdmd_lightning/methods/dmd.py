@@ -8,26 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdmd_lightning.families.base import Conditioning
-from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.engines.base import Learn
+from gdmd_lightning.latents import Batch
+from gdmd_lightning.methods.base import Update, weighted_sum
+from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.objectives.distribution_matching import dm_loss
-from gdmd_lightning.prompts import PromptBatch
-from gdmd_lightning.schedules import draw_levels
 
 
-class DMD(DistillationModule):
+class DMD(MatchingModule):
     """Distribution matching distillation into a few-step generator."""
 
-    def generator_loss(
-        self, batch: PromptBatch, conditioning: Conditioning
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """See :meth:`DistillationModule.generator_loss`."""
-        state = self.rollout_state(batch, conditioning)
-        x = self.student_x0(state, conditioning)
-        level = draw_levels(self.matching.law, len(x), 1, self.stream("level"), stratify=False)
-        targets = self.implicit_targets(x, conditioning, level, torch.zeros(1, dtype=torch.long))
-        y, n = targets.y[:, 0], targets.n[:, 0]
-        loss = dm_loss(x, y, n)
-        gradient = (x.detach() - y).flatten(1).abs().mean(1) / n
-        clamped = (n <= self.matching.floor).float().mean()
-        return loss, x, {"gradient": gradient.mean(), "normaliser": n.mean(), "clamped": clamped}
+    def update(self, batch: Batch, learn: Learn) -> Update:
+        """One generator step on the distribution-matching loss, then the fake score's steps."""
+        state = self.rollout_state(batch)
+        draw = self.draw_renoise(state)
+        samples: list[Tensor] = []
+        logs: dict[str, Tensor] = {}
+        with learn("generator") as backward:
+            for rows, share in self.micro_batches(len(batch)):
+                latents = state.latents.select(rows)
+                x = self.student_x0(latents)
+                match = self.match(x, latents.conditioning, draw.select(rows))
+                loss = dm_loss(x, match.target, match.n)
+                backward(share * loss)
+                samples.append(x.detach())
+                clamped = (match.n <= self.matching.floor).float().mean()
+                weighted_sum(
+                    logs, share, loss=loss, gradient=match.gradient.mean(), normalizer=match.n.mean(), clamped=clamped
+                )
+        x0 = torch.cat(samples)
+        logs["sample_std"] = x0.std()
+        return Update(logs | self.train_fake_score(batch, state, x0, learn))

@@ -1,4 +1,4 @@
-"""Generate pictures of fixed prompts from fixed noise and score them."""
+"""Score a generator on fixed prompts with fixed noise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Generate = Callable[[Tensor, list[str]], Tensor]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation took and showed; the scores are in the metrics.
+    """Time and pictures of an evaluation; the scores are in the metrics.
 
     Args:
-        seconds: Of generation, a picture.
-        pictures: The first ones, ``[N, 3, H, W]`` in [0, 1].
+        seconds: Time of generation per picture.
+        pictures: The first pictures, ``[N, 3, H, W]`` in [0, 1].
     """
 
     seconds: float
@@ -30,12 +30,13 @@ class Evaluated:
 
 
 def fixed_noise(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Noise of the ``index``-th prompt; the same whatever the batch, the rank or the method."""
+    """Noise of prompt number ``index``; it does not depend on batch, rank or method."""
+    # Not a named stream: the published tables use these seeds, which `streams.stream` cannot produce.
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
 
 
 def shown(prompts: Sequence[Prompt], columns: int, shape: tuple[int, ...], seed: int) -> tuple[list[str], Tensor]:
-    """Texts and noise ``[N, C, H, W]`` of the pictures to look at, spread over the test set and so over its tasks."""
+    """Texts and noise ``[N, C, H, W]`` of pictures to show, spread over the test set and thus its tasks."""
     columns = min(columns, len(prompts))
     rows = [i * len(prompts) // columns + i * len(prompts) // (columns * columns) for i in range(columns)]
     return [prompts[i].text for i in rows], torch.stack([fixed_noise(i, shape, seed) for i in rows])
@@ -55,15 +56,19 @@ def evaluate(
     world_size: int = 1,
     keep: int = 0,
 ) -> Evaluated:
-    """Score one generator.
+    """Generate a picture for each prompt and add all of them to the scores.
 
     Args:
         generate: The generator.
-        prompts: The whole test set; each rank takes every ``world_size``-th.
-        scores: Filled; call ``compute`` or ``intervals`` after.
-        latent_shape: Of one latent.
-        seed: Of the noise.
-        keep: How many of this rank's first pictures are returned.
+        prompts: The whole test set; each rank takes every ``world_size``-th prompt.
+        scores: Metrics to fill; call ``compute`` or ``intervals`` afterwards.
+        latent_shape: Shape of one latent, ``(C, H, W)``.
+        seed: Seed of the noise.
+        batch_size: Pictures per call of ``generate``.
+        device: Device of the noise and the scores.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        keep: Number of pictures to return, the first ones of this rank.
     """
     for score in scores:
         score.begin(prompts)

@@ -1,4 +1,4 @@
-"""Scores by task: GenEval's verdict and any reward, each a mean of the tasks' means with an interval."""
+"""Scores by task: GenEval and mean rewards, averaged over tasks, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from gdmd_lightning.geneval.detector import Detector
+from gdmd_lightning.geneval.rules import verdict
 from gdmd_lightning.prompts import Prompt
-from gdmd_lightning.rewards.base import Reward, judge
+from gdmd_lightning.rewards.base import Reward, checked_score
+from gdmd_lightning.shapes.detector import ShapesDetector
 
 NO_TASK = "all"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its 95% interval."""
+    """A mean and its 95% interval."""
 
     mean: float
     low: float
@@ -31,7 +34,7 @@ class Interval:
 
 
 class TaskScore(Metric):
-    """A value a picture, averaged within each task and then over the tasks, as GenEval does.
+    """One value per picture, averaged within each task and then over the tasks, as GenEval does.
 
     Source: djghosh13/geneval, ``summary_scores``.
     """
@@ -50,27 +53,27 @@ class TaskScore(Metric):
 
     @abstractmethod
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """One value a picture, ``[B]``."""
+        """One value per picture, ``[B]``."""
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
-        """Forget all values; number the tasks of the whole test set, the same on every rank."""
+        """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers."""
         self.reset()
         self.task_names = list(dict.fromkeys(task_of(prompt) for prompt in prompts))
 
     def update(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Add pictures ``[B, 3, H, W]`` in [0, 1]."""
+        """Judge pictures ``[B, 3, H, W]`` in [0, 1] and add their values."""
         self.values.append(self.judge(images, prompts).to(self.device, torch.float32))
         self.tasks.append(torch.tensor([self.task_names.index(task_of(p)) for p in prompts], device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``overall`` and each task's mean."""
+        """``overall`` and, if the prompts have tasks, the mean of each task."""
         values, tasks = dim_zero_cat(self.values), dim_zero_cat(self.tasks)
         means = {name: values[tasks == i].mean() for i, name in enumerate(self.task_names)}
         overall = torch.stack(list(means.values())).mean()
         return {"overall": overall} if self.task_names == [NO_TASK] else {"overall": overall, **means}
 
     def intervals(self) -> dict[str, Interval]:
-        """The same with 95% bootstrap intervals over pictures, resampled within tasks; for a finished metric."""
+        """Like ``compute``, with 95% bootstrap intervals: pictures are resampled within their tasks."""
         values, tasks = dim_zero_cat(self.values).double(), dim_zero_cat(self.tasks)
         by_task = [values[tasks == i].numpy() for i in range(len(self.task_names))]
         out = {"overall": _bootstrap(by_task)}
@@ -88,33 +91,44 @@ def _bootstrap(parts: list[Any]) -> Interval:
     mean = float(mean_of_means(*parts))
     if all(part.min() == part.max() for part in parts):
         return Interval(mean, mean, mean)
-    # The percentile method, since bias correction is undefined where one task is all right or all wrong.
+    # Percentile method: bias correction is undefined if all pictures of a task have the same value.
     result = bootstrap(parts, mean_of_means, n_resamples=2000, method="percentile", rng=0)
     return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 
 def task_of(prompt: Prompt) -> str:
-    """The prompt's GenEval task, or ``all`` where it has none."""
+    """The prompt's GenEval task, or ``all`` if it has none."""
     return str(prompt.metadata.get("tag", NO_TASK))
 
 
 class GenEvalScore(TaskScore):
-    """Share of pictures that the Shapes detector finds right under GenEval's rules."""
+    """Share of pictures that are correct under GenEval's rules.
+
+    Args:
+        detector: Finds the objects; by default the detector of the Shapes world.
+    """
 
     name = "geneval"
 
-    def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """See :meth:`TaskScore.judge`."""
-        from gdmd_lightning.shapes.detector import detect, verdict
+    def __init__(self, detector: Detector | None = None) -> None:
+        super().__init__()
+        self.detector = detector or ShapesDetector()
 
-        return torch.from_numpy(verdict(detect(images), prompts)).float()
+    @torch.no_grad()
+    def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        found = self.detector.detect(images, prompts)
+        verdicts = [
+            verdict(detections, prompt.metadata, self.detector.rules)
+            for detections, prompt in zip(found, prompts, strict=True)
+        ]
+        return torch.tensor([float(each.correct) for each in verdicts])
 
 
 class RewardScore(TaskScore):
-    """Mean reward.
+    """Mean reward; the score has the reward's name.
 
     Args:
-        reward: Any; its name is the score's.
+        reward: Any reward.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -124,6 +138,5 @@ class RewardScore(TaskScore):
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """See :meth:`TaskScore.judge`."""
         self.reward.to(images.device)
-        return judge(self.reward, images, prompts)
+        return checked_score(self.reward, images, prompts)

@@ -24,7 +24,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
     Args:
         rewards: ``[N]``.
         groups: Number of each row's group, ``[N]``, from 0 without gaps.
-        spread: Whose standard deviation divides: that of the ``group``, of all centred rewards of the ``batch``
+        spread: Whose standard deviation divides: that of the ``group``, of all centered rewards of the ``batch``
             (steadier when groups are small: with two members ``group`` makes every advantage +-1), or ``none``.
         floor: Spread below which there is nothing to learn: advantages are then exactly 0.
 
@@ -34,14 +34,16 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
 
     Source: GRPO (2402.03300), section 4.1.2; the batch's std as in Flow-GRPO (2505.05470).
     """
-    centred = rewards - group_mean(rewards, groups)
+    centered = rewards - group_mean(rewards, groups)
     # The mean of equal numbers may be off by a rounding, which must not look like a preference.
-    centred = torch.where(_all_equal(rewards, groups), torch.zeros_like(centred), centred)
+    centered = torch.where(_all_equal(rewards, groups), torch.zeros_like(centered), centered)
     if spread == "none":
-        return centred
-    variance = group_mean(centred.square(), groups) if spread == "group" else centred.square().mean().expand_as(centred)
+        return centered
+    variance = (
+        group_mean(centered.square(), groups) if spread == "group" else centered.square().mean().expand_as(centered)
+    )
     std = variance.sqrt()
-    return torch.where(std > floor, centred / std.clamp(min=floor), torch.zeros_like(centred))
+    return torch.where(std > floor, centered / std.clamp(min=floor), torch.zeros_like(centered))
 
 
 def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
@@ -53,6 +55,6 @@ def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
     return (largest == smallest)[groups]
 
 
-def centre_within(values: Tensor, strata: Tensor) -> Tensor:
+def center_within(values: Tensor, strata: Tensor) -> Tensor:
     """Remove each stratum's mean, so that what all members of a stratum share is not rewarded. ``[N]``."""
     return values - group_mean(values, strata)

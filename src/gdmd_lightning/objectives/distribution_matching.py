@@ -1,4 +1,4 @@
-"""Distribution matching: the gradient that moves student samples towards the teacher's distribution.
+"""Distribution matching: the gradient that moves student samples toward the teacher's distribution.
 
 Source: DMD (2311.18828), Eqs. 7 and 8; DMD2 (2405.14867), section 3.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def normaliser(x: Tensor, real: Tensor, floor: float = 1e-3) -> Tensor:
-    """``n = mean_{C,H,W} |x - real|``, one a sample, at least ``floor``; no gradient. ``[B, ...]`` to ``[B]``."""
+def normalizer(x: Tensor, real: Tensor, floor: float = 1e-3) -> Tensor:
+    """``n = mean_{C,H,W} |x - real|``, one per sample, at least ``floor``; no gradient. ``[B, ...]`` to ``[B]``."""
     return (x - real).detach().abs().flatten(1).mean(1).clamp(min=floor)
 
 
@@ -19,7 +19,7 @@ def dm_direction(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def dm_loss(x: Tensor, target: Tensor, n: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """``mean_B w 0.5 mean_{C,H,W} (x - sg(y))^2 / n``, the distillation loss towards implicit targets.
+    """``mean_B w 0.5 mean_{C,H,W} (x - sg(y))^2 / n``, the distillation loss toward implicit targets.
 
     With ``y = x - (fake - real)`` its gradient in ``x`` is ``w g / numel`` where ``g = (fake - real) / n``.
 

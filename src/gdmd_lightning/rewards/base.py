@@ -42,7 +42,7 @@ class Reward(ABC):
         return None
 
 
-def judge(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """``reward.score``, checked: ``[B]`` finite float32 on the pictures' device.
 
     Raises:

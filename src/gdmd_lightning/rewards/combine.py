@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
-from gdmd_lightning.rewards.base import Reward, judge
+from gdmd_lightning.rewards.base import Reward, checked_score
 
 
 class CombinedReward(Reward):
@@ -31,7 +31,7 @@ class CombinedReward(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """See :meth:`Reward.score`."""
-        scores = [w * judge(r, images, prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
+        scores = [w * checked_score(r, images, prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
         return torch.stack(scores).sum(0)
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -1,11 +1,12 @@
-"""Who is who: teacher, fake score, generator, and the averages of the generator.
+"""Roles: the teacher and the networks that a method trains, averages or keeps.
 
-Whether a role is a copy of a network or an adapter on a shared one is decided here and nowhere else; methods say a
-role's name and get its ``x0`` or velocity.
+Whether a role is a copy of the network or an adapter on a shared one is decided here and nowhere else; methods name
+a role and get its ``x0`` or velocity.
 """
 
 from gdmd_lightning.roles.adapters import AdapterRoles, LoRA
-from gdmd_lightning.roles.base import Role, Roles, Trainable
+from gdmd_lightning.roles.base import Form, Roles
 from gdmd_lightning.roles.copies import CopiedRoles
+from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec
 
-__all__ = ["AdapterRoles", "CopiedRoles", "LoRA", "Role", "Roles", "Trainable"]
+__all__ = ["TEACHER", "AdapterRoles", "CopiedRoles", "Form", "LoRA", "Optimization", "RoleSpec", "Roles"]

@@ -1,10 +1,10 @@
-"""Roles as LoRA adapters on one network: one base in memory, an adapter a role, the teacher without any.
+"""Roles as LoRA adapters on one network: one base in memory, one adapter per role, none for the teacher.
 
-peft's own ``set_adapter`` is not used to switch between roles: it turns ``requires_grad`` of all others off, so that
-a forward of the fake score between the generator's forward and its backward leaves the generator without gradient;
-and with gradient checkpointing the blocks are computed anew under whatever adapter is active by then, which gives
-wrong gradients without a word. Here a role is active only within its own forward, and a checkpointed block is
-computed anew under the role that it was computed under.
+peft's own ``set_adapter`` is not used to switch between roles. It turns off ``requires_grad`` of all other adapters,
+so a forward of the fake score between the generator's forward and its backward leaves the generator without gradient.
+And with gradient checkpointing, blocks are recomputed under whichever adapter is active by then, which silently gives
+wrong gradients. Here a role is active only within its own forward, and a checkpointed block is recomputed under the
+role that first computed it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
-from gdmd_lightning.roles.base import Role, Roles, Trainable
+from gdmd_lightning.roles.base import Roles
+from gdmd_lightning.roles.spec import TEACHER, RoleSpec
+from gdmd_lightning.streams import named_seed
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class LoRA:
     """Low-rank adapters instead of full weights.
 
     Args:
-        rank: Of the two factors.
+        rank: Rank of the two factors, at least 1.
         alpha: Scale; the adapter's product is multiplied by ``alpha / rank``.
-        targets: Ends of the names of the modules that get one; the family's own choice if empty.
+        targets: Suffixes of the names of the modules that get an adapter; empty for the family's own choice.
+
+    Raises:
+        UserError: If rank or alpha is not positive.
 
     Source: LoRA (2106.09685); rank 32, alpha 64 as in RTDMD (2605.26108).
     """
@@ -50,20 +56,19 @@ class LoRA:
 
 
 class AdapterRoles(Roles):
-    """One network, with an adapter for each role but the teacher.
+    """One network with an adapter for each role except the teacher.
 
-    The network stays in evaluation mode: none of the families' networks trains with dropout, and one module cannot be
-    in both modes between a forward and the backward that computes it anew. Adapters are float32 whatever the
+    The network stays in evaluation mode: none of the families' networks trains with dropout, and one module cannot
+    be in both modes between a forward and the backward that recomputes it. Adapters are float32 whatever the
     network's precision, since their updates are too small for bfloat16.
 
     Args:
-        family: Says how a network is used.
-        network: A diffusers model, already loaded; it is the teacher while no adapter is active.
-        lora: Of every adapter.
-        ema_decay: Of the averaged generator that is evaluated and exported.
-        old_decay: Of the averaged generator that the policy objective calls old; ``None`` leaves that role out.
-        snapshots: How many past states of the fake score are kept.
-        seed: Of the adapters' first weights; each starts as no change at all.
+        family: How the network is called.
+        network: A loaded diffusers model; it is the teacher while no adapter is active.
+        specs: The roles besides the teacher.
+        micro_batch_size: As in :class:`Roles`.
+        lora: Settings of every adapter.
+        seed: Seed of the adapters' initial weights; each adapter starts as no change.
 
     Raises:
         UserError: If a LoRA target matches no module of the network.
@@ -73,108 +78,93 @@ class AdapterRoles(Roles):
         self,
         family: ModelFamily,
         network: nn.Module,
+        specs: tuple[RoleSpec, ...],
+        micro_batch_size: int | None = None,
         *,
         lora: LoRA,
-        ema_decay: float,
-        old_decay: float | None = None,
-        snapshots: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(family, old=old_decay is not None, snapshots=snapshots)
+        super().__init__(family, specs, micro_batch_size)
         self.network: Any = network.requires_grad_(False).eval()
-        self._decays = {"ema": ema_decay} | ({} if old_decay is None else {"old": old_decay})
-        trained: tuple[Trainable, ...] = ("generator", "fake_score")
-        adapters = [*trained, *self._decays, *(f"snapshot{slot}" for slot in range(snapshots))]
-        self._layers = _add_adapters(self.network, lora, _targets(family, network, lora), adapters, seed)
-        self._active: str | None = None
+        names = [spec.name for spec in specs]
+        self._layers = _add_adapters(self.network, lora, _targets(family, network, lora), names, seed)
+        self._state: tuple[str | None, float] = (None, 1.0)
         self._activate(None)
-        for adapter in adapters:
-            for parameter in self._tensors(adapter):
-                parameter.requires_grad_(adapter in trained)
-        for adapter in adapters[2:]:
-            self._copy("generator" if adapter in self._decays else "fake_score", adapter)
+        for spec in specs:
+            for parameter in self.parameters_of(spec.name):
+                parameter.requires_grad_(spec.optimizer is not None)
+        self.reset_followers()
 
-    def parameters_of(self, role: Trainable) -> list[nn.Parameter]:
-        """See :meth:`Roles.parameters_of`."""
-        return self._tensors(role)
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.network.named_parameters() if _is_of(name, role)]
 
-    def names_of(self, role: Role) -> list[str]:
-        """See :meth:`Roles.names_of`."""
+    def names_of(self, role: str) -> list[str]:
+        if role == TEACHER:
+            return [name for name in self.state_dict() if self.is_frozen(name)]
         return [name for name, _ in self.named_parameters() if _is_of(name, role)]
 
-    def is_teachers(self, name: str) -> bool:
-        """See :meth:`Roles.is_teachers`."""
+    def is_frozen(self, name: str) -> bool:
         return ".lora_" not in name
 
-    def standing_alone(self, role: Role) -> nn.Module:
-        """See :meth:`Roles.standing_alone`; a copy whose weights have taken the adapter's product up."""
+    def standalone(self, role: str) -> nn.Module:
         network: Any = copy.deepcopy(self.network)
-        if role != "teacher":
+        if role != TEACHER:
             network.fuse_lora(adapter_names=[role])
         network.unload_lora()
         if network.is_gradient_checkpointing:
-            network.disable_gradient_checkpointing()  # its way of computing anew is that of the roles left behind
+            network.disable_gradient_checkpointing()  # its recomputation refers to the roles left behind
         return network
 
-    def lora_of(self, role: Role) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A role's adapter as peft saves it: its tensors by name, and its configuration."""
+    def write_adapter(self, role: str, directory: Path) -> nn.Module:
         from peft import get_peft_model_state_dict
 
-        config = self.network.peft_config[role].to_dict()
-        return get_peft_model_state_dict(self.network, adapter_name=role), config
+        layers = get_peft_model_state_dict(self.network, adapter_name=role)
+        self.family.save_lora(directory, layers, self.network.peft_config[role].to_dict())
+        base: nn.Module = self.network
+        return base
 
     @torch.no_grad()
-    def after_generator_update(self) -> None:
-        """See :meth:`Roles.after_generator_update`."""
-        for average, decay in self._decays.items():
-            get_ema_multi_avg_fn(decay)(self._tensors(average), self._tensors("generator"), 1)
+    def copy(self, source: str, target: str) -> None:
+        for mine, theirs in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
+            mine.copy_(theirs)
 
-    def keep_snapshot(self, slot: int) -> None:
-        """See :meth:`Roles.keep_snapshot`."""
-        self._copy("fake_score", f"snapshot{slot}")
-
-    def restart_old(self) -> None:
-        """See :meth:`Roles.restart_old`."""
-        if self.has_old:
-            self._copy("generator", "old")
+    @torch.no_grad()
+    def _average(self, average: str, role: str, decay: float) -> None:
+        get_ema_multi_avg_fn(decay)(self.parameters_of(average), self.parameters_of(role), 1)
 
     def checkpoint_activations(self) -> None:
-        """See :meth:`Roles.checkpoint_activations`."""
-
-        def anew(block: nn.Module, *inputs: Any) -> Any:
-            adapter = self._active
-            contexts = lambda: (nullcontext(), self._under(adapter))  # noqa: E731
+        def recompute(block: nn.Module, *inputs: Any) -> Any:
+            state = self._state
+            contexts = lambda: (nullcontext(), self._under(*state))  # noqa: E731
             return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
-        self.network.enable_gradient_checkpointing(anew)
+        self.network.enable_gradient_checkpointing(recompute)
 
     @contextmanager
-    def _speaking(self, role: Role, snapshot: int = 0) -> Iterator[nn.Module]:
-        adapter = None if role == "teacher" else f"snapshot{snapshot - 1}" if snapshot else role
-        with self._under(adapter):
+    def _active(self, role: str, adapter_scale: float = 1.0) -> Iterator[nn.Module]:
+        if role != TEACHER and role not in self.network.peft_config:
+            raise KeyError(role)
+        with self._under(None if role == TEACHER else role, adapter_scale):
             yield self.network
 
     @contextmanager
-    def _under(self, adapter: str | None) -> Iterator[None]:
-        before = self._active
-        self._activate(adapter)
+    def _under(self, adapter: str | None, scale: float) -> Iterator[None]:
+        before = self._state
+        self._activate(adapter, scale)
         try:
             yield
         finally:
-            self._activate(before)
+            self._activate(*before)
 
-    def _activate(self, adapter: str | None) -> None:
-        self._active = adapter
+    def _activate(self, adapter: str | None, scale: float = 1.0) -> None:
+        previous, previous_scale = self._state
+        self._state = (adapter, scale)
         for layer in self._layers:
             layer._active_adapter = [] if adapter is None else [adapter]
-
-    def _tensors(self, adapter: str) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.network.named_parameters() if _is_of(name, adapter)]
-
-    @torch.no_grad()
-    def _copy(self, source: str, target: str) -> None:
-        for mine, theirs in zip(self._tensors(target), self._tensors(source), strict=True):
-            mine.copy_(theirs)
+            if previous is not None and previous_scale != 1.0:
+                layer.set_scale(previous, 1.0)
+            if adapter is not None and scale != 1.0:
+                layer.set_scale(adapter, scale)
 
 
 def _is_of(name: str, adapter: str) -> bool:
@@ -182,9 +172,10 @@ def _is_of(name: str, adapter: str) -> bool:
 
 
 def _targets(family: ModelFamily, network: nn.Module, lora: LoRA) -> list[str]:
-    """Names of the modules that get an adapter; a target of the user's that matches none is a mistake.
+    """Names of the modules that get an adapter.
 
-    The family's own list may name modules that a smaller or older member of the family lacks.
+    A target given by the user must match a module. The family's own list may name modules that a smaller or older
+    member of the family lacks.
     """
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     wanted = lora.targets or tuple(family.lora_targets)
@@ -194,7 +185,7 @@ def _targets(family: ModelFamily, network: nn.Module, lora: LoRA) -> list[str]:
         raise UserError(
             f"LoRA target {missing[0]!r} matches no module of the network",
             where="model.lora.targets",
-            remedy=f"name ends of linear layers or convolutions, as the family does: {', '.join(family.lora_targets)}",
+            remedy=f"use suffixes of linear layers or convolutions, such as {', '.join(family.lora_targets)}",
         )
     return sorted({name for found in matched.values() for name in found})
 
@@ -203,11 +194,12 @@ def _add_adapters(network: Any, lora: LoRA, targets: list[str], adapters: list[s
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-    # peft leaves all adapters but the first on the CPU unless the network's device is everybody's.
+    # Without a device context, peft puts all adapters except the first on the CPU.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), next(network.parameters()).device:
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the idea
-        torch.manual_seed(seed)  # every rank's the same, and whatever was drawn before
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
         for adapter in adapters:
+            # The same on every rank, and whatever other roles the method has.
+            torch.manual_seed(named_seed("adapter", seed, adapter))
             network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), adapter)
     for name, parameter in network.named_parameters():
         if ".lora_" in name:

@@ -1,129 +1,209 @@
-"""What methods may ask of roles, however these are kept.
+"""What methods can ask of roles, whether these are copies or adapters.
 
-Every role but the one that is learning is without gradient, always.
+Gradient reaches the weights of the role being learned and of no other.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gdmd_lightning.families.base import Conditioning, ModelFamily
-from gdmd_lightning.schedules import x0_from_velocity
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import NoisyLatents, in_micro_batches
+from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec, check_specs
 
-Role = Literal["teacher", "fake_score", "generator", "old", "ema"]
-Trainable = Literal["fake_score", "generator"]
+Form = Literal["pipeline", "lora"]
 
 
 class Roles(nn.Module, ABC):
-    """Teacher, fake score, generator and the generator's averages.
+    """The teacher and the roles that a method declares.
 
     Args:
-        family: Says how a network is used.
-        old: Whether there is an old policy.
-        snapshots: How many past states of the fake score are kept.
+        family: How a network is called.
+        specs: The roles besides the teacher.
+        micro_batch_size: Most latents that a forward without gradient evaluates at once; ``None`` for all.
 
     Attributes:
         evaluations: Network evaluations of single latents so far, by role; a guided one counts as many as the family
-            makes for it, two as a rule.
+            makes for it, usually two.
         learner: The role inside :meth:`learning`, if any.
     """
 
-    def __init__(self, family: ModelFamily, *, old: bool, snapshots: int) -> None:
+    def __init__(self, family: ModelFamily, specs: tuple[RoleSpec, ...], micro_batch_size: int | None = None) -> None:
         super().__init__()
-        self.family, self.has_old, self.slots = family, old, snapshots
-        self.learner: Trainable | None = None
+        check_specs(specs)
+        self.family, self.specs, self.micro_batch_size = family, specs, micro_batch_size
+        self.learner: str | None = None
         self.evaluations: Counter[str] = Counter()
 
     def velocity(
         self,
-        role: Role,
-        x_sigma: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning,
+        role: str,
+        latents: NoisyLatents,
+        *,
         guidance_scale: float = 1.0,
-        snapshot: int = 0,
+        adapter_scale: float = 1.0,
+        through: bool = False,
     ) -> Tensor:
-        """A role's velocity ``[B, C, H, W]`` at ``x_sigma`` and levels ``sigma`` ``[B]``.
+        """A role's velocity ``[B, C, H, W]``.
 
         Args:
-            role: Whose. Only a role inside :meth:`learning` carries gradient.
-            guidance_scale: 1 for none.
-            snapshot: Of the fake score: 0 is its present state, ``s`` its ``s``-th kept one.
+            role: ``teacher`` or a declared name. Its weights carry gradient only inside :meth:`learning` of it.
+            latents: ``B`` rows.
+            guidance_scale: 1 for no guidance.
+            adapter_scale: Factor on the role's adapter, where roles are adapters.
+            through: Let gradient reach the *input* through frozen weights.
+
+        Raises:
+            KeyError: If there is no such role.
+            UserError: If ``adapter_scale`` is not 1 and the role is not an adapter.
         """
-        if role == "old" and not self.has_old:
-            raise RuntimeError("this method keeps no old policy; give its roles an old_decay")
-        self.evaluations[role] += len(x_sigma) * (1 if guidance_scale == 1.0 else self.family.guided_passes)
-        learns = torch.is_grad_enabled() and role == self.learner and not snapshot
-        with self._speaking(role, snapshot) as network, torch.set_grad_enabled(learns):
-            return self.family.predict_velocity(network, x_sigma, sigma, conditioning, guidance_scale)
+
+        def call(network: nn.Module, part: NoisyLatents) -> Tensor:
+            return self.family.predict_velocity(network, part.x, part.sigma, part.conditioning, guidance_scale)
+
+        passes = 1 if guidance_scale == 1.0 else self.family.guided_passes
+        return self._evaluate(role, latents, call, passes, adapter_scale, through)
 
     def x0(
         self,
-        role: Role,
-        x_sigma: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning,
+        role: str,
+        latents: NoisyLatents,
+        *,
         guidance_scale: float = 1.0,
-        snapshot: int = 0,
+        adapter_scale: float = 1.0,
+        through: bool = False,
     ) -> Tensor:
-        """A role's clean latent ``[B, C, H, W]``; arguments as in :meth:`velocity`."""
-        return x0_from_velocity(
-            x_sigma, self.velocity(role, x_sigma, sigma, conditioning, guidance_scale, snapshot), sigma
-        )
+        """A role's clean latents ``[B, C, H, W]``; arguments and errors as in :meth:`velocity`."""
+        v = self.velocity(role, latents, guidance_scale=guidance_scale, adapter_scale=adapter_scale, through=through)
+        return latents.x0(v)
+
+    def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
+        """Intermediate features ``[B, tokens, D]`` of a role's network, for a GAN head; see :meth:`velocity`.
+
+        Source: DMD2 (2405.14867), section 4.3, whose discriminator reads the fake score's features.
+        """
+
+        def call(network: nn.Module, part: NoisyLatents) -> Tensor:
+            return self.family.features(network, part.x, part.sigma, part.conditioning)
+
+        return self._evaluate(role, latents, call, 1, 1.0, through)
+
+    def _evaluate(
+        self,
+        role: str,
+        latents: NoisyLatents,
+        call: Callable[[nn.Module, NoisyLatents], Tensor],
+        passes: int,
+        adapter_scale: float,
+        through: bool,
+    ) -> Tensor:
+        self.evaluations[role] += len(latents) * passes
+        gradient = torch.is_grad_enabled() and (role == self.learner or through)
+        with self._active(role, adapter_scale) as network, torch.set_grad_enabled(gradient):
+            if gradient:
+                with nullcontext() if role == self.learner else self._frozen(role):
+                    return call(network, latents)
+            return in_micro_batches(
+                lambda rows: call(network, latents.select(rows)), len(latents), self.micro_batch_size
+            )
 
     @contextmanager
-    def learning(self, role: Trainable) -> Iterator[None]:
-        """Inside, the named role alone carries gradient, and is in training mode where it has one of its own."""
+    def _frozen(self, role: str) -> Iterator[None]:
+        """Inside, the role's weights do not require gradient; which weights get one is decided in the forward."""
+        weights = [] if role == TEACHER else [p for p in self.parameters_of(role) if p.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+
+    @contextmanager
+    def learning(self, role: str) -> Iterator[None]:
+        """Inside, only this role's weights carry gradient; its own network, if it has one, is in training mode.
+
+        Raises:
+            KeyError: If the role is not trained.
+        """
+        if role not in self.trained:
+            raise KeyError(f"role {role!r} is not trained; trained roles are {', '.join(self.trained)}")
         self.learner = role
-        self._train(role, True)
+        self._set_training(role, True)
         try:
             yield
         finally:
             self.learner = None
-            self._train(role, False)
+            self._set_training(role, False)
 
-    def _train(self, role: Trainable, mode: bool) -> None:
-        """Put the role's own network, if it has one, into training mode or out of it."""
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the trained roles, in the order of their specs."""
+        return tuple(spec.name for spec in self.specs if spec.optimizer is not None)
 
-    @abstractmethod
-    def _speaking(self, role: Role, snapshot: int = 0) -> AbstractContextManager[nn.Module]:
-        """Inside, the network that is given speaks for the role."""
+    def optimization_of(self, role: str) -> Optimization:
+        """Optimizer settings of a trained role; raises ``KeyError`` for any other."""
+        return {spec.name: spec.optimizer for spec in self.specs if spec.optimizer is not None}[role]
 
-    @abstractmethod
-    def parameters_of(self, role: Trainable) -> list[nn.Parameter]:
-        """What the role's optimizer owns."""
+    def update_averages(self, role: str) -> None:
+        """Move the averages of a trained role toward it."""
+        for spec in self.specs:
+            if spec.average_of == role:
+                self._average(spec.name, role, spec.decay)
 
-    @abstractmethod
-    def names_of(self, role: Role) -> list[str]:
-        """Names of the role's own tensors in :meth:`state_dict`."""
+    def reset_followers(self) -> None:
+        """Make every average and snapshot equal to the role that it follows."""
+        for spec in self.specs:
+            if spec.source is not None:
+                self.copy(spec.source, spec.name)
 
-    @abstractmethod
-    def is_teachers(self, name: str) -> bool:
-        """Whether a tensor of :meth:`state_dict` is the teacher's, which never changes and comes from its pipeline."""
-
-    @abstractmethod
-    def standing_alone(self, role: Role) -> nn.Module:
-        """A network that is the role and nothing else, with the modules of the teacher's class, to be exported."""
-
-    @abstractmethod
-    def after_generator_update(self) -> None:
-        """Move the averages towards the generator."""
+    def _set_training(self, role: str, mode: bool) -> None:
+        """Switch the role's own network, if it has one, to training mode or back."""
 
     @abstractmethod
-    def keep_snapshot(self, slot: int) -> None:
-        """Store the fake score's present state in a slot, counted from 0."""
+    def _active(self, role: str, adapter_scale: float = 1.0) -> AbstractContextManager[nn.Module]:
+        """Inside, the yielded network acts as the role."""
 
     @abstractmethod
-    def restart_old(self) -> None:
-        """Let the old policy be the present generator."""
+    def _average(self, average: str, role: str, decay: float) -> None:
+        """``average = decay average + (1 - decay) role``."""
+
+    @abstractmethod
+    def copy(self, source: str, target: str) -> None:
+        """Copy a role's weights to another role."""
+
+    @abstractmethod
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """Parameters that belong to a role other than the teacher."""
+
+    @abstractmethod
+    def names_of(self, role: str) -> list[str]:
+        """Names of the role's own tensors in :meth:`state_dict`; the teacher's are all that no other role owns."""
 
     @abstractmethod
     def checkpoint_activations(self) -> None:
-        """Let the trainable roles compute their activations anew in the backward pass instead of keeping them."""
+        """Let trained roles recompute activations in the backward pass instead of storing them."""
+
+    @abstractmethod
+    def standalone(self, role: str) -> nn.Module:
+        """A network that is this role alone, with the modules of the teacher's class, for export."""
+
+    @abstractmethod
+    def write_adapter(self, role: str, directory: Path) -> nn.Module:
+        """Write a role's LoRA adapter into a directory as the family's pipeline loads it; returns the base network.
+
+        Raises:
+            UserError: If roles are full copies.
+        """
+
+    @abstractmethod
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor of :meth:`state_dict` is the teacher's, which comes from its pipeline."""

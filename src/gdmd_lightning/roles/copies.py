@@ -5,108 +5,86 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
-from gdmd_lightning.roles.base import Role, Roles, Trainable
+from gdmd_lightning.roles.base import Roles
+from gdmd_lightning.roles.spec import TEACHER, RoleSpec
 
 
 class CopiedRoles(Roles):
-    """Full copies of one network in its roles.
+    """Full copies of one network, one per role.
 
-    The teacher keeps its precision; what learns, and what follows it, is float32, since updates of a thousandth of a
-    weight are lost in bfloat16.
+    The teacher keeps its precision. All other roles are float32, since bfloat16 loses updates of a thousandth of a
+    weight.
 
     Args:
-        family: Says how a network is used.
-        network: The teacher, already loaded; generator and fake score start as its copies.
-        ema_decay: Of the averaged generator that is evaluated and exported.
-        old_decay: Of the averaged generator that the policy objective calls old; ``None`` leaves that role out.
-        snapshots: How many past states of the fake score are kept.
+        family: How a network is called.
+        network: The teacher, already loaded; all other roles start as its copies.
+        specs: The roles besides the teacher.
+        micro_batch_size: As in :class:`Roles`.
     """
 
     def __init__(
         self,
         family: ModelFamily,
         network: nn.Module,
-        *,
-        ema_decay: float,
-        old_decay: float | None = None,
-        snapshots: int = 0,
+        specs: tuple[RoleSpec, ...],
+        micro_batch_size: int | None = None,
     ) -> None:
-        super().__init__(family, old=old_decay is not None, snapshots=snapshots)
-        self.teacher = network.requires_grad_(False).eval()
-        self.generator = copy.deepcopy(network).float()
-        self.fake_score = copy.deepcopy(network).float()
-        self.ema = _average(self.generator, ema_decay)
-        self.old = None if old_decay is None else _average(self.generator, old_decay)
-        self.snapshots = nn.ModuleList(copy.deepcopy(network).float() for _ in range(snapshots))
-        # Between updates too: wrappers such as DDP look once, at the start, for what they are to synchronise.
-        self.generator.requires_grad_(True)
-        self.fake_score.requires_grad_(True)
+        super().__init__(family, specs, micro_batch_size)
+        self.add_module(TEACHER, network.requires_grad_(False).eval())
+        for spec in specs:
+            # Trained roles carry gradient between updates too: DDP looks once, at the start, for what it must
+            # synchronize.
+            trained = spec.optimizer is not None
+            self.add_module(spec.name, copy.deepcopy(network).float().requires_grad_(trained))
 
-    def parameters_of(self, role: Trainable) -> list[nn.Parameter]:
-        """See :meth:`Roles.parameters_of`."""
-        return list(self.standing_alone(role).parameters())
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        return list(self.standalone(role).parameters())
 
-    def names_of(self, role: Role) -> list[str]:
-        """See :meth:`Roles.names_of`."""
+    def names_of(self, role: str) -> list[str]:
         return [name for name in self.state_dict() if name.startswith(f"{role}.")]
 
-    def is_teachers(self, name: str) -> bool:
-        """See :meth:`Roles.is_teachers`."""
-        return name.startswith("teacher.")
+    def is_frozen(self, name: str) -> bool:
+        return name.startswith(f"{TEACHER}.")
 
-    def standing_alone(self, role: Role) -> nn.Module:
-        """See :meth:`Roles.standing_alone`; the copy itself."""
-        match role:
-            case "teacher":
-                return self.teacher
-            case "generator":
-                return self.generator
-            case "fake_score":
-                return self.fake_score
-            case "ema":
-                return self.ema.module
-            case "old":
-                assert self.old is not None
-                return self.old.module
+    def standalone(self, role: str) -> nn.Module:
+        network = self._modules[role]
+        assert network is not None
+        return network
+
+    def write_adapter(self, role: str, directory: Path) -> nn.Module:
+        raise UserError(
+            "full weights were trained, so there is no adapter", where="export", remedy="use --form pipeline"
+        )
 
     @torch.no_grad()
-    def after_generator_update(self) -> None:
-        """See :meth:`Roles.after_generator_update`."""
-        self.ema.update_parameters(self.generator)
-        if self.old is not None:
-            self.old.update_parameters(self.generator)
+    def copy(self, source: str, target: str) -> None:
+        self.standalone(target).load_state_dict(self.standalone(source).state_dict())
 
     @torch.no_grad()
-    def keep_snapshot(self, slot: int) -> None:
-        """See :meth:`Roles.keep_snapshot`."""
-        self.snapshots[slot].load_state_dict(self.fake_score.state_dict())
-
-    @torch.no_grad()
-    def restart_old(self) -> None:
-        """See :meth:`Roles.restart_old`."""
-        if self.old is not None:
-            self.old.module.load_state_dict(self.generator.state_dict())
+    def _average(self, average: str, role: str, decay: float) -> None:
+        get_ema_multi_avg_fn(decay)(self.parameters_of(average), self.parameters_of(role), 1)
 
     def checkpoint_activations(self) -> None:
-        """See :meth:`Roles.checkpoint_activations`."""
-        for network in (self.generator, self.fake_score):
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        for role in self.trained:
+            self.standalone(role).enable_gradient_checkpointing()  # type: ignore[operator]
 
     @contextmanager
-    def _speaking(self, role: Role, snapshot: int = 0) -> Iterator[nn.Module]:
-        yield self.snapshots[snapshot - 1] if role == "fake_score" and snapshot else self.standing_alone(role)
+    def _active(self, role: str, adapter_scale: float = 1.0) -> Iterator[nn.Module]:
+        if adapter_scale != 1.0:
+            raise UserError(
+                f"adapter_scale is {adapter_scale}, but the roles are full copies",
+                where="model.lora",
+                remedy="set model.lora to train adapters",
+            )
+        yield self.standalone(role)
 
-    def _train(self, role: Trainable, mode: bool) -> None:
-        self.standing_alone(role).train(mode)
-
-
-def _average(network: nn.Module, decay: float) -> AveragedModel:
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    average.n_averaged.fill_(1)  # its first update would otherwise take the network over whole
-    return average.requires_grad_(False).eval()
+    def _set_training(self, role: str, mode: bool) -> None:
+        self.standalone(role).train(mode)

@@ -1,1 +1,1 @@
-"""Shapes: an embedded text-to-image world in the manner of GenEval that a CPU can learn."""
+"""Shapes: a small embedded text-to-image world, modeled on GenEval, that a CPU can learn."""

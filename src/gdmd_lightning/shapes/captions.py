@@ -1,27 +1,26 @@
-"""The captions of the Shapes world: six tasks as in GenEval, and which of their prompts are held out.
+"""Captions of the Shapes world: six tasks as in GenEval, split into training and test prompts.
 
-Metadata follows GenEval's lines (djghosh13/geneval): ``tag``, ``include`` clauses with ``class``, ``count``,
-optional ``color`` and ``position`` ``[relation, index of an earlier clause]``, and ``exclude`` clauses.
+Metadata has GenEval's form, see ``geneval/rules.py``.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from functools import cache
 from itertools import permutations, product
 from typing import Any, Literal
 
+from gdmd_lightning.geneval.rules import RELATIONS
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.streams import python_stream
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow")
-RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = {2: "two", 3: "three"}
 PREFIXES = ("", "photo of ", "picture of ", "drawing of ", "painting of ")
 
-# Relations and bindings are what a small model learns slowest, and have the most contents.
+# A small model learns relations and attribute binding most slowly, and these tasks have the most contents.
 TASK_WEIGHTS = {"single_object": 2, "two_object": 2, "counting": 2, "colors": 2, "position": 3, "color_attr": 3}
 
 WORDS = tuple(
@@ -44,7 +43,7 @@ def _clause(shape: str, count: int = 1, color: str | None = None, position: list
 
 
 def describe(metadata: dict[str, Any]) -> str:
-    """The caption of GenEval-style metadata, without a prefix."""
+    """Caption of GenEval-style metadata, without a prefix."""
     phrases: list[str] = []
     for clause in metadata["include"]:
         color = clause["color"] + " " if "color" in clause else ""
@@ -60,7 +59,7 @@ def describe(metadata: dict[str, Any]) -> str:
 
 
 def contents(task: str) -> list[dict[str, Any]]:
-    """Every distinct content of a task, as GenEval-style metadata without its ``prompt``."""
+    """All distinct contents of a task, as GenEval-style metadata without ``prompt``."""
     match task:
         case "single_object":
             rows = [[_clause(shape)] for shape in SHAPES]
@@ -71,7 +70,7 @@ def contents(task: str) -> list[dict[str, Any]]:
         case "colors":
             rows = [[_clause(shape, color=color)] for shape, color in product(SHAPES, COLORS)]
         case "position":
-            # As in GenEval, the first clause is the landmark and the second stands in relation to it.
+            # As in GenEval, the first clause is the landmark and the second is placed relative to it.
             rows = [
                 [_clause(landmark), _clause(shape, position=[relation, 0])]
                 for (shape, landmark), relation in product(permutations(SHAPES, 2), RELATIONS)
@@ -93,43 +92,47 @@ def contents(task: str) -> list[dict[str, Any]]:
 def prompts(task: str, split: Split) -> tuple[Prompt, ...]:
     """All prompts of a task in one split; the two splits share no text.
 
-    Where a task has many contents (position, color_attr) a quarter of the *contents* is held out, so the test
-    asks for combinations of shape, colour and relation never seen together; elsewhere a quarter of the pairs
-    of content and prefix.
+    In tasks with many contents (position, color_attr) a quarter of the *contents* is held out, so the test
+    asks for combinations of shape, color and relation that training never shows. In the other tasks a
+    quarter of the pairs of content and prefix is held out.
     """
     rows = [(content, prefix) for content in contents(task) for prefix in PREFIXES]
     keys = [describe(content) if len(contents(task)) >= 24 else prefix + describe(content) for content, prefix in rows]
     distinct = sorted(set(keys))
-    held_out = set(random.Random(f"held out {task}").sample(distinct, len(distinct) // 4))
+    held_out = set(python_stream("held out", task).sample(distinct, len(distinct) // 4))
     chosen = [row for row, key in zip(rows, keys, strict=True) if (key in held_out) == (split == "test")]
     return tuple(
         Prompt(text, {**content, "prompt": text}) for content, prefix in chosen for text in [prefix + describe(content)]
     )
 
 
-def prompt_stream(split: Split, seed: int) -> Iterator[Prompt]:
-    """An endless random stream of prompts, tasks drawn by ``TASK_WEIGHTS``."""
-    rng = random.Random(seed)
-    tasks, weights = list(TASK_WEIGHTS), list(TASK_WEIGHTS.values())
-    while True:
-        (task,) = rng.choices(tasks, weights)
-        yield rng.choice(prompts(task, split))
+def prompt_at(split: Split, seed: int, row: int) -> Prompt:
+    """Random prompt number ``row`` of an endless list, with its task drawn by ``TASK_WEIGHTS``.
+
+    It depends on the arguments only, so any row can be read without those before it.
+    """
+    rng = python_stream("shapes", seed, row)
+    (task,) = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))
+    return rng.choice(prompts(task, split))
 
 
 def evaluation_prompts(per_task: int) -> list[Prompt]:
-    """The fixed test prompts: ``per_task`` of each task, repeated in turn as GenEval draws several a prompt."""
+    """Fixed test prompts, ``per_task`` of each task.
+
+    They repeat in turn where a task has fewer, just as GenEval takes several pictures per prompt.
+    """
     out = []
     for task in TASKS:
         pool = list(prompts(task, "test"))
-        random.Random(f"order {task}").shuffle(pool)
+        python_stream("order", task).shuffle(pool)
         out += [pool[i % len(pool)] for i in range(per_task)]
     return out
 
 
 def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """The same content with one attribute, count, class or relation redrawn, as web captions err.
+    """Copy a content with one class, color, count or relation redrawn, like an error in a web caption.
 
-    The redrawn value always differs from the true one; a redrawn class may be that of the other object.
+    The redrawn value always differs from the true one. A redrawn class may be that of the other object.
     """
     include = [dict(clause) for clause in metadata["include"]]
     choices = [(i, "class") for i in range(len(include))]
@@ -151,5 +154,5 @@ def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def _one_more(task: str, include: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A counted class must not be there once more."""
+    """The ``exclude`` clauses of a task: an exact count rules out one object more."""
     return [_clause(include[0]["class"], include[0]["count"] + 1)] if task == "counting" else []

@@ -1,4 +1,4 @@
-"""The parts of the embedded pipeline: the real classes of Stable Diffusion 3, in a size that a CPU trains."""
+"""Parts of the embedded pipeline: the real classes of Stable Diffusion 3, small enough to train on a CPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers import (
 from gdmd_lightning.shapes.captions import WORDS
 from gdmd_lightning.shapes.scenes import SIZE
 
-MAX_TOKENS = 12  # the longest caption has 9 words, with its two marks 11
+MAX_TOKENS = 12  # the longest caption has 9 words, plus the start and end tokens
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
-SHIFT = 1.0  # small pictures lose their layout at lower noise than large ones, so less than SD3's 3
+SHIFT = 1.0  # less than SD3's 3, because small pictures lose their layout at lower noise than large ones
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A real CLIP tokenizer whose merges make every word of the world one token; other words fall into letters."""
+    """A CLIP tokenizer in which every word of the world is one token; other words are split into letters."""
     begin, end = "<|startoftext|>", "<|endoftext|>"
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -48,7 +48,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_scorer(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A small CLIP over whole pictures, for the contrastive score."""
+    """A small CLIP on whole pictures, for the contrastive score."""
     vision = {
         "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
         "image_size": SIZE, "patch_size": 4, "projection_dim": TEXT_WIDTH,
@@ -66,7 +66,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """32x32x3 pictures to 8x8x4 latents."""
+    """An autoencoder between 32x32x3 pictures and 8x8x4 latents."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=LATENT_CHANNELS,
@@ -76,7 +76,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_transformer(num_layers: int, num_heads: int) -> SD3Transformer2DModel:
-    """An SD3 transformer with heads of 32 on 16 image tokens (2x2 patches of 8x8 latents)."""
+    """An SD3 transformer with 32-wide heads on 16 image tokens (2x2 patches of 8x8 latents)."""
     return SD3Transformer2DModel(
         sample_size=SIZE // 4, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         num_layers=num_layers, attention_head_dim=32, num_attention_heads=num_heads,
@@ -86,5 +86,5 @@ def build_transformer(num_layers: int, num_heads: int) -> SD3Transformer2DModel:
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps on rectified flow."""
+    """The scheduler of SD3: Euler steps on rectified flow."""
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)

@@ -1,12 +1,11 @@
-"""How the embedded pipeline's parts are trained: autoencoder, text-image scorer, and the teacher itself.
+"""Training of the embedded pipeline's parts: autoencoder, text-image scorer and teacher.
 
-Three small LightningModules with automatic optimisation over :class:`ShapesData`; ``commands/pretrain.py`` runs
-them in turn and saves a directory that ``StableDiffusion3Pipeline.from_pretrained`` loads.
+Three small LightningModules with automatic optimization. ``commands/pretrain.py`` runs them in turn and saves
+a directory that ``StableDiffusion3Pipeline.from_pretrained`` loads.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gdmd_lightning.schedules import LogitNormalLaw, draw_levels, renoise
-from gdmd_lightning.shapes.captions import corrupt, describe, prompt_stream
+from gdmd_lightning.schedules import LogitNormal, draw_renoise_sigmas, renoise
+from gdmd_lightning.shapes.captions import corrupt, describe, prompt_at
 from gdmd_lightning.shapes.scenes import render, sample_scenes
+from gdmd_lightning.streams import python_stream
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Rendered pictures, each with its caption and with one that errs as web captions do."""
+    """Rendered pictures, each with its true caption and a wrong one.
 
-    images: Tensor  # [N, 3, 32, 32] in [0, 1]
+    Args:
+        images: ``[N, 3, 32, 32]`` in [0, 1].
+        captions: The true caption of each picture.
+        wrong: A caption of each picture with one error, like those in web captions.
+    """
+
+    images: Tensor
     captions: list[str]
     wrong: list[str]
 
 
 def make_pictures(count: int, seed: int) -> Pictures:
-    """Draw ``count`` training pictures with their true captions, and for each a caption wrong in one respect."""
-    rng, stream = random.Random(seed), prompt_stream("train", seed)
-    captions = [next(stream) for _ in range(count)]
-    wrong = []
+    """Draw ``count`` training pictures; only prompts of the training split occur."""
+    captions = [prompt_at("train", seed, row) for row in range(count)]
+    rng, wrong = python_stream("wrong captions", seed), []
     for caption in captions:
         prefix = caption.text.removesuffix(describe(caption.metadata))
         wrong.append(prefix + describe(corrupt(caption.metadata, rng)))
@@ -47,12 +52,12 @@ def make_pictures(count: int, seed: int) -> Pictures:
 
 
 def loader(*tensors: Tensor, batch_size: int) -> DataLoader[Any]:
-    """Shuffled full batches of tensors in memory."""
+    """Iterate over tensors in memory in shuffled batches; an incomplete last batch is dropped."""
     return DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=True, drop_last=True)
 
 
 class _OneCycle(pl.LightningModule):
-    """AdamW with one cycle of the learning rate over the whole run."""
+    """AdamW with a one-cycle learning rate over the whole run."""
 
     def __init__(self, learning_rate: float) -> None:
         super().__init__()
@@ -67,7 +72,7 @@ class _OneCycle(pl.LightningModule):
 
 
 class AutoencoderTraining(_OneCycle):
-    """Trains an ``AutoencoderKL`` on pictures; the KL weight only keeps the latents bounded."""
+    """Trains an ``AutoencoderKL`` on pictures; the small KL weight only keeps the latents bounded."""
 
     def __init__(self, vae: torch.nn.Module, learning_rate: float = 3e-3, kl_weight: float = 1e-6) -> None:
         super().__init__(learning_rate)
@@ -84,7 +89,7 @@ class AutoencoderTraining(_OneCycle):
 
 
 class ScorerTraining(_OneCycle):
-    """Trains a ``CLIPModel`` contrastively; captions that are equal in a batch are all right answers."""
+    """Trains a ``CLIPModel`` contrastively; all copies of a caption in a batch count as correct matches."""
 
     def __init__(self, clip: torch.nn.Module, learning_rate: float = 1e-3) -> None:
         super().__init__(learning_rate)
@@ -102,17 +107,20 @@ class ScorerTraining(_OneCycle):
 
 
 class TeacherTraining(_OneCycle):
-    """Flow matching of an ``SD3Transformer2DModel`` and its two text encoders on latents.
+    """Trains an ``SD3Transformer2DModel`` and its two text encoders with flow matching on latents.
 
     Args:
         transformer: The velocity network.
-        encoders: The two ``CLIPTextModelWithProjection``, trained with it.
+        encoders: The two ``CLIPTextModelWithProjection``, trained jointly with the transformer.
         empty: Token ids of the empty prompt, ``[L]``.
-        law: Law of the noise level.
+        distribution: Distribution of the noise level.
+        learning_rate: Largest learning rate of the cycle.
         dropout: Share of captions replaced by the empty prompt, for classifier-free guidance.
         caption_noise: Share of captions replaced by wrong ones, in [0, 1].
-        noise_from: Share of the training after which captions err. The world is learned from true captions, then
-            the errors: a short way to a teacher that could draw what it is asked and often does not.
+        noise_from: Share of training after which wrong captions occur, in [0, 1]. The teacher first learns
+            the world from true captions and then the errors; this is a short way to a teacher that can draw
+            what a prompt asks for, but often does not.
+        seed: Seed of caption errors, dropout and noise.
     """
 
     def __init__(
@@ -120,7 +128,7 @@ class TeacherTraining(_OneCycle):
         transformer: torch.nn.Module,
         encoders: tuple[torch.nn.Module, torch.nn.Module],
         empty: Tensor,
-        law: LogitNormalLaw,
+        distribution: LogitNormal,
         learning_rate: float = 1e-3,
         dropout: float = 0.1,
         caption_noise: float = 0.3,
@@ -128,22 +136,25 @@ class TeacherTraining(_OneCycle):
         seed: int = 0,
     ) -> None:
         super().__init__(learning_rate)
-        self.transformer, self.encoders = transformer, torch.nn.ModuleList(encoders)
-        self.law, self.dropout = law, dropout
-        self.caption_noise, self.noise_from = caption_noise, noise_from
+        self.transformer = transformer
+        self.encoders = torch.nn.ModuleList(encoders)
         self.empty = empty
-        self.random = torch.Generator().manual_seed(seed)
+        self.distribution = distribution
+        self.dropout = dropout
+        self.caption_noise = caption_noise
+        self.noise_from = noise_from
+        self.rng = torch.Generator().manual_seed(seed)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         latents, tokens, wrong = batch
         if self.global_step >= self.noise_from * self.trainer.max_steps:
-            errs = torch.rand(len(tokens), generator=self.random) < self.caption_noise
-            tokens = torch.where(errs[:, None], wrong, tokens)
-        dropped = torch.rand(len(tokens), generator=self.random) < self.dropout
+            noisy = torch.rand(len(tokens), generator=self.rng) < self.caption_noise
+            tokens = torch.where(noisy[:, None], wrong, tokens)
+        dropped = torch.rand(len(tokens), generator=self.rng) < self.dropout
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.encoders]
-        sigma = draw_levels(self.law, 1, len(latents), self.random)[0]
-        eps = torch.randn(latents.shape, generator=self.random)
+        sigma = draw_renoise_sigmas(self.distribution, 1, len(latents), self.rng)[0]
+        eps = torch.randn(latents.shape, generator=self.rng)
         velocity = self.transformer(
             hidden_states=renoise(latents, sigma, eps),
             timestep=1000 * sigma,

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes and their anti-aliased 32x32 pictures, drawn for whole batches at once."""
+"""Scenes of colored shapes and their anti-aliased 32x32 pictures, drawn for whole batches at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdmd_lightning.shapes.captions import COLORS, RELATIONS, SHAPES
+from gdmd_lightning.geneval.rules import RELATIONS, relation_strength
+from gdmd_lightning.shapes.captions import COLORS, SHAPES
 
 SIZE = 32
 MAX_OBJECTS = 3
@@ -22,7 +23,7 @@ PALETTE = {
     "blue": (0.16, 0.30, 0.86),
     "yellow": (0.96, 0.78, 0.10),
 }
-# Half a square's side and a triangle's circumradius, for one "radius"; chosen so that all look alike in size.
+# Half a square's side and a triangle's circumradius at "radius" 1; with these all shapes look equally large.
 SQUARE, TRIANGLE = 0.86, 1.3
 _REACH = {"circle": 1.0, "square": SQUARE * math.sqrt(2), "triangle": TRIANGLE}
 _GAP = 1.0  # pixels of background between two shapes
@@ -36,7 +37,7 @@ class Scenes:
         shape: Index into ``SHAPES``, ``[N, 3]``; -1 where there is no object.
         color: Index into ``COLORS``, ``[N, 3]``.
         center: ``(x, y)`` in pixels, ``[N, 3, 2]``.
-        radius: In pixels, ``[N, 3]``.
+        radius: Size in pixels, ``[N, 3]``; see ``SQUARE`` and ``TRIANGLE``.
     """
 
     shape: np.ndarray
@@ -48,27 +49,10 @@ class Scenes:
         return len(self.shape)
 
 
-def relation_strength(offset: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """How firmly each of ``RELATIONS`` holds, GenEval's rule before its threshold of 0.5.
-
-    Args:
-        offset: Centre of the object minus centre of its landmark, ``[..., 2]``, pixels, y downwards.
-        sizes: Widths and heights of both, summed, ``[..., 2]``.
-
-    Returns:
-        ``[..., 4]`` in [-1, 1], in the order of ``RELATIONS``.
-
-    Source: djghosh13/geneval, ``relative_position``.
-    """
-    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * sizes, 0.0)
-    x, y = np.moveaxis(shrunk / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-6), -1, 0)
-    return np.stack([-x, x, -y, y], axis=-1)
-
-
 def sample_scenes(contents: Sequence[dict[str, Any]], rng: np.random.Generator) -> Scenes:
-    """Draw one scene for each content (GenEval-style metadata), objects apart from each other and in place.
+    """Draw one scene per content (GenEval-style metadata); objects do not touch, and relations hold clearly.
 
-    Colours that the content leaves open are drawn uniformly.
+    Colors that the content does not specify are drawn uniformly.
     """
     n = len(contents)
     shape = np.full((n, MAX_OBJECTS), -1)
@@ -91,7 +75,7 @@ def sample_scenes(contents: Sequence[dict[str, Any]], rng: np.random.Generator) 
 
 
 def _place(shape: np.ndarray, radius: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Centres by rejection, 32 tries a round for all scenes still without a place."""
+    """Centers by rejection sampling: 32 tries per round for all scenes that are not placed yet."""
     reach = radius * np.array([_REACH[s] for s in SHAPES] + [0.0])[shape]
     center = np.zeros((*shape.shape, 2))
     todo = np.arange(len(shape))
@@ -116,12 +100,12 @@ def _place(shape: np.ndarray, radius: np.ndarray, relation: np.ndarray, rng: np.
 
 
 def coverage(shape: Tensor, center: Tensor, extent: Tensor) -> Tensor:
-    """How much of each pixel a shape covers, from its signed distance.
+    """Share of each pixel that a shape covers, from its signed distance.
 
     Args:
         shape: Index into ``SHAPES``, ``[...]``.
         center: ``(x, y)`` in pixels, ``[..., 2]``.
-        extent: Circle's radius, square's half side or triangle's circumradius, in pixels, ``[...]``.
+        extent: Radius of a circle, half side of a square or circumradius of a triangle, in pixels, ``[...]``.
 
     Returns:
         ``[..., 32, 32]`` in [0, 1].
@@ -140,7 +124,7 @@ def coverage(shape: Tensor, center: Tensor, extent: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Pictures ``[N, 3, 32, 32]`` in [0, 1] of a batch of scenes."""
+    """Draw a batch of scenes as pictures ``[N, 3, 32, 32]`` in [0, 1]."""
     shape = torch.from_numpy(scenes.shape)
     factor = torch.tensor([1.0, SQUARE, TRIANGLE])[shape.clamp(min=0)]
     extent = torch.from_numpy(scenes.radius).float() * factor

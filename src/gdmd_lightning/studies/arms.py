@@ -65,14 +65,14 @@ ARMS = {
         _gdmd("lambda 0", {"lambda_policy": 0}),
         _gdmd("lambda 5", {"lambda_policy": 5}),
         _gdmd("lambda 10", {"lambda_policy": 10}),
-        _gdmd("levels not centred", {"verdict.centre_levels": False}),
-        _gdmd("lambda 10, levels not centred", {"lambda_policy": 10, "verdict.centre_levels": False}),
+        _gdmd("strata not centered", {"advantages.center_strata": False}),
+        _gdmd("lambda 10, strata not centered", {"lambda_policy": 10, "advantages.center_strata": False}),
         _gdmd("one target", {"targets.size": 1}),
         _gdmd("four targets", {"targets.size": 4}),
         _gdmd("weighted", {"policy.form": "weighted"}),
         _gdmd("policies at the state", {"policy.at": "state"}),
-        _gdmd("groups of a state", {"verdict.compare": "state"}),
-        _gdmd("against the sample", {"verdict.compare": "sample"}),
+        _gdmd("groups of a state", {"advantages.compare": "state"}),
+        _gdmd("against the sample", {"advantages.compare": "sample"}),
         _gdmd("groups over snapshots", {"targets.over": "snapshot"}),
         _gdmd("groups over both", {"targets.over": "both"}),
     )
@@ -180,7 +180,9 @@ def run_arm(run: Run, task: Task, count: int) -> None:
 
 def _updates_of(checkpoint: Path) -> int:
     """Generator updates that a checkpoint was trained for; 0 if there is none."""
-    return int(read_checkpoint(str(checkpoint), in_memory=False)["global_step"]) if checkpoint.is_file() else 0
+    return (
+        int(read_checkpoint(str(checkpoint), in_memory=False)["provenance"]["updates"]) if checkpoint.is_file() else 0
+    )
 
 
 def _train(run: Run, before: int) -> TrainingCost:
@@ -205,4 +207,4 @@ def _train(run: Run, before: int) -> TrainingCost:
 
 def _evaluations(cli: DistillationCLI) -> int:
     """Network evaluations of a finished training."""
-    return sum(cli.model.networks.evaluations.values())
+    return sum(cli.model.roles.evaluations.values())

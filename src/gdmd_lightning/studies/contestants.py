@@ -70,12 +70,12 @@ def student(name: str, module: DistillationModule) -> Contestant:
 
 def student_steps(module: DistillationModule) -> int:
     """Number of steps of a module's generator."""
-    return module.sampler.steps
+    return module.steps
 
 
 def teacher_guidance(module: DistillationModule) -> float:
     """The guidance scale with which a module's teacher is distilled."""
-    return module.matching.guidance_scale
+    return module.teacher_guidance
 
 
 def bare_teacher(task: Task, path: str | None = None) -> DistillationModule:

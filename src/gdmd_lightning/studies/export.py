@@ -12,9 +12,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import Pipeline
 from gdmd_lightning.files import atomic_directory
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.roles import AdapterRoles
-
-Form = Literal["pipeline", "lora"]
+from gdmd_lightning.roles import Form
 
 
 def export(module: DistillationModule, out: Path, *, averaged: bool = True, form: Form = "pipeline") -> Path:
@@ -33,10 +31,9 @@ def export(module: DistillationModule, out: Path, *, averaged: bool = True, form
     """
     if out.exists():
         raise UserError(f"{str(out)!r} exists", where="export", remedy="remove it or give another directory")
-    if module.sampler.kind == "cps":
-        raise UserError("diffusers has no scheduler for cps", where="sampler.kind", remedy="use ode or renoise")
-    if form == "lora" and not isinstance(module.networks, AdapterRoles):
-        raise UserError("full weights were trained, not an adapter", where="export", remedy="use --form pipeline")
+    if module.sampler.scheduler is None:
+        sampler = type(module.sampler).__name__
+        raise UserError(f"diffusers has no scheduler for {sampler}", where="sampler", remedy="use ODE or Renoise")
     try:
         with atomic_directory(out) as part:
             _write(module, part, "ema" if averaged else "generator", form)
@@ -52,15 +49,15 @@ def export(module: DistillationModule, out: Path, *, averaged: bool = True, form
 
 def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> str:
     """Python lines that load an export and sample from it."""
-    family, steps = module.family, module.sampler.steps
+    family, steps = module.family, module.steps
     pipeline = type(family.loaded).__name__
     absent = "".join(f", {name}={value}" for name, value in family.loading_arguments().items())
     more = "".join(f", {name}={value}" for name, value in family.sampling_arguments().items())
     path = out if form == "pipeline" else family.path
     lines = [f'pipe = diffusers.{pipeline}.from_pretrained("{path}"{absent})']
     if form == "lora":
-        assert isinstance(module.networks, AdapterRoles)
-        scheduler = type(_pipeline(module, module.networks.network).scheduler)
+        teacher = getattr(family.loaded, family.network_component)
+        scheduler = type(_pipeline(module, teacher).scheduler)
         lines += [
             f'pipe.load_lora_weights("{out}")',
             f'pipe.scheduler = diffusers.{scheduler.__name__}.from_pretrained("{out}", subfolder="scheduler")',
@@ -70,17 +67,16 @@ def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> s
 
 
 def _write(module: DistillationModule, directory: Path, role: Literal["ema", "generator"], form: Form) -> None:
-    roles = module.networks
     if form == "lora":
-        assert isinstance(roles, AdapterRoles)
-        module.family.save_lora(directory, *roles.lora_of(role))
-        _pipeline(module, roles.network).scheduler.save_pretrained(directory / "scheduler")
+        base = module.roles.write_adapter(role, directory)
+        _pipeline(module, base).scheduler.save_pretrained(directory / "scheduler")
     else:
-        _pipeline(module, roles.standing_alone(role)).save_pretrained(directory, safe_serialization=True)
+        _pipeline(module, module.roles.standalone(role)).save_pretrained(directory, safe_serialization=True)
 
 
 def _pipeline(module: DistillationModule, network: nn.Module) -> Pipeline:
-    return module.family.to_pipeline(network, module.sampler.steps, stochastic=module.sampler.kind == "renoise")
+    stochastic = module.sampler.scheduler == "renoise"
+    return module.family.to_pipeline(network, module.steps, module.latent_shape, stochastic=stochastic)
 
 
 def _card(module: DistillationModule, out: Path, averaged: bool, form: Form) -> str:
@@ -95,20 +91,19 @@ def _card(module: DistillationModule, out: Path, averaged: bool, form: Form) -> 
         "Prompts": module.provenance.prompts or "not recorded",
         "Generator updates": str(module.provenance.updates),
         "Weights": f"{'averaged' if averaged else 'last'}, {'adapters' if module.lora else 'full fine-tuning'}",
-        "Sampler": f"{module.sampler.kind}, {module.sampler.steps} steps, no guidance",
+        "Sampler": f"{type(module.sampler).__name__}, {module.steps} steps, no guidance",
         "Resolution": f"{module.height}x{module.width}",
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     measured = f"\nScores of the averaged generator at its last evaluation:\n\n| score | value |\n|---|---|\n{scores}\n"
     return (
-        f"# A {module.sampler.steps}-step generator\n\n| | |\n|---|---|\n{rows}\n"
+        f"# A {module.steps}-step generator\n\n| | |\n|---|---|\n{rows}\n"
         f"{measured if scores else ''}\n```python\nimport diffusers\n{snippet(module, Path(out.name), form)}\n```\n"
     )
 
 
 def _reward_name(module: DistillationModule) -> str:
-    reward = getattr(module, "reward", None)
-    return "none" if reward is None else str(reward.name)
+    return "none" if module.judge is None else module.judge.reward.name
 
 
 def _license(teacher: Path) -> str:

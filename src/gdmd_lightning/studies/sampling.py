@@ -175,7 +175,7 @@ def generate(module: DistillationModule, wanted: Sequence[Picture], origin: Orig
         if origin.teacher_steps:
             images = module.generate_teacher(noise, texts, origin.teacher_steps, origin.guidance_scale)
         else:
-            images = module.generate(noise, texts, streams=rngs)
+            images = module.generate(noise, texts, rngs=rngs)
         finite = images.isfinite().flatten(1).all(1).tolist()
     except torch.OutOfMemoryError as error:
         reason = f"{len(wanted)} pictures do not fit on {module.device}"

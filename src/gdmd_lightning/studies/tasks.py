@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gdmd_lightning.data.test_prompts import read_test_prompts
+from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -20,7 +20,7 @@ class Task:
         name: The task's name in :data:`TASKS`.
         config: A configuration that trains on the task; its model describes the teacher.
         teacher: Pipeline directory of the teacher.
-        prompts: Source of the test prompts, as :func:`read_test_prompts` takes it.
+        prompts: Source of the test prompts, as :func:`read_evaluation_prompts` takes it.
         scores: Makes the scores, empty.
         titles: Column title of each score, by its name.
         compared: The score whose differences to the teacher and to the control are reported.
@@ -40,7 +40,7 @@ class Task:
         Raises:
             UserError: If the source is broken or cannot give this many.
         """
-        return read_test_prompts(self.prompts, count)
+        return read_evaluation_prompts(self.prompts, count)
 
 
 def shapes_scores() -> list[TaskScore]:

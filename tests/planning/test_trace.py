@@ -6,13 +6,13 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from gdmd_lightning.memory_trace import Autocast, FusedAttention, Trace
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 
 FLOAT = 4
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_linear_layer_is_as_by_hand(device):
+def test_trace_of_a_linear_layer_equals_the_count_by_hand(device):
     batch, width, out = 5, 7, 3
     layer = nn.Linear(width, out, device=device)
     weights = (width * out + out) * FLOAT
@@ -33,7 +33,7 @@ def test_a_linear_layer_is_as_by_hand(device):
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_views_count_once_and_freed_tensors_leave(device):
+def test_trace_counts_views_once_and_drops_freed_tensors(device):
     with Trace(device) as trace:
         x = torch.empty(10, 10, device=device)
         view = x.view(100)[5:].unsqueeze(0)
@@ -45,7 +45,7 @@ def test_views_count_once_and_freed_tensors_leave(device):
         assert trace.peak == 100 * FLOAT
 
 
-def test_a_view_of_what_is_held_is_not_counted_again():
+def test_trace_does_not_count_a_view_of_a_held_tensor():
     layer = nn.Linear(4, 4, device="meta")
     trace = Trace()
     trace.hold(layer)
@@ -56,7 +56,7 @@ def test_a_view_of_what_is_held_is_not_counted_again():
     assert turned.shape == (4, 4)
 
 
-def test_phases_within_each_other_both_see_the_peak():
+def test_nested_trace_phases_both_see_the_peak():
     with Trace() as trace:
         with trace.phase("outer"):
             with trace.phase("inner"):
@@ -67,13 +67,13 @@ def test_phases_within_each_other_both_see_the_peak():
     assert trace.peak == 100 * FLOAT
 
 
-def test_tensors_elsewhere_do_not_count():
+def test_trace_ignores_other_devices():
     with Trace() as trace:
         torch.empty(1000)
     assert trace.peak == 0
 
 
-def test_fused_attention_never_holds_all_pairs():
+def test_fused_attention_does_not_hold_all_pairs():
     q, k, v = (torch.empty(1, 2, 4096, 16, device="meta", requires_grad=True) for _ in range(3))
     pairs = 2 * 4096**2 * FLOAT
     with Trace() as plain:
@@ -86,7 +86,7 @@ def test_fused_attention_never_holds_all_pairs():
     assert q.grad.shape == q.shape
 
 
-def test_autocast_gives_the_precisions_that_cuda_documents():
+def test_autocast_precisions_are_those_documented_for_cuda():
     layer, norm, conv = (part.to("meta") for part in (nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv1d(4, 4, 1)))
     with Autocast(torch.bfloat16):
         y = layer(torch.empty(2, 4, 8, device="meta"))
@@ -97,7 +97,7 @@ def test_autocast_gives_the_precisions_that_cuda_documents():
     assert {t.dtype for t in full} == {torch.float32}
 
 
-def test_weights_learn_in_their_own_precision_under_autocast():
+def test_gradients_under_autocast_have_the_weights_precision():
     layer = nn.Linear(8, 8, device="meta")
     with Autocast(torch.bfloat16):
         loss = layer(torch.empty(2, 8, device="meta")).square().mean()

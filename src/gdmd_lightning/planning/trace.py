@@ -1,8 +1,7 @@
-"""What a piece of torch code holds in memory, found by following its tensors: on a real device, or on the meta device.
+"""What torch code holds in memory, found by following its tensors on a real device or on the meta device.
 
-On the meta device nothing is computed and nothing allocated, so a step of any size can be followed on any machine.
-Two things differ there from a GPU, and each has a mode of its own: attention is not fused, and ``torch.autocast``
-does nothing.
+On the meta device nothing is computed or allocated, so a step of any size can be followed on any machine. Two things
+differ there from a GPU, and a mode corrects each: attention is not fused, and ``torch.autocast`` does nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 
 class Trace(TorchDispatchMode):
-    """Inside, every tensor that an operation gives is counted until its storage is freed.
+    """Inside, counts every tensor that an operation returns until its storage is freed.
 
-    Views share a storage and count once. What a kernel allocates and frees within itself is not seen.
+    Views share a storage and count once. What a kernel allocates and frees internally is not seen.
 
     Args:
-        device: Only tensors on this type of device count: ``meta`` stands for the GPU, where the CPU's are elsewhere.
+        device: Type of device whose tensors count; ``meta`` stands for the GPU.
 
     Attributes:
-        current: Bytes that are alive.
+        current: Bytes alive.
         peak: Most bytes alive at any time.
         phases: Most bytes alive within each named phase.
 
@@ -48,13 +47,13 @@ class Trace(TorchDispatchMode):
         return result
 
     def hold(self, module: nn.Module) -> None:
-        """Count a module's parameters, buffers and gradients, which were there before."""
+        """Count the parameters, buffers and gradients that a module already has."""
         self.see(module.parameters())
         self.see(module.buffers())
         self.see(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
 
     def see(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that are not counted yet."""
+        """Count tensors that were not counted yet."""
         for tensor in tensors:
             if tensor.device.type != self.device:
                 continue
@@ -68,7 +67,7 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside, the peak is recorded under this name too; phases may lie within each other."""
+        """Inside, the peak is also recorded under this name; phases may be nested."""
         self._open.append(name)
         self._look()
         try:
@@ -90,9 +89,9 @@ class Trace(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Inside, attention on the meta device keeps what a fused kernel keeps: its output and a number a row.
+    """Inside, attention on the meta device keeps what a fused kernel keeps: its output and one number per row.
 
-    torch chooses the unfused form there, with a matrix of all pairs of tokens that no GPU would hold.
+    torch chooses the unfused form there, with a matrix of all pairs of tokens that a GPU would not hold.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,8 +141,8 @@ _FULL = frozenset(
 class Autocast(TorchFunctionMode):
     """Inside, operations on the meta device cast their inputs as ``torch.autocast`` does on CUDA.
 
-    Nothing cast is remembered for the next use: Lightning's mixed precision sets ``cache_enabled=False``, so each
-    pass makes low-precision weights anew and, where it learns, keeps them for its backward.
+    Casts are not cached: Lightning's mixed precision sets ``cache_enabled=False``, so each forward casts the weights
+    again and, with gradient, keeps the copies for its backward.
 
     Args:
         dtype: The lower precision.

@@ -1,0 +1,1 @@
+"""How a role is stepped: what a method calls, and Lightning's way of doing it."""

@@ -1,0 +1,1 @@
+"""GenEval: its rules, and what a detector must provide for them."""

@@ -1,0 +1,199 @@
+"""Distribution matching: a teacher and a fake score say where a sample should go, and the fake score follows.
+
+Source: DMD (2311.18828), DMD2 (2405.14867).
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdmd_lightning.engines.base import Learn
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents
+from gdmd_lightning.methods.base import DistillationModule, State, weighted_sum
+from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.objectives.distribution_matching import dm_direction, normalizer
+from gdmd_lightning.objectives.score_matching import velocity_loss
+from gdmd_lightning.phases import phase
+from gdmd_lightning.roles import Optimization, RoleSpec
+from gdmd_lightning.schedules import RenoiseDistribution, draw_renoise_sigmas, renoise
+from gdmd_lightning.streams import draw_noise
+
+
+@dataclass(frozen=True)
+class RenoiseDraw:
+    """Levels and noise with which samples are renoised, ``M`` times each.
+
+    Args:
+        sigma: ``[B, M]``.
+        eps: Standard normal, ``[B, M, C, H, W]``.
+    """
+
+    sigma: Tensor
+    eps: Tensor
+
+    def select(self, rows: slice) -> RenoiseDraw:
+        """The draws of the given samples."""
+        return RenoiseDraw(self.sigma[rows], self.eps[rows])
+
+
+@dataclass(frozen=True)
+class Match:
+    """What teacher and fake score say about renoised samples, ``N`` rows.
+
+    Args:
+        x: The samples, ``[N, C, H, W]``, detached.
+        latents: The samples renoised.
+        real: The teacher's ``x0``, ``[N, C, H, W]``.
+        fake: The fake score's ``x0``, ``[N, C, H, W]``.
+        n: Normalizer, ``[N]``.
+    """
+
+    x: Tensor
+    latents: NoisyLatents
+    real: Tensor
+    fake: Tensor
+    n: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """Implicit target ``y = x - (fake - real)``: where the distillation gradient points. ``[N, C, H, W]``.
+
+        Source: GDMD (2604.19009), section 3; not normalized, so that it is an image.
+        """
+        return self.x - dm_direction(self.real, self.fake)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Mean magnitude of ``g = (fake - real) / n``, ``[N]``."""
+        return dm_direction(self.real, self.fake).flatten(1).abs().mean(1) / self.n
+
+
+class MatchingModule(DistillationModule, ABC):
+    """A method that matches the generator's distribution to the teacher's with a fake score.
+
+    Args:
+        family: The teacher's pipeline.
+        matching: Distribution matching.
+        fake_score: The fake score's optimizer.
+        distillation: Arguments of :class:`DistillationModule`.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        matching: Matching = Matching(),
+        fake_score: Optimization = Optimization(),
+        **distillation: Any,
+    ) -> None:
+        super().__init__(family, **distillation)
+        self.matching, self.fake_score = matching, fake_score
+
+    def role_specs(self) -> tuple[RoleSpec, ...]:
+        """Generator, its average, and the fake score."""
+        return (*super().role_specs(), RoleSpec("fake_score", optimizer=self.fake_score))
+
+    @property
+    def teacher_guidance(self) -> float:
+        return self.matching.guidance_scale
+
+    def sigma_min(self, state: State) -> Tensor | None:
+        """Level above which each sample is matched, ``[B]`` on the CPU; ``None`` for all levels.
+
+        Source: the sub-intervals of AC-DMD in RTDMD (2605.26108), here with ``x0`` instead of the step's own end.
+        """
+        return self.sigmas[state.step_index + 1] if self.matching.interval == "step" else None
+
+    def draw_renoise(self, state: State, group: int = 1, *, share_sigma: bool = False) -> RenoiseDraw:
+        """Levels and noise for ``group`` matches of each sample; levels are stratified within a group.
+
+        Args:
+            state: Where the ``B`` samples were taken.
+            group: ``M``.
+            share_sigma: One level for all matches of a sample.
+        """
+        batch, levels = len(state.latents), 1 if share_sigma else group
+        distribution, sigma_min = self.matching.renoise_distribution, self.sigma_min(state)
+        sigma = draw_renoise_sigmas(distribution, batch, levels, self.stream("level"), sigma_min=sigma_min)
+        eps = draw_noise((batch * group, *self.latent_shape), self.stream("renoise"), self.device)
+        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)))
+
+    @torch.no_grad()
+    def match(
+        self, x: Tensor, conditioning: Conditioning, draw: RenoiseDraw, scores: tuple[str, ...] = ("fake_score",)
+    ) -> Match:
+        """Ask teacher and fake score about renoised samples, all ``M`` matches of all samples in one pass each.
+
+        Args:
+            x: Generator samples, ``[B, C, H, W]``.
+            conditioning: ``B`` rows.
+            draw: Levels and noise, ``[B, M]``.
+            scores: The role that answers as the fake score in the ``j``-th match of each sample, repeated cyclically.
+
+        Returns:
+            ``B * M`` rows, those of a sample one after another.
+        """
+        batch, group = draw.sigma.shape
+        x = x.detach().repeat_interleave(group, dim=0)
+        sigma = draw.sigma.flatten()
+        latents = NoisyLatents(renoise(x, sigma, draw.eps.flatten(0, 1)), sigma, conditioning.repeat(group))
+        with phase("targets"):
+            real = self.roles.x0("teacher", latents, guidance_scale=self.matching.guidance_scale)
+            fake = self._ask(scores, latents, torch.arange(group).repeat(batch))
+        return Match(x, latents, real, fake, normalizer(x, real, self.matching.floor))
+
+    def _fake_score_sigma(self, distribution: RenoiseDistribution, state: State, rng: torch.Generator) -> Tensor:
+        """Levels at which the fake score learns, ``[B]``; over the whole interval they are stratified in the batch."""
+        batch, sigma_min = len(state.latents), self.sigma_min(state)
+        if sigma_min is None:
+            return draw_renoise_sigmas(distribution, 1, batch, rng)[0]
+        return draw_renoise_sigmas(distribution, batch, 1, rng, sigma_min=sigma_min)[:, 0]
+
+    def _ask(self, scores: tuple[str, ...], latents: NoisyLatents, turn: Tensor) -> Tensor:
+        """``x0`` of each row from the role whose turn it is, one pass per role."""
+        if len(scores) == 1:
+            return self.roles.x0(scores[0], latents)
+        fake = torch.empty_like(latents.x)
+        for k, role in enumerate(scores):
+            rows = (turn % len(scores) == k).nonzero()[:, 0].to(latents.x.device)
+            if len(rows):
+                fake[rows] = self.roles.x0(role, latents.select(rows)).to(fake.dtype)
+        return fake
+
+    def train_fake_score(self, batch: Batch, state: State, x0: Tensor, learn: Learn) -> dict[str, Tensor]:
+        """Flow matching of the fake score on generator samples, ``matching.fake_score_updates`` times.
+
+        Args:
+            batch: ``B`` samples.
+            state: Where the generator's step started.
+            x0: Samples of the generator's step, ``[B, C, H, W]``, detached.
+            learn: Steps the fake score.
+
+        Returns:
+            The mean loss over the updates.
+
+        Source: DMD2 (2405.14867), section 4.2.
+        """
+        distribution = self.matching.fake_score_renoise_distribution or self.matching.renoise_distribution
+        logs: dict[str, Tensor] = {}
+        for turn in range(self.matching.fake_score_updates):
+            if self.matching.fake_score_samples == "fresh":
+                state = self.rollout_state(batch, f"critic rollout {turn}")
+                with torch.no_grad():
+                    x0 = self.student_x0(state.latents)
+            rng = self.stream("critic", turn)
+            sigma = self._fake_score_sigma(distribution, state, rng).to(x0)
+            eps = draw_noise(tuple(x0.shape), rng, x0.device)
+            latents = NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning)
+            with learn("fake_score") as backward:
+                for rows, share in self.micro_batches(len(x0)):
+                    v = self.roles.velocity("fake_score", latents.select(rows))
+                    loss = velocity_loss(v, x0[rows], eps[rows])
+                    backward(share * loss)
+                    weighted_sum(logs, share / self.matching.fake_score_updates, fake_score_loss=loss)
+        return logs

@@ -1,0 +1,57 @@
+"""ReFL: the reward's own gradient, through the decoder and the last step of a rollout.
+
+Source: ReFL in ImageReward (2304.05977), Algorithm 1, on a few-step generator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gdmd_lightning.engines.base import Learn
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import Batch
+from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
+from gdmd_lightning.rewards.base import Reward
+
+
+class ReFL(DistillationModule):
+    """Reward backpropagation into the last step of a few-step generator.
+
+    Args:
+        family: The teacher's pipeline.
+        reward: A differentiable reward.
+        margin: Samples with a reward of at least this much give no gradient; null for no limit.
+        weight: Factor on the loss.
+        distillation: Arguments of :class:`DistillationModule`.
+
+    Raises:
+        UserError: If the reward is not differentiable.
+    """
+
+    def __init__(
+        self, family: ModelFamily, reward: Reward, margin: float | None = None, weight: float = 1.0, **distillation: Any
+    ) -> None:
+        super().__init__(family, **distillation)
+        if not reward.differentiable:
+            raise UserError(f"{reward.name!r} is not differentiable", where="model.reward", remedy="use one that is")
+        self.margin, self.weight = margin, weight
+        self.judge = self.judge_with(reward)
+
+    def update(self, batch: Batch, learn: Learn) -> Update:
+        """One generator step on ``weight * mean relu(margin - reward)``, or on ``-weight * mean reward``."""
+        assert self.judge is not None
+        self.judge.check(batch.prompts)
+        state = self.rollout_state(batch, step_index=self.steps - 1)
+        logs: dict[str, torch.Tensor] = {}
+        with learn("generator") as backward:
+            for rows, share in self.micro_batches(len(batch)):
+                x = self.student_x0(state.latents.select(rows))
+                reward = self.judge(x, batch.prompts[rows], gradient=True)
+                short = -reward if self.margin is None else torch.relu(self.margin - reward)
+                loss = self.weight * short.mean()
+                backward(share * loss)
+                weighted_sum(logs, share, loss=loss, reward_sample=reward.mean())
+        return Update(logs)

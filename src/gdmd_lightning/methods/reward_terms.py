@@ -1,0 +1,74 @@
+"""Loss terms with which a reward moves the generator; methods share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.latents import NoisyLatents
+from gdmd_lightning.objectives.distribution_matching import normalizer
+from gdmd_lightning.objectives.policy import policy_loss, policy_pair
+from gdmd_lightning.roles import Roles
+from gdmd_lightning.schedules import renoise
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How advantages move the generator.
+
+    Args:
+        form: ``full``: positive and negative velocity policies; ``weighted``: their first order, a signed weight on
+            each distillation gradient, at no further evaluation.
+        at: Where the policies are evaluated: at the student's ``state``, or at the ``target`` renoised to the state's
+            level, as DiffusionNFT treats its samples.
+        normalize: What divides a squared error: ``distillation``'s ``n``, or the detached mean absolute ``error`` of
+            each policy, as in DiffusionNFT. At the state and ``v = v_old`` the former gives the exact weights.
+        beta: Strength of the mixture, above 0.
+        old_decay: Decay of the averaged generator that is the old policy, in [0, 1).
+
+    Raises:
+        UserError: If ``beta`` is not positive.
+    """
+
+    form: Literal["full", "weighted"] = "full"
+    at: Literal["state", "target"] = "target"
+    normalize: Literal["distillation", "error"] = "error"
+    beta: float = 1.0
+    old_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise UserError(f"beta is {self.beta}", where="model.policy.beta", remedy="it must be above 0")
+
+
+def policy_term(
+    roles: Roles, policy: Policy, x: Tensor, latents: NoisyLatents, y: Tensor, n: Tensor, o: Tensor, eps: Tensor
+) -> Tensor:
+    """Loss of the positive and negative velocity policies on judged targets.
+
+    Args:
+        roles: With ``generator``, which is learning, and ``old``.
+        policy: Settings of the full form.
+        x: Samples, with gradient, ``[B, C, H, W]``.
+        latents: The states that gave them, ``B`` rows.
+        y: Judged targets, ``[B * M, C, H, W]``, those of a sample one after another.
+        n: Distillation's normalizers, ``[B * M]``.
+        o: Optimalities, ``[B * M]``, in [0, 1].
+        eps: Noise that renoises the targets, ``[B * M, C, H, W]``; unused at the state.
+
+    Source: DiffusionNFT (2509.16117), section 3.
+    """
+    size = len(y) // len(x)
+    if policy.at == "state":
+        plus, minus = policy_pair(x, roles.x0("old", latents), policy.beta)
+        plus, minus = plus.repeat_interleave(size, dim=0), minus.repeat_interleave(size, dim=0)
+    else:
+        sigma = latents.sigma.repeat_interleave(size)
+        at_target = NoisyLatents(renoise(y, sigma, eps), sigma, latents.conditioning.repeat(size))
+        v, v_old = (roles.velocity(role, at_target) for role in ("generator", "old"))
+        plus, minus = (at_target.x0(velocity) for velocity in policy_pair(v, v_old, policy.beta))
+    scales = (normalizer(plus, y), normalizer(minus, y)) if policy.normalize == "error" else (n, n)
+    return policy_loss(plus, minus, y, o, *scales, policy.beta)

@@ -1,0 +1,1 @@
+"""Memory planning: what an update needs per GPU, before anything is downloaded."""

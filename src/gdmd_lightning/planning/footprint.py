@@ -1,0 +1,286 @@
+"""What one update of a method holds in memory, followed on the meta device with real code and without numbers.
+
+Everything except the batch is the same on every GPU of a data-parallel run; sharding is not followed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import clip_grad_norm_
+
+from gdmd_lightning.engines.base import Engine
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.latents import Batch, Conditioning
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.matching import MatchingModule
+from gdmd_lightning.phases import listening, phase
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
+from gdmd_lightning.prompts import Prompt, PromptBatch
+from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.judge import Judge
+from gdmd_lightning.roles import TEACHER, Roles
+
+META = torch.device("meta")
+LOWER = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PLAIN = ("32", "32-true", None)
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something that stays in memory.
+
+    Args:
+        name: What it is.
+        dtypes: Its precisions.
+        numbers: How many numbers it holds.
+        size: Bytes.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    numbers: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of one GPU.
+
+    Args:
+        components: What stays in memory.
+        phases: What each part of an update needs in addition, in bytes, in the order in which the parts first occur.
+    """
+
+    components: tuple[Component, ...]
+    phases: dict[str, int]
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay in memory."""
+        return sum(component.size for component in self.components)
+
+    @property
+    def total(self) -> int:
+        """Peak bytes."""
+        return self.resident + max(self.phases.values())
+
+
+class _Unasked(Reward):
+    """Accepts all prompts and is never asked for a score."""
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        raise AssertionError("a planned judge asks no reward")
+
+
+class _PlannedJudge(Judge):
+    """Decodes, and stands in for a reward, which cannot score images without pixels."""
+
+    def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        with phase("decoding"):
+            return self.family.decode(latents).flatten(1).mean(1)
+
+
+class _TracedEngine(Engine):
+    """Steps roles on the meta device."""
+
+    def __init__(self, roles: Roles, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        super().__init__(roles)
+        self.optimizers = optimizers
+
+    def zero_grad(self, role: str) -> None:
+        self.optimizers[role].zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        # Not loss.backward(): a torch function mode that sees it called is off inside, where blocks are recomputed.
+        torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
+
+    def step(self, role: str) -> None:
+        clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
+        self.optimizers[role].step()
+
+
+def plan(
+    module: DistillationModule,
+    batch_size: int,
+    precision: str | None = "32-true",
+    accelerator: Literal["cuda", "cpu"] = "cuda",
+) -> Plan:
+    """Follow one update of a run in progress and report what it holds.
+
+    Args:
+        module: A new one, before ``configure_model``; it cannot be used afterwards.
+        batch_size: Samples per update on one GPU.
+        precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
+
+    Raises:
+        UserError: If the precision is another one, or the family or its configuration cannot be sketched.
+    """
+    if precision not in LOWER and precision not in PLAIN:
+        raise UserError(
+            f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use 32-true, {', '.join(LOWER)}"
+        )
+    reward = _take_reward(module)
+    module.build_roles(module.family.sketch())
+    module.to(META)
+    if isinstance(module, MatchingModule):
+        module.matching = replace(module.matching, fake_score_updates=1)  # the others are like it
+    optimizers = {role: _optimizer(module, role, accelerator) for role in module.roles.trained}
+    components = tuple(_components(module, optimizers, reward))
+    held = sum(c.size for c in components if c.name != "reward")
+    phases = {
+        name: max(round(size) - held, 0) for name, size in _peaks(module, optimizers, batch_size, precision).items()
+    }
+    if module.memory.reward == "offloaded" and "decoding" in phases:
+        phases["decoding"] += _count("", _tensors(reward)).size
+    return Plan(components, phases)
+
+
+def _peaks(
+    module: DistillationModule,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch_size: int,
+    precision: str | None,
+) -> dict[str, float]:
+    """Peak bytes in each phase of an update.
+
+    Of many micro-batches only two, and then three, are followed: each further one adds the same latents and text
+    embeddings and nothing else.
+    """
+    micro = module.micro_batch_size
+    if micro is None or batch_size <= 3 * micro:
+        return {name: float(size) for name, size in _follow(module, optimizers, batch_size, precision).items()}
+    two, three = (_follow(module, optimizers, count * micro, precision) for count in (2, 3))
+    return {name: two[name] + (three[name] - two[name]) * (batch_size / micro - 2) for name in two}
+
+
+def _follow(
+    module: DistillationModule,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch_size: int,
+    precision: str | None,
+) -> dict[str, int]:
+    """Peak bytes in each phase of an update of ``batch_size`` samples, followed as a whole."""
+    trace = Trace()
+    trace.hold(module)
+    for optimizer in optimizers.values():
+        trace.see(_states(optimizer))
+    for part in _parts(module).values():
+        trace.hold(part)
+    prompts = PromptBatch((Prompt(""),) * batch_size, 1)
+    row = module.family.blank_conditioning(META)
+    with ExitStack() as modes:
+        modes.enter_context(FusedAttention())
+        if precision in LOWER:
+            modes.enter_context(Autocast(LOWER[precision]))
+        modes.enter_context(trace)
+        modes.enter_context(listening(trace.phase))
+        batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size))
+        module.update(batch, _TracedEngine(module.roles, optimizers))
+    return trace.phases
+
+
+def _take_reward(module: DistillationModule) -> nn.Module | None:
+    """Shapes of the reward model; leaves the method a judge that needs no pixels."""
+    if module.judge is None:
+        return None
+    reward = module.judge.reward
+    module.judge = _PlannedJudge(_Unasked(), module.family, "cpu", module.micro_batch_size)
+    return reward.sketch()
+
+
+def _parts(module: DistillationModule) -> dict[str, nn.Module]:
+    """Autoencoder and text encoders by their names in the pipeline, without freed ones."""
+    own = {id(part) for part in module.roles.modules()}
+    components = module.family.loaded.components.items()
+    parts = {name: part for name, part in components if isinstance(part, nn.Module) and id(part) not in own}
+    if _frees_encoders(module):
+        return {name: part for name, part in parts.items() if not name.startswith("text_encoder")}
+    return parts
+
+
+def _frees_encoders(module: DistillationModule) -> bool:
+    return module.embedding_cache is not None and module.embedding_cache.free_encoders
+
+
+def _optimizer(module: DistillationModule, role: str, accelerator: str) -> torch.optim.Optimizer:
+    """The role's optimizer as the previous update left it: with states, and with gradients not yet dropped."""
+    parameters, settings = module.roles.parameters_of(role), module.roles.optimization_of(role)
+    optimizer = EightBit(parameters) if settings.algorithm == "adamw_8bit" else settings.optimizer(parameters)
+    for group in optimizer.param_groups:
+        group["foreach"] = accelerator == "cuda"
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+class EightBit(torch.optim.Optimizer):
+    """States of the size of bitsandbytes' 8-bit Adam, which does not run on the meta device.
+
+    One byte per moment and a scale per 256 of them; parameters with fewer than 4,096 numbers keep float32 moments.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Create the states, the first time."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
+            small = parameter.numel() < 4096
+            moment = torch.float32 if small else torch.uint8
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[parameter][name] = torch.empty_like(parameter, dtype=moment)
+                if not small:
+                    scales = math.ceil(parameter.numel() / 256)
+                    self.state[parameter][f"{name}_scales"] = torch.empty(scales, device=parameter.device)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for each in optimizer.state.values():
+        yield from (value for value in each.values() if isinstance(value, Tensor))
+
+
+def _components(
+    module: DistillationModule, optimizers: dict[str, torch.optim.Optimizer], reward: nn.Module | None
+) -> Iterator[Component]:
+    roles = module.roles
+    state = roles.state_dict(keep_vars=True)
+    for name in (TEACHER, *(spec.name for spec in roles.specs)):
+        yield from _nonempty(_count(name, (state[member] for member in roles.names_of(name))))
+    for role in optimizers:
+        grads = (p.grad for p in roles.parameters_of(role) if p.grad is not None)
+        yield _count(f"{role}: gradients", grads)
+    for role, optimizer in optimizers.items():
+        yield _count(f"{role}: optimizer states", _states(optimizer))
+    for name, part in _parts(module).items():
+        yield _count(name, _tensors(part))
+    if _frees_encoders(module):
+        yield Component("text encoders (freed)", (), 0, 0)
+    if reward is not None and module.memory.reward == "accelerator":
+        yield _count("reward", _tensors(reward))
+
+
+def _nonempty(component: Component) -> list[Component]:
+    return [component] if component.size else []
+
+
+def _tensors(network: nn.Module | None) -> Iterator[Tensor]:
+    if network is not None:
+        yield from network.parameters()
+        yield from network.buffers()
+
+
+def _count(name: str, tensors: Iterable[Tensor]) -> Component:
+    found = {id(tensor): tensor for tensor in tensors if tensor.device.type == "meta"}.values()
+    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found if tensor.dim()}))
+    numbers = sum(tensor.numel() for tensor in found)
+    return Component(name, dtypes, numbers, sum(math.prod(t.shape) * t.element_size() for t in found))

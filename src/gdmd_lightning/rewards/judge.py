@@ -1,0 +1,80 @@
+"""The one place where latents become rewards: decoding, placement, micro-batches, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import in_micro_batches
+from gdmd_lightning.phases import phase
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward, checked_score
+
+Placement = Literal["accelerator", "offloaded", "cpu"]
+
+
+class Judge:
+    """Scores latents with a reward.
+
+    Args:
+        reward: The reward.
+        family: Decodes latents.
+        placement: Where the reward model stays: with the latents on the ``accelerator``, there only while it scores
+            (``offloaded``), or on the ``cpu``.
+        micro_batch_size: Most images decoded and scored at once without gradient; ``None`` for all.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        family: ModelFamily,
+        placement: Placement = "accelerator",
+        micro_batch_size: int | None = None,
+    ) -> None:
+        self.reward, self.family = reward, family
+        self.placement, self.micro_batch_size = placement, micro_batch_size
+
+    def __call__(self, latents: Tensor, prompts: Sequence[Prompt], *, gradient: bool = False) -> Tensor:
+        """Rewards ``[B]``, float32, of latents ``[B, C, H, W]``.
+
+        Args:
+            latents: Clean latents.
+            prompts: One per latent.
+            gradient: Keep the gradient through decoder and reward; then all images are in memory at once.
+
+        Raises:
+            UserError: If the reward raises, or returns the wrong shape or non-finite scores.
+        """
+        if gradient:
+            return self._score(latents, prompts)
+        with torch.no_grad():
+            return in_micro_batches(
+                lambda rows: self._score(latents[rows], prompts[rows]), len(latents), self.micro_batch_size
+            )
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Fail early if these prompts lack what the reward needs.
+
+        Raises:
+            UserError: Naming the first prompt at fault.
+        """
+        self.reward.check(prompts)
+
+    def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        with phase("decoding"):
+            images = self.family.decode(latents)
+        with phase("reward"), self._placed(images.device):
+            return checked_score(self.reward, images, prompts)
+
+    @contextmanager
+    def _placed(self, device: torch.device) -> Iterator[None]:
+        if self.placement != "cpu":
+            self.reward.to(device)
+        yield
+        if self.placement == "offloaded":
+            self.reward.to(torch.device("cpu"))

@@ -1,0 +1,116 @@
+"""What a method asks for: its roles, and how the trained ones are optimized."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gdmd_lightning.errors import UserError
+
+TEACHER = "teacher"
+"""The frozen network of the pipeline; every method has this role, and no spec declares it."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW for one role.
+
+    Args:
+        learning_rate: Constant after the warm-up.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        gradient_clip: Largest gradient norm.
+        warmup: Updates during which the learning rate rises linearly.
+        algorithm: ``adamw``, or ``adamw_8bit`` of bitsandbytes, whose moments take one byte each.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    warmup: int = 10
+    algorithm: Literal["adamw", "adamw_8bit"] = "adamw"
+
+    def check(self) -> None:
+        """Fail early if the optimizer is not installed.
+
+        Raises:
+            UserError: If bitsandbytes is needed and missing.
+        """
+        if self.algorithm == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "adamw_8bit requires bitsandbytes, which is not installed",
+                where="optimizer algorithm",
+                remedy="pip install bitsandbytes, or use adamw",
+            )
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Build the optimizer of these parameters."""
+        algorithm: Any = torch.optim.AdamW
+        if self.algorithm == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit as algorithm  # type: ignore[import-not-found, no-redef]
+        optimizer: torch.optim.Optimizer = algorithm(
+            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+        return optimizer
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Build the learning-rate schedule, stepped once per update."""
+        warmup = max(self.warmup, 1)
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One role of a method, at most one of: trained, an average of another role, or a past state of one.
+
+    Args:
+        name: Unique in the method, without a dot; not ``teacher``.
+        optimizer: Settings of a trained role.
+        average_of: Name of the trained role whose exponential moving average this is.
+        decay: Decay of the average per step of that role, in [0, 1).
+        snapshot_of: Name of the trained role whose past state this is; the method decides when it is taken.
+
+    Raises:
+        ValueError: If the spec contradicts itself.
+    """
+
+    name: str
+    optimizer: Optimization | None = None
+    average_of: str | None = None
+    decay: float = 0.0
+    snapshot_of: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(kind is not None for kind in (self.optimizer, self.average_of, self.snapshot_of)) != 1:
+            raise ValueError(f"role {self.name!r} must be trained, an average, or a snapshot")
+        if self.name == TEACHER or "." in self.name or not self.name:
+            raise ValueError(f"{self.name!r} cannot be the name of a role")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay of role {self.name!r} is {self.decay}, must be in [0, 1)")
+
+    @property
+    def source(self) -> str | None:
+        """The role that this one follows, ``None`` for a trained one."""
+        return self.average_of or self.snapshot_of
+
+
+def check_specs(specs: tuple[RoleSpec, ...]) -> None:
+    """Fail if names repeat or a role follows one that is not trained.
+
+    Raises:
+        ValueError: Naming the first role at fault.
+    """
+    trained = {spec.name for spec in specs if spec.optimizer is not None}
+    names: set[str] = set()
+    for spec in specs:
+        if spec.name in names:
+            raise ValueError(f"role {spec.name!r} is declared twice")
+        names.add(spec.name)
+        if spec.source is not None and spec.source not in trained:
+            raise ValueError(f"role {spec.name!r} follows {spec.source!r}, which is not trained")

@@ -1,0 +1,632 @@
+"""One-line errors that the tests must notice. Each old text stands exactly once in its file."""
+
+from dataclasses import dataclass
+
+DMD, GDMD, REFL = ("methods/test_dmd_update.py",), ("methods/test_gdmd_update.py",), ("methods/test_refl_update.py",)
+PARTS, WIRING = ("methods/test_micro_batches.py",), ("methods/test_lightning_wiring.py",)
+ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.py",)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """An error.
+
+    Args:
+        name: What goes wrong.
+        file: Inside ``src/gdmd_lightning``.
+        old, new: Text and what replaces it.
+        tests: Files below ``tests`` that must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def errors(file: str, tests: tuple[str, ...], *entries: tuple[str, str, str]) -> list[Mutation]:
+    """Errors in one file: ``(name, old, new)`` each."""
+    return [Mutation(name, file, old, new, tests) for name, old, new in entries]
+
+
+MUTATIONS = [
+    *errors(
+        "methods/matching.py",
+        DMD + GDMD + PARTS,
+        ("target sign flipped", "return self.x - dm_direction(", "return self.x + dm_direction("),
+        ("gradient log without normalizer", ".abs().mean(1) / self.n", ".abs().mean(1)"),
+        (
+            "one renoise noise for a group",
+            "eps.unflatten(0, (batch, group)))",
+            "eps.unflatten(0, (batch, group))[:, :1].expand(batch, group, *self.latent_shape))",
+        ),
+        (
+            "one level for all targets",
+            "levels = len(state.latents), 1 if share_sigma else group",
+            "levels = len(state.latents), 1",
+        ),
+        ("snapshots with levels of their own", "1 if share_sigma else group", "group"),
+        ("renoise with the level stream", 'self.stream("level"), sigma_min', 'self.stream("renoise"), sigma_min'),
+        (
+            "teacher without guidance",
+            'self.roles.x0("teacher", latents, guidance_scale=self.matching.guidance_scale)',
+            'self.roles.x0("teacher", latents)',
+        ),
+        (
+            "teacher swapped with fake score",
+            'self.roles.x0("teacher", latents,',
+            'self.roles.x0("fake_score", latents,',
+        ),
+        (
+            "fake score guided",
+            "return self.roles.x0(scores[0], latents)",
+            "return self.roles.x0(scores[0], latents, guidance_scale=self.matching.guidance_scale)",
+        ),
+        (
+            "normalizer of the fake score",
+            "normalizer(x, real, self.matching.floor)",
+            "normalizer(x, fake, self.matching.floor)",
+        ),
+        ("normalizer floor ignored", "normalizer(x, real, self.matching.floor)", "normalizer(x, real)"),
+        (
+            "samples repeated in the wrong order",
+            "x.detach().repeat_interleave(group, dim=0)",
+            "x.detach().repeat(group, 1, 1, 1)",
+        ),
+        (
+            "conditioning of another row",
+            "conditioning.repeat(group))",
+            "conditioning.repeat(group).select(slice(None, None)).select(torch.arange(batch * group).roll(1)))",
+        ),
+        (
+            "snapshots asked in wrong rows",
+            "torch.arange(group).repeat(batch)",
+            "torch.arange(group).repeat_interleave(batch)",
+        ),
+        ("snapshots never asked", "turn % len(scores) == k", "turn * 0 == k"),
+        (
+            "snapshot answers from the fake score",
+            "self.roles.x0(role, latents.select(rows))",
+            "self.roles.x0(scores[0], latents.select(rows))",
+        ),
+        (
+            "critic levels ignored",
+            "self.matching.fake_score_renoise_distribution or self.matching.renoise_distribution",
+            "self.matching.renoise_distribution",
+        ),
+        ("critic never steps twice", "range(self.matching.fake_score_updates)", "range(1)"),
+        ("every critic turn draws the same", 'self.stream("critic", turn)', 'self.stream("critic")'),
+        ("critic stream is the renoise stream", 'self.stream("critic", turn)', 'self.stream("renoise", turn)'),
+        (
+            "critic levels not stratified",
+            "draw_renoise_sigmas(distribution, 1, batch, rng)[0]",
+            "draw_renoise_sigmas(distribution, batch, 1, rng)[:, 0]",
+        ),
+        (
+            "fresh samples not fresh",
+            'self.matching.fake_score_samples == "fresh"',
+            'self.matching.fake_score_samples == "other"',
+        ),
+        (
+            "reused samples not reused",
+            'self.matching.fake_score_samples == "fresh"',
+            'self.matching.fake_score_samples != "other"',
+        ),
+        ("fresh samples the same every turn", 'f"critic rollout {turn}"', '"critic rollout"'),
+        (
+            "fresh samples of the generator's stream",
+            'self.rollout_state(batch, f"critic rollout {turn}")',
+            "self.rollout_state(batch)",
+        ),
+        (
+            "critic target with x0 and eps exchanged",
+            "velocity_loss(v, x0[rows], eps[rows])",
+            "velocity_loss(v, eps[rows], x0[rows])",
+        ),
+        (
+            "critic target of the wrong rows",
+            "velocity_loss(v, x0[rows], eps[rows])",
+            "velocity_loss(v, x0[rows], eps[:len(x0[rows])])",
+        ),
+        (
+            "critic input renoised with other noise",
+            "NoisyLatents(renoise(x0, sigma, eps), sigma, batch",
+            "NoisyLatents(renoise(x0, sigma, eps.flip(0)), sigma, batch",
+        ),
+        ("critic share forgotten", "backward(share * loss)", "backward(loss)"),
+        ("critic loss log not averaged", "share / self.matching.fake_score_updates", "share"),
+        ("critic steps the generator", 'with learn("fake_score") as backward', 'with learn("generator") as backward'),
+        ("step interval ignored", 'if self.matching.interval == "step" else None', "if False else None"),
+        ("step interval of the start", "self.sigmas[state.step_index + 1]", "self.sigmas[state.step_index]"),
+    ),
+    *errors(
+        "methods/dmd.py",
+        DMD + PARTS,
+        ("dmd share forgotten", "backward(share * loss)", "backward(loss)"),
+        ("dmd targets of the wrong rows", "draw.select(rows)", "draw.select(slice(0, len(x)))"),
+        (
+            "dmd critic on a part of the samples",
+            "x0 = torch.cat(samples)",
+            "x0 = samples[0].repeat(len(samples), 1, 1, 1)[:len(batch)]",
+        ),
+        (
+            "two dmd logs swapped",
+            "gradient=match.gradient.mean(), normalizer=match.n.mean()",
+            "normalizer=match.gradient.mean(), gradient=match.n.mean()",
+        ),
+        ("clamped share of the others", "match.n <= self.matching.floor", "match.n > self.matching.floor"),
+    ),
+    *errors(
+        "methods/gdmd.py",
+        GDMD + PARTS,
+        ("gdmd share forgotten", "backward(share * loss)", "backward(loss)"),
+        (
+            "targets judged under another prompt",
+            "tuple(prompt for prompt in batch.prompts for _ in range(size))",
+            "batch.prompts * size",
+        ),
+        (
+            "rewards of samples and targets swapped",
+            "torch.cat([latents, x.detach()]), (*prompts, *batch.prompts)",
+            "torch.cat([x.detach(), latents]), (*batch.prompts, *prompts)",
+        ),
+        (
+            "all prompts in one group",
+            "self.advantages(rewards, sample_reward, batch.groups.to(x.device))",
+            "self.advantages(rewards, sample_reward, 0 * batch.groups.to(x.device))",
+        ),
+        ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
+        (
+            "verdict reversed for all",
+            "optimality(advantages, self.advantages.clip)",
+            "1 - optimality(advantages, self.advantages.clip)",
+        ),
+        (
+            "lambda instead of 2 lambda",
+            "gradient_weight(o, 2 * self.lambda_policy)",
+            "gradient_weight(o, self.lambda_policy)",
+        ),
+        ("lambda ignored in the full form", "+ self.lambda_policy * term", "+ term"),
+        ("distillation left out of the full form", "return dm_loss(each, y, n) + self", "return self"),
+        ("optimality of the wrong rows", "judged.optimality[rows]", "judged.optimality[:len(part)]"),
+        ("policy noise is the renoise noise", 'self.stream("policy")', 'self.stream("renoise")'),
+        ("policy noise always zero", 'or self.policy.at == "state"', 'or self.policy.at != "none"'),
+        ("snapshots never kept", "if self.snapshots and", "if False and"),
+        ("snapshots kept in every update", "self.updates % self.targets.snapshot_every == 0", "True"),
+        ("snapshots kept in one slot", "self.updates // self.targets.snapshot_every % len(self.snapshots)", "0"),
+        ("snapshots of the generator", 'self.roles.copy("fake_score", ', 'self.roles.copy("generator", '),
+        ("old policy with the average's decay", "decay=self.policy.old_decay", "decay=self.ema_decay"),
+        (
+            "old policy follows the fake score",
+            'RoleSpec("old", average_of="generator"',
+            'RoleSpec("old", average_of="fake_score"',
+        ),
+        ("groups share a level always", 'share_sigma=over == "snapshot"', "share_sigma=True"),
+        ("snapshot groups have many levels", 'share_sigma=over == "snapshot"', "share_sigma=False"),
+        (
+            "snapshots in renoise groups",
+            'past = 0 if targets.over == "renoise" else targets.snapshots',
+            "past = targets.snapshots",
+        ),
+        (
+            "record of the wrong snapshot",
+            "snapshot=torch.arange(size) % len(scores)",
+            "snapshot=torch.arange(size) // len(scores)",
+        ),
+        (
+            "critic learns on targets",
+            "self.train_fake_score(batch, state, judged.x, learn)",
+            "self.train_fake_score(batch, state, judged.targets[:, 0], learn)",
+        ),
+        (
+            "samples repeated out of order",
+            "x.repeat_interleave(targets.shape[1], dim=0)",
+            "x.repeat(targets.shape[1], 1, 1, 1)",
+        ),
+    ),
+    *errors(
+        "methods/advantages.py",
+        GDMD,
+        ("strata not centered", "if self.center_strata:", "if False:"),
+        ("strata always centered", "if self.center_strata:", "if True:"),
+        (
+            "strata are samples",
+            "torch.arange(size, device=rewards.device).repeat(batch)",
+            "torch.arange(batch, device=rewards.device).repeat_interleave(size)",
+        ),
+        (
+            "state groups across samples",
+            "torch.arange(batch, device=rewards.device).repeat_interleave(size)",
+            "torch.arange(batch, device=rewards.device).repeat(size)",
+        ),
+        (
+            "prompt groups in the wrong order",
+            "members = groups.repeat_interleave(size)",
+            "members = groups.repeat(size)",
+        ),
+        ("targets minus another sample", "sample_reward.repeat_interleave(size)", "sample_reward.repeat(size)"),
+        (
+            "samples better than targets",
+            "values = values - sample_reward",
+            "values = sample_reward.repeat_interleave(size) - values + 0 * sample_reward",
+        ),
+        ("spread ignored", "group_advantages(values, members, self.spread)", "group_advantages(values, members)"),
+    ),
+    *errors(
+        "objectives/advantages.py",
+        GDMD,
+        ("group mean not removed", "centered = rewards - group_mean(rewards, groups)", "centered = rewards"),
+        ("spread of the group for the batch", 'if spread == "group" else', 'if spread == "batch" else'),
+        ("variance instead of its root", "std = variance.sqrt()", "std = variance"),
+    ),
+    *errors(
+        "objectives/distribution_matching.py",
+        DMD + GDMD,
+        ("direction reversed", "return (fake - real).detach()", "return (real - fake).detach()"),
+        ("factor one half lost", "weight * 0.5 * squared / n", "weight * squared / n"),
+        ("loss not normalized", "weight * 0.5 * squared / n", "weight * 0.5 * squared"),
+        ("weight ignored", "weight * 0.5 * squared / n", "0.5 * squared / n"),
+        ("weight without sign", "weight * 0.5 * squared / n", "abs(weight) * 0.5 * squared / n"),
+    ),
+    *errors(
+        "objectives/policy.py",
+        GDMD,
+        (
+            "verdict reversed in the policy loss",
+            "o * towards / n_plus + (1 - o) * away / n_minus",
+            "(1 - o) * towards / n_plus + o * away / n_minus",
+        ),
+        (
+            "policies exchanged",
+            "return (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v",
+            "beta = -beta\n    return (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v",
+        ),
+        ("policy not divided by beta", "/ n_minus) / beta)", "/ n_minus))"),
+        (
+            "optimality twice as steep",
+            "advantage.clamp(-clip, clip) / (2 * clip)",
+            "advantage.clamp(-clip, clip) / clip",
+        ),
+        ("optimality unclipped", "advantage.clamp(-clip, clip) / (2 * clip)", "advantage / (2 * clip)"),
+        ("weight of the opposite sign", "1 + strength * (2 * o - 1)", "1 - strength * (2 * o - 1)"),
+    ),
+    *errors(
+        "objectives/score_matching.py", DMD, ("flow target reversed", "(eps - x0)).square()", "(x0 - eps)).square()")
+    ),
+    *errors(
+        "methods/reward_terms.py",
+        GDMD,
+        ("policy normalize ignored", 'if policy.normalize == "error" else', "if True else"),
+        ("policy never error-normalized", 'if policy.normalize == "error" else', "if False else"),
+        ("policy always at the target", 'if policy.at == "state":', "if False:"),
+        (
+            "policy at another level",
+            "sigma = latents.sigma.repeat_interleave(size)",
+            "sigma = latents.sigma.repeat(size)",
+        ),
+        (
+            "policy under another prompt",
+            "latents.conditioning.repeat(size))",
+            "latents.conditioning.select(torch.arange(len(x)).repeat(size)))",
+        ),
+        ("old policy is the generator", 'for role in ("generator", "old")', 'for role in ("generator", "generator")'),
+        ("old policy is the average", 'roles.x0("old", latents)', 'roles.x0("ema", latents)'),
+        ("policies exchanged at the target", "plus, minus = (at_target", "minus, plus = (at_target"),
+        ("beta ignored at the state", 'roles.x0("old", latents), policy.beta)', 'roles.x0("old", latents), 1.0)'),
+    ),
+    *errors(
+        "methods/base.py",
+        DMD + REFL + WIRING,
+        (
+            "rollouts of the average",
+            'self.predictor("generator", batch.conditioning), noise',
+            'self.predictor("ema", batch.conditioning), noise',
+        ),
+        ("step index per sample", "stop = (batch.groups + first)", "stop = (torch.arange(len(batch)) + first)"),
+        ("step index always the first group's", "stop = (batch.groups + first)", "stop = (0 * batch.groups + first)"),
+        ("first step fixed", "(batch.groups + first) % self.steps", "batch.groups % self.steps"),
+        ("step index ignored", "if step_index is not None:", "if False:"),
+        (
+            "state one step early",
+            "noise, self.sigmas, self.sampler, rng, stop)",
+            "noise, self.sigmas, self.sampler, rng, (stop - 1).clamp(min=0))",
+        ),
+        ("level of another step", "self.sigmas[stop].to(noise)", "self.sigmas[stop + 1].to(noise)"),
+        ("state before the last step", "path.states[-1], self", "path.states[max(len(path.states) - 2, 0)], self"),
+        (
+            "rollout conditioning of the first rows",
+            "else conditioning.select(rows)",
+            "else conditioning.select(slice(0, len(rows)))",
+        ),
+        ("predictor without guidance", "chosen), guidance_scale=guidance_scale)", "chosen))"),
+        ("average with no decay setting", "decay=self.ema_decay", "decay=0.9"),
+        (
+            "average of the fake score",
+            'RoleSpec("ema", average_of="generator"',
+            'RoleSpec("ema", average_of="fake_score"',
+        ),
+        (
+            "generate asks the generator",
+            "predict = self.predictor(role, self.embeddings(texts))",
+            'predict = self.predictor("generator", self.embeddings(texts))',
+        ),
+        (
+            "teacher sampled on the student's levels",
+            "self.family.teacher_sigmas(steps, self.latent_shape)",
+            "self.family.few_step_sigmas(steps, self.latent_shape)",
+        ),
+        ("sums without share", "part = share * value.detach()", "part = value.detach()"),
+    ),
+    *errors(
+        "samplers.py",
+        DMD,
+        (
+            "euler step backwards",
+            "mean = x + per_sample(sigma_next - sigma, x) * v",
+            "mean = x + per_sample(sigma - sigma_next, x) * v",
+        ),
+        (
+            "renoise mean of the old level",
+            "mean = (1 - per_sample(sigma_next, x)) * x0\n",
+            "mean = (1 - per_sample(sigma, x)) * x0\n",
+        ),
+        (
+            "renoise noise of the old level",
+            "mean + per_sample(sigma_next, x) * noise)",
+            "mean + per_sample(sigma, x) * noise)",
+        ),
+        ("cps fresh and kept exchanged", "kept, fresh = math.cos(", "fresh, kept = math.cos("),
+        ("sde noise without time", "total = std * torch.sqrt((sigma - sigma_next).to(std.dtype))", "total = std"),
+        (
+            "sde at the first level",
+            "below = torch.where(sigma >= 1, torch.full_like(sigma, sigma_max), sigma)",
+            "below = torch.where(sigma >= 1, torch.full_like(sigma, 0.5), sigma)",
+        ),
+        ("steps beyond the stop", "torch.nonzero(stop > k)", "torch.nonzero(stop >= k)"),
+        (
+            "next level one step on",
+            "for i in (k, k + 1))\n        step =",
+            "for i in (k, len(sigmas) - 1))\n        step =",
+        ),
+        ("wrong rows put back", "x.index_copy(0, index,", "x.index_copy(0, index.flip(0),"),
+    ),
+    *errors(
+        "schedules.py",
+        DMD + GDMD,
+        ("groups not stratified", "    if stratify:", "    if False:"),
+        (
+            "renoise with levels exchanged",
+            "return (1 - sigma) * x0 + sigma * eps",
+            "return sigma * x0 + (1 - sigma) * eps",
+        ),
+        (
+            "x0 of the wrong sign",
+            "return x_sigma - per_sample(sigma, x_sigma) * velocity",
+            "return x_sigma + per_sample(sigma, x_sigma) * velocity",
+        ),
+    ),
+    *errors(
+        "methods/refl.py",
+        REFL + PARTS,
+        ("refl against the reward", "short = -reward if", "short = reward if"),
+        ("refl margin reversed", "torch.relu(self.margin - reward)", "torch.relu(reward - self.margin)"),
+        ("refl margin ignored", "-reward if self.margin is None else", "-reward if True else"),
+        ("refl weight ignored", "self.weight * short.mean()", "short.mean()"),
+        ("refl at an earlier step", "step_index=self.steps - 1", "step_index=max(self.steps - 2, 0)"),
+        ("refl at every step", "step_index=self.steps - 1", "step_index=None"),
+        ("refl prompts of the wrong rows", "batch.prompts[rows]", "batch.prompts[:len(x)]"),
+        ("refl share forgotten", "backward(share * loss)", "backward(loss)"),
+        ("refl logs swapped", "loss=loss, reward_sample=reward.mean()", "reward_sample=loss, loss=reward.mean()"),
+    ),
+    *errors(
+        "rewards/judge.py",
+        GDMD + REFL + PARTS,
+        ("decoding skipped", "images = self.family.decode(latents)", "images = latents"),
+        (
+            "prompts of the first part",
+            "self._score(latents[part], prompts[part])",
+            "self._score(latents[part], prompts[: len(latents[part])])",
+        ),
+        (
+            "rewards scored whole",
+            "micro_batches(len(latents), self.micro_batch_size)",
+            "micro_batches(len(latents), None)",
+        ),
+    ),
+    *errors(
+        "roles/base.py",
+        ROLES + DMD + PARTS,
+        ("through ignored", "(role == self.learner or through)", "(role == self.learner)"),
+        ("all roles carry gradient", "(role == self.learner or through)", "True"),
+        ("frozen weights get gradient", "weight.requires_grad_(False)", "weight.requires_grad_(True)"),
+        ("guidance dropped in velocity", "part.conditioning, guidance_scale)", "part.conditioning)"),
+        (
+            "x0 drops through",
+            "adapter_scale=adapter_scale, through=through)\n        return latents",
+            "adapter_scale=adapter_scale)\n        return latents",
+        ),
+        ("averages of every role move", "if spec.average_of == role:", "if spec.average_of:"),
+        ("averages never move", "if spec.average_of == role:", "if False:"),
+        ("learner not cleared", "self.learner = None\n            self._set", "self._set"),
+        (
+            "forwards not split",
+            "micro_batches(len(latents), self.micro_batch_size)",
+            "micro_batches(len(latents), None)",
+        ),
+    ),
+    *errors(
+        "roles/adapters.py",
+        ROLES,
+        (
+            "adapter scale ignored",
+            "self._under(None if role == TEACHER else role, adapter_scale)",
+            "self._under(None if role == TEACHER else role, 1.0)",
+        ),
+        ("adapter scale kept", "layer.set_scale(previous, 1.0)", "pass"),
+        (
+            "teacher under an adapter",
+            "None if role == TEACHER else role, adapter_scale",
+            "'generator' if role == TEACHER else role, adapter_scale",
+        ),
+    ),
+    *errors(
+        "roles/copies.py",
+        DMD,
+        ("average decay reversed", "get_ema_multi_avg_fn(decay)", "get_ema_multi_avg_fn(1 - decay)"),
+    ),
+    *errors(
+        "engines/base.py",
+        DMD,
+        (
+            "average before the step",
+            '            with phase("optimizer step"):',
+            '            self.roles.update_averages(role)\n            with phase("optimizer step"):',
+        ),
+        ("average not moved", "        self.roles.update_averages(role)\n", ""),
+        ("role never stepped", "self.step(role)", "pass"),
+        ("gradient not dropped", "self.zero_grad(role)\n", "pass\n"),
+    ),
+    *errors(
+        "engines/lightning.py",
+        WIRING,
+        ("clipping ignored", 'gradient_clip, "norm")', 'gradient_clip * 1e9, "norm")'),
+        (
+            "one role's clip for all",
+            "self.roles.optimization_of(role).gradient_clip",
+            "self.roles.optimization_of('generator').gradient_clip",
+        ),
+        (
+            "generator's optimizer for all",
+            "optimizer = self.optimizers[role]",
+            "optimizer = self.optimizers['generator']",
+        ),
+        ("every step counted", "            self._counted = True", "            pass"),
+        ("gradients pile up", "self.optimizers[role].zero_grad(set_to_none=True)", "pass"),
+    ),
+    *errors(
+        "methods/lightning.py",
+        WIRING,
+        ("updates not counted", "self.updates += 1", "self.updates += 0"),
+        ("schedules not stepped", "            schedule.step()", "            pass"),
+        (
+            "same noise in every update",
+            "self.global_rank, self.updates, purpose, turn)",
+            "self.global_rank, purpose, turn)",
+        ),
+        ("same noise on every rank", "stream(self.seed, self.global_rank, self", "stream(self.seed, self"),
+        ("stream without turn", "self.updates, purpose, turn)", "self.updates, purpose)"),
+        ("stream without purpose", "self.updates, purpose, turn)", "self.updates, turn)"),
+        ("stream without seed", "return stream(self.seed, ", "return stream("),
+        (
+            "height and width exchanged",
+            "self.family.latent_shape(self.height, self.width)",
+            "self.family.latent_shape(self.width, self.height)",
+        ),
+        (
+            "settings of the generator for all",
+            "settings = self.roles.optimization_of(role)",
+            "settings = self.roles.optimization_of('generator')",
+        ),
+        (
+            "parameters of the generator for all",
+            "settings.optimizer(self.roles.parameters_of(role))",
+            "settings.optimizer(self.roles.parameters_of('generator'))",
+        ),
+        (
+            "optimizers in reverse",
+            "zip(self.roles.trained, _listed(self.optimizers())",
+            "zip(self.roles.trained[::-1], _listed(self.optimizers())",
+        ),
+        ("updates not restored", 'self.updates = origin["updates"]', "pass"),
+        ("updates not saved", "replace(self.provenance, updates=self.updates)", "self.provenance"),
+        ("start_from ignored", "if self.start_from is not None:", "if False:"),
+        ("record not handed on", 'None if done.record is None else {"record": done.record}', "None"),
+        ("logs under another name", 'f"train/{name}": value', 'f"train/{name}": 0 * value'),
+        (
+            "embeddings of sorted prompts",
+            "[prompt.text for prompt in batch.prompts]",
+            "sorted(prompt.text for prompt in batch.prompts)",
+        ),
+    ),
+    *errors(
+        "methods/checkpointing.py",
+        WIRING,
+        ("average not taken over", 'if not found and spec.name != "generator":', 'if spec.name != "generator":'),
+        ("followers not started", "roles.copy(str(spec.source), spec.name)", "pass"),
+    ),
+    *errors(
+        "roles/spec.py",
+        WIRING,
+        ("warm-up ignored", "warmup = max(self.warmup, 1)", "warmup = 1"),
+        ("warm-up one too long", "total_iters=warmup - 1", "total_iters=warmup"),
+        ("weight decay ignored", "betas=self.betas, weight_decay=self.weight_decay", "betas=self.betas"),
+        ("betas ignored", "betas=self.betas, weight_decay", "weight_decay"),
+    ),
+    *errors(
+        "methods/record.py",
+        GDMD,
+        (
+            "target and sample figures exchanged",
+            '"reward_target": self.rewards.mean()',
+            '"reward_target": self.rewards.mean() if self.sample_reward is None else self.sample_reward.mean()',
+        ),
+        ("reward spread over the batch", "self.rewards.std(1).mean() if", "self.rewards.std() if"),
+        ("record's weight with lambda", "2 * self.lambda_policy", "self.lambda_policy"),
+        ("share of positive weights", "(self.weight() < 0)", "(self.weight() > 0)"),
+        (
+            "share of worse targets",
+            "self.rewards > self.sample_reward[:, None]",
+            "self.rewards < self.sample_reward[:, None]",
+        ),
+        ("gradient figure is the spread", '"gradient": self.gradient.mean()', '"gradient": spread'),
+        ("spread figure is the gradient", '"reward_spread": spread', '"reward_spread": self.gradient.mean()'),
+    ),
+    *errors(
+        "families/base.py",
+        ROLES + DMD,
+        (
+            "guidance reversed",
+            "unconditional + guidance_scale * (conditional - unconditional)",
+            "conditional + guidance_scale * (unconditional - conditional)",
+        ),
+        (
+            "halves of guidance exchanged",
+            "unconditional, conditional = v.chunk(2)",
+            "conditional, unconditional = v.chunk(2)",
+        ),
+    ),
+    *errors(
+        "families/sd3.py",
+        SIZES,
+        ("sd3 height and width", "height // factor, width // factor", "width // factor, height // factor"),
+    ),
+    *errors(
+        "families/sdxl.py",
+        SIZES,
+        ("sdxl size exchanged", "for side in x_sigma.shape[2:]]", "for side in x_sigma.shape[:1:-1]]"),
+    ),
+    *errors(
+        "data/prompt_data.py",
+        WIRING,
+        ("data rank not passed on", "rank=0 if self.trainer is None else self.trainer.global_rank", "rank=0"),
+        (
+            "data world size not passed on",
+            "world_size=1 if self.trainer is None else self.trainer.world_size,\n            start",
+            "world_size=1,\n            start",
+        ),
+    ),
+    *errors("data/stream.py", WIRING, ("rank ignored", "[self.rank :: self.world_size]", "[0 :: self.world_size]")),
+    *errors("prompts.py", WIRING + GDMD, ("groups of the wrong size", "// self.group_size", "% self.group_size")),
+    *errors(
+        "latents.py",
+        GDMD + PARTS,
+        ("conditioning repeated as a block", "t.repeat_interleave(times, dim=0))", "torch.cat([t] * times))"),
+        (
+            "levels of the first rows",
+            "NoisyLatents(self.x[rows], self.sigma[rows],",
+            "NoisyLatents(self.x[rows], self.sigma[:len(self.x[rows])],",
+        ),
+        ("last micro-batch left out", "range(0, rows, step)", "range(0, rows - rows % step or rows, step)"),
+    ),
+]

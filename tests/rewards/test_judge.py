@@ -1,0 +1,85 @@
+"""The judge: latents to rewards, whole or in micro-batches, with the reward model where it was asked to be."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.judge import Judge
+
+LATENTS = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+PROMPTS = [Prompt(str(i)) for i in range(5)]
+
+
+class Doubling:
+    """Decodes latents to images of twice their values."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.batches.append(len(latents))
+        return 2 * latents
+
+
+class Placed(Reward):
+    """Adds the prompt's number to the images' mean; notes where it is moved."""
+
+    name = "placed"
+    differentiable = True
+
+    def __init__(self) -> None:
+        self.moves: list[str] = []
+
+    def to(self, device: torch.device) -> None:
+        self.moves.append(str(device))
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        self.moves.append("score")
+        return images.mean((1, 2, 3)) + torch.tensor([float(p.text) for p in prompts], device=images.device)
+
+    def check(self, prompts) -> None:
+        raise AssertionError(prompts[0].text)
+
+
+def expected() -> Tensor:
+    return 2 * LATENTS.mean((1, 2, 3)) + torch.arange(5)
+
+
+def test_judge_scores_decoded_latents_with_their_prompts():
+    torch.testing.assert_close(Judge(Placed(), Doubling())(LATENTS, PROMPTS), expected())
+
+
+@pytest.mark.parametrize(("size", "batches"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
+def test_judge_in_micro_batches_gives_the_same_rewards(size, batches):
+    family = Doubling()
+    torch.testing.assert_close(Judge(Placed(), family, micro_batch_size=size)(LATENTS, PROMPTS), expected())
+    assert family.batches == batches
+
+
+def test_judge_carries_no_gradient_unless_requested():
+    latents = LATENTS.clone().requires_grad_()
+    assert not Judge(Placed(), Doubling())(latents, PROMPTS).requires_grad
+
+
+def test_judge_with_gradient_keeps_it_through_the_decoder():
+    latents = LATENTS.clone().requires_grad_()
+    Judge(Placed(), Doubling(), micro_batch_size=2)(latents, PROMPTS, gradient=True).sum().backward()
+    torch.testing.assert_close(latents.grad, torch.full_like(LATENTS, 2 / 24))
+
+
+@pytest.mark.parametrize(
+    ("placement", "moves"),
+    [("accelerator", ["meta", "score"]), ("offloaded", ["meta", "score", "cpu"]), ("cpu", ["score"])],
+)
+def test_judge_places_the_reward(placement, moves):
+    reward = Placed()
+    with Judge(reward, Doubling(), placement)._placed(torch.device("meta")):
+        reward.moves.append("score")
+    assert reward.moves == moves
+
+
+def test_judge_check_asks_the_reward():
+    with pytest.raises(AssertionError, match="3"):
+        Judge(Placed(), Doubling()).check([Prompt("3")])
