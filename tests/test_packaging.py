@@ -1,4 +1,4 @@
-"""The package's structure: imports between packages, where names may appear, sizes, and the wheel's content."""
+"""The package's structure: imports between packages, where names may appear, sizes, and the wheel."""
 
 import ast
 import re
@@ -61,7 +61,7 @@ def part_of(path: Path) -> str:
 
 
 def imported_parts(path: Path) -> set[str]:
-    """Parts of this package that a file imports, at its top, within functions, or for type annotations only."""
+    """Parts of this package that a file imports anywhere, also for type annotations only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -24,8 +24,8 @@ from gdmd_lightning.studies import sampling
 
 PREFIX = "gdmd_lightning: error: "
 TEXTS = ["a red circle", "two blue squares", "a green triangle above a café", "painting of a \u26f0"]
-# The batch size decides the order in which sums are added, hence the last bits of a network's output; near a rounding
-# boundary they change an 8-bit pixel by one.
+# The batch size decides the order in which sums are added, hence the last bits of a network's output; near a
+# rounding boundary they change an 8-bit pixel by one.
 ROUNDING = 1
 
 
@@ -256,7 +256,7 @@ def test_sample_lists_pictures_with_the_metadata_of_their_prompts(checkpoint, tm
 
 @pytest.fixture
 def refused(capsys, monkeypatch, checkpoint, prompts, tmp_path):
-    """``refused(...)`` returns the error line of ``sample`` and checks that no model is loaded, no picture touched."""
+    """``refused(...)`` returns the error line of ``sample``; no model is loaded and no picture touched."""
     usual = {"checkpoint": checkpoint, "prompts": prompts, "out": tmp_path / "out"}
 
     def error_line(*arguments: object, **given: object) -> str:

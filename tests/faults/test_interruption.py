@@ -13,7 +13,7 @@ from conftest import cli_command, cli_environment
 from gdmd_lightning.configuration import training
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 
-# The parts of a checkpoint that equal runs have in common; paths, callbacks' progress and versions may differ.
+# The parts of a checkpoint that equal runs have in common; paths and versions may differ.
 CONTENTS = ("state_dict", "optimizer_states", "lr_schedulers", "PromptDataModule", "global_step")
 
 
@@ -33,7 +33,7 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tuple[int, str, Path]:
-    """Start ``fit`` as a process and signal it during training; returns status, output and checkpoint directory."""
+    """Signal a ``fit`` process during training; returns status, output and checkpoint directory."""
     endless = ["--trainer.max_steps=100000", f"--trainer.logger.init_args.save_dir={directory}"]
     process = subprocess.Popen(
         cli_command("fit", *fast_fit, *endless),
@@ -79,7 +79,7 @@ def test_fit_resumes_exactly_after_kill_9(fast_fit, tmp_path):
     assert step >= 2
     assert step % 2 == 0
     until = f"--trainer.max_steps={step + 3}"
-    # In the same directory, as a user would: the record drops rows that the killed run wrote after its checkpoint.
+    # In the same directory, as a user would: the record drops rows written after the checkpoint.
     resumed = train(fast_fit, tmp_path, until, f"--ckpt_path={last}")
     uninterrupted = train(fast_fit, tmp_path / "alone", until)
     assert resumed == last
@@ -110,8 +110,8 @@ def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name):
     keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
     saving.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
     variant = [argument.format(saving=saving) for argument in VARIANTS[name]]
-    # At 2 updates ModelCheckpoint saves, at 3 only the end of the run does. By 40 the prompts have repeated, which the
-    # resumed run does not remember.
+    # At 2 updates ModelCheckpoint saves, at 3 only the end of the run does. By 40 the prompts have repeated,
+    # which the resumed run does not remember.
     for end in (2, 3, 40):
         first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
         assert step_of(first) == end

@@ -36,5 +36,6 @@ def test_comparison_table_shows_differences_to_the_teacher_and_to_dmd():
 def test_over_seeds_gives_the_t_interval():
     mean, half = map(float, over_seeds([0.1, 0.2, 0.3]).split(" ± "))
     assert mean == 0.2
-    assert half == pytest.approx(4.303 * 0.1 / 3**0.5, abs=1e-3)  # the 97.5% quantile of t with 2 degrees of freedom
+    quantile = 4.303  # 97.5% of the t distribution with 2 degrees of freedom
+    assert half == pytest.approx(quantile * 0.1 / 3**0.5, abs=1e-3)
     assert over_seeds([0.25]) == "0.250"

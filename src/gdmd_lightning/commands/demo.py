@@ -1,4 +1,4 @@
-"""The whole method on one CPU: DMD as the cold start, then GDMD, a table of scores, pictures, and a pipeline."""
+"""The whole method on one CPU: a DMD cold start, then GDMD, a table of scores, pictures, and a pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gdmd_lightning.studies.tasks import SHAPES
 
 
 def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str]) -> None:
-    """Train DMD, then GDMD from it; score both and the teacher; export GDMD's generator; print what was found.
+    """Train DMD, then GDMD from it; score both and the teacher; export GDMD's generator; print the results.
 
     Args:
         out: Directory of everything written; an earlier demo there is replaced.

@@ -1,4 +1,4 @@
-"""Score generators on fixed prompts from the same noise: a table by network evaluations, and a picture grid."""
+"""Score generators on fixed prompts from the same noise; write a table and a picture grid."""
 
 from __future__ import annotations
 

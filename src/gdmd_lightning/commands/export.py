@@ -1,4 +1,4 @@
-"""Write a checkpoint's generator for diffusers: a pipeline directory that samples in its few steps, or a LoRA file."""
+"""Write a checkpoint's generator for diffusers: a few-step pipeline directory, or a LoRA file."""
 
 from __future__ import annotations
 

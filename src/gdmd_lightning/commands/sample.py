@@ -1,7 +1,7 @@
-"""Sample a checkpoint: prompts in, pictures out. ``OUT/000000-0.png`` is the first picture of the first prompt.
+"""Sample a checkpoint: prompts in, pictures out.
 
-Run the same command again to complete a directory: a picture depends on its prompt's row, its number, the seed and
-the checkpoint, not on the batch or on pictures that exist already.
+``OUT/000000-0.png`` is the first picture of the first prompt. Run the same command again to complete a directory:
+a picture depends on its prompt's row, its number, the seed and the checkpoint only.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _usable(device: str | None) -> str:
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch's errors for an unknown name, and for missing CUDA
+    # torch's errors for an unknown name, and for missing CUDA.
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{chosen!r} cannot be used: {reason}", where="--device", remedy="use cpu or cuda") from error
     return chosen

@@ -1,1 +1,1 @@
-"""From arguments and checkpoints to modules: finding configs, explaining wrong arguments, training, restoring."""
+"""From arguments and checkpoints to modules: find configs, explain wrong arguments, train, restore."""

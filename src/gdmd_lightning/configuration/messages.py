@@ -1,7 +1,7 @@
 """jsonargparse's errors about wrong arguments, turned into one readable line.
 
-Its messages list every type that a value could have had, several levels deep. A person needs the key, the value and
-the right form; these are at the end of the chain of causes.
+Its messages list every type that a value could have had, several levels deep. A person needs the key, the
+value and the right form; these are at the end of the chain of causes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ LENGTH = 300
 
 
 def readable_error(error: BaseException, command: str) -> UserError:
-    """Turn an error of a parser or a constructor into a :class:`UserError`; return its cause if that is one already.
+    """Turn an error of a parser or a constructor into a :class:`UserError`.
+
+    If one of its causes is a :class:`UserError` already, return that.
 
     Args:
         error: The error, with its causes.

@@ -42,7 +42,7 @@ def load_module(path: str, device: str = "cpu", role: str | None = None) -> Dist
         role: Build only this role and the teacher; ``None`` for all. Sampling and export need one.
 
     Raises:
-        UserError: If the checkpoint is unreadable, carries no configuration, or does not fit the pipeline on disk.
+        UserError: If the checkpoint is unreadable, has no configuration, or does not fit the pipeline on disk.
     """
     checkpoint = read_checkpoint(path)
     provenance = Provenance(**checkpoint.get("provenance", {}))
@@ -53,7 +53,8 @@ def load_module(path: str, device: str = "cpu", role: str | None = None) -> Dist
         configured = parser.parse_string(provenance.configuration)
     except ArgumentError as error:
         raise UserError(f"cannot parse the configuration in {path!r}: {error}", where="checkpoint") from error
-    configured.model.init_args.start_from = None  # the checkpoint already has everything that was taken from there
+    # The checkpoint already has everything that was taken from there.
+    configured.model.init_args.start_from = None
     module: DistillationModule = parser.instantiate_classes(configured).model
     module.provenance, module.updates = provenance, provenance.updates
     if role is not None:

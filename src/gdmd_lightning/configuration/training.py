@@ -38,7 +38,7 @@ class DistillationCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def _parse_ckpt_path(self) -> None:
-        """Check that a checkpoint to resume from is one; Lightning would take the model's arguments from it."""
+        """Check the checkpoint to resume from; Lightning would take the model's arguments from it."""
         path = self.config.fit.ckpt_path if "subcommand" in self.config else None
         if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
             read_checkpoint(str(path), in_memory=False)
@@ -62,7 +62,7 @@ class DistillationCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Store the configuration in checkpoints; refuse a setting that Lightning would reject less clearly."""
+        """Store the configuration in checkpoints; refuse what Lightning would reject less clearly."""
         settings = self.config.fit
         self.model.provenance = Provenance(describe_module(settings.model), str(settings.data.source))
         if self.trainer.gradient_clip_val:
@@ -74,7 +74,7 @@ class DistillationCLI(LightningCLI):
 
 
 class _ParsingCLI(DistillationCLI):
-    """``fit`` up to its parsed configuration; builds no trainer, which would look for GPUs that may not be there."""
+    """``fit`` up to its parsed configuration; builds no trainer, which would look for GPUs."""
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
@@ -111,7 +111,8 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
     except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:
         raise readable_error(error, "fit") from error
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits this way after Ctrl-C while loading
+        # Lightning exits this way after Ctrl-C while loading.
+        if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
 
@@ -159,4 +160,5 @@ def quiet() -> None:
 
 def signal_received(cli: DistillationCLI) -> int:
     """The number of the signal that ended the run, or 0."""
-    return next(c.received for c in cli.trainer.callbacks if isinstance(c, StopOnSignal))  # type: ignore[attr-defined]
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return next(c.received for c in callbacks if isinstance(c, StopOnSignal))

@@ -1,4 +1,4 @@
-"""Arms of a comparison: named settings, each trained and scored into a directory, and resumed where it stopped."""
+"""Arms of a comparison: named settings, each trained and scored in a directory, and resumable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Arm:
     Args:
         name: The arm's name in tables.
         configs: Names or paths of configurations; a later one overrides an earlier one.
-        overrides: Values by dotted key, such as ``{"model.lambda_policy": 5}``; they override the configurations.
+        overrides: Values by dotted key, such as ``{"model.lambda_policy": 5}``; override the configurations.
     """
 
     name: str
@@ -78,9 +78,9 @@ ARMS = {
     )
 }
 
-# No callback that evaluates or records, so that the seconds and evaluations are the method's own. Without the version
-# counter a resumed run overwrites its last.ckpt, even if --out is now spelled differently; with the counter, it would
-# write last-v1.ckpt next to the last.ckpt that is scored.
+# No callback that evaluates or records, so that the seconds and evaluations are the method's own. Without the
+# version counter a resumed run overwrites its last.ckpt, even if --out is now spelled differently; with the
+# counter, it would write last-v1.ckpt next to the last.ckpt that is scored.
 UNOBSERVED = {
     "trainer.enable_progress_bar": False,
     "trainer.log_every_n_steps": 50,

@@ -57,8 +57,8 @@ class Comparison:
         """Fail before any training if the directory has results of another comparison.
 
         Raises:
-            UserError: If the number of prompts is impossible, a cold start there has another length, or scores there
-                are of other prompts.
+            UserError: If the number of prompts is impossible, or the directory has a cold start of another length
+                or scores on other prompts.
         """
         self.task.read_prompts(self.count)
         for seed in self.seeds:

@@ -1,4 +1,4 @@
-"""Write a generator for diffusers: a pipeline directory that samples in its few steps, or a LoRA file."""
+"""Write a generator for diffusers: a few-step pipeline directory, or a LoRA file."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def export(module: DistillationModule, out: Path, *, averaged: bool = True, form
             ``load_lora_weights`` on the teacher's pipeline.
 
     Raises:
-        UserError: If ``out`` exists or cannot be written, if no diffusers scheduler repeats the sampler, or if an
-            adapter is requested but full weights were trained.
+        UserError: If ``out`` exists or cannot be written, if no diffusers scheduler repeats the sampler,
+            or if an adapter is requested but full weights were trained.
     """
     if out.exists():
         raise UserError(f"{str(out)!r} exists", where="export", remedy="remove it or give another directory")

@@ -1,7 +1,7 @@
 """Directories of sampled pictures: ``000000-0.png`` is the first picture of the first prompt.
 
-A picture depends on its row, its number, the seed and the checkpoint only, not on the batch or on pictures that exist
-already. So an incomplete directory is completed by sampling again.
+A picture depends on its row, its number, the seed and the checkpoint only, not on the batch or on existing
+pictures. So an incomplete directory is completed by sampling again.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Origin:
 
 
 def checkpoint_digest(path: str) -> str:
-    """Digest of a checkpoint's content, computed from the checksums in its zip directory without reading tensors.
+    """Digest of a checkpoint's content, from the checksums in its zip directory; reads no tensors.
 
     Raises:
         UserError: If the file does not exist or is not a checkpoint.

@@ -11,7 +11,7 @@ CONTROL = "DMD"
 
 
 def score_table(rows: Sequence[Row]) -> str:
-    """One line per generator: overall scores with 95% intervals, GenEval by task, milliseconds per picture."""
+    """One line per generator: overall scores with 95% intervals, GenEval by task, ms per picture."""
     names = list(rows[0].scores)
     overall = [name for name in names if name.endswith("/overall")]
     tasks = [name for name in names if name.startswith("geneval/") and name not in overall]
@@ -29,7 +29,7 @@ def score_table(rows: Sequence[Row]) -> str:
 def comparison_table(
     task: Task, teacher: Sequence[Row], cold_start: Mapping[str, Sequence[Row]], arms: Mapping[str, Sequence[Row]]
 ) -> str:
-    """Overall scores as means over seeds, with the compared score's difference to the teacher and to the control.
+    """Overall scores as means over seeds, with differences to the teacher and to the control.
 
     Args:
         task: Titles of the scores, and which one is compared.
