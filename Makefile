@@ -1,4 +1,4 @@
-# make demo and make test set up everything they need, given Python 3.11.
+# `make demo` and `make test` set up everything they need; Python 3.11 must be installed.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ test: venv
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
 
-# Does the suite notice one-line errors? Not part of continuous integration: it takes a quarter of an hour.
+# Check that the tests notice one-line errors. Takes a quarter of an hour, so CI does not run it.
 test-mutations: venv
 	$(BIN)/python tests/mutations/run.py
 
@@ -36,7 +36,7 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every command that the documentation shows is run by this test; docs/ itself is plain Markdown.
+# Check the documentation's links, commands and examples; docs/ itself is plain Markdown.
 docs: venv
 	$(BIN)/python -m pytest -q tests/test_docs.py
 

@@ -1,4 +1,4 @@
-"""Run the demo as a user would and measure its time, first step and peak memory, and the command line's start-up.
+"""Measure the demo (total time, time to the first step, peak memory) and the start-up of the command line.
 
 .venv/bin/python benchmarks/demo.py [arguments of demo]
 """

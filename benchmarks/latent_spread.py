@@ -1,4 +1,4 @@
-"""How far generators stand from the teacher's manifold: the standard deviation of their latents next to the teacher's.
+"""Compare the standard deviation of generators' latents with the teacher's: how far they left its manifold.
 
 .venv/bin/python benchmarks/latent_spread.py CHECKPOINT ... [--count N]
 """
@@ -16,9 +16,9 @@ from gdmd_lightning.streams import draw_noise, stream
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of Shapes; the teacher is the first's")
-    parser.add_argument("--count", type=int, default=600, help="test prompts")
-    parser.add_argument("--steps", type=int, default=30, help="of the teacher")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a Shapes run; the teacher is taken from the first")
+    parser.add_argument("--count", type=int, default=600, help="number of test prompts")
+    parser.add_argument("--steps", type=int, default=30, help="steps of the teacher")
     options = parser.parse_args()
     texts = [prompt.text for prompt in read_evaluation_prompts("shapes", options.count)]
     for number, path in enumerate(options.checkpoints):

@@ -1,3 +1,3 @@
-"""Distil text-to-image diffusion models into few-step generators, and lift them with gradient rewards."""
+"""Distill text-to-image diffusion models into few-step generators, with gradient rewards."""
 
 __version__ = "0.1.0"

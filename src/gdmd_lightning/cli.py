@@ -1,6 +1,6 @@
 """The command line: runs a command, and reports a user's mistake in one line.
 
-Nothing heavy is imported until the command is known, so that ``--help`` answers at once.
+Nothing heavy is imported until the command is known, so that ``--help`` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Few-step samplers: one function per step, a class per sampler, and the rollout that applies them.
+"""Few-step samplers: one function per step, one class per sampler, and the rollout that applies them.
 
 Every step takes its noise as an argument; nothing here draws from a hidden random stream.
 """
@@ -86,7 +86,7 @@ def step_sde(
     dt = per_sample(sigma_next - sigma, x)
     below = torch.where(sigma >= 1, torch.full_like(sigma, sigma_max), sigma)
     std = noise_level * torch.sqrt(sigma / (1 - below))
-    std = torch.where(sigma_next > 0, std, torch.zeros_like(std))  # the last step is Euler's
+    std = torch.where(sigma_next > 0, std, torch.zeros_like(std))  # the last step is an Euler step
     g, s = per_sample(std, x), per_sample(sigma, x)
     mean = x * (1 + g**2 * dt / (2 * s)) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
     total = std * torch.sqrt((sigma - sigma_next).to(std.dtype))
@@ -100,7 +100,7 @@ class Sampler(ABC):
 
     Attributes:
         stochastic: Whether steps draw fresh noise.
-        scheduler: The kind of diffusers scheduler that repeats these steps, ``None`` if there is none.
+        scheduler: Kind of the diffusers scheduler that takes the same steps; ``None`` if there is none.
     """
 
     stochastic: ClassVar[bool]
@@ -110,7 +110,7 @@ class Sampler(ABC):
     def step(
         self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
     ) -> Transition:
-        """One step.
+        """Take one step.
 
         Args:
             x: ``[B, ...]`` at levels ``sigma`` ``[B]``.
@@ -179,7 +179,7 @@ class SDE(Sampler):
     """Euler-Maruyama steps of the reverse SDE; the step to 0 is an Euler step.
 
     Args:
-        noise_level: Above 0.
+        noise_level: Factor on the noise, above 0.
 
     Raises:
         UserError: If ``noise_level`` is not positive.
@@ -231,7 +231,7 @@ class Trajectory:
         return self.transitions[k].log_prob(self.states[k + 1])
 
     def redo(self, predict: Predict, k: int) -> Transition:
-        """The ``k``-th step again under ``predict``, with its gradient; ``mean`` and ``std`` are what differs."""
+        """Repeat the ``k``-th step with gradient of ``predict``; only its ``mean`` and ``std`` are useful."""
         x = self.states[k]
         sigma, sigma_next = (self.sigmas[i].to(x).expand(len(x)) for i in (k, k + 1))
         v = predict(x, sigma, torch.arange(len(x)))
@@ -249,8 +249,8 @@ def rollout(
 ) -> Trajectory:
     """Sample from pure noise, without gradient.
 
-    With ``stop`` this is backward simulation: each sample goes to a level of its own, and each step evaluates only
-    the samples that take it.
+    With ``stop`` this is backward simulation: each sample stops at its own level, and each step evaluates
+    only the samples that take it.
 
     Args:
         predict: The generator's velocity.
@@ -258,8 +258,8 @@ def rollout(
         sigmas: The sampler's levels and a final 0, ``[K + 1]``, on the CPU.
         sampler: How steps are taken.
         rng: Random stream of the steps' noise; required for stochastic samplers.
-        stop: Step index at which each sample stops, ``[B]`` in ``0..K``, on the CPU, so that no device has to be
-            waited for; ``None`` takes all steps.
+        stop: Step index at which each sample stops, ``[B]`` in ``0..K``, on the CPU, to avoid waiting for the
+            device; ``None`` takes all steps.
 
     Raises:
         ValueError: If a stochastic sampler has no ``rng``.

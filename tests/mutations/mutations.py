@@ -46,7 +46,7 @@ MUTATIONS = [
             "levels = len(state.latents), 1 if share_sigma else group",
             "levels = len(state.latents), 1",
         ),
-        ("snapshots with levels of their own", "1 if share_sigma else group", "group"),
+        ("snapshots with different levels", "1 if share_sigma else group", "group"),
         ("renoise with the level stream", 'self.stream("level"), sigma_min', 'self.stream("renoise"), sigma_min'),
         (
             "teacher without guidance",
@@ -274,8 +274,8 @@ MUTATIONS = [
         GDMD,
         (
             "verdict reversed in the policy loss",
-            "o * towards / n_plus + (1 - o) * away / n_minus",
-            "(1 - o) * towards / n_plus + o * away / n_minus",
+            "o * toward / n_plus + (1 - o) * away / n_minus",
+            "(1 - o) * toward / n_plus + o * away / n_minus",
         ),
         (
             "policies exchanged",

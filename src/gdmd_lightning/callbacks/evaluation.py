@@ -91,7 +91,7 @@ class GenerationEvaluation(pl.Callback):
         found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
         module.provenance = replace(module.provenance, scores=found)
         module.log("eval/seconds_per_picture", result.seconds, batch_size=1)
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, so all ranks must ask
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: all ranks must call it
         if self.columns and trainer.is_global_zero:
             self._draw(trainer, module, directory / "pictures")
 

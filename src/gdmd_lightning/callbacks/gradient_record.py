@@ -24,20 +24,20 @@ COLUMNS = {
 class GradientRewardRecord(pl.Callback):
     """Writes the judged targets that each update reports.
 
-    Parts are written to ``gradient_rewards/`` in the log directory as ``part-<first step>-<rank>.parquet``, each one
-    complete or absent; pyarrow, pandas and polars read them as one dataset. A resumed run drops what was recorded
-    after its checkpoint.
+    Parts are written to ``gradient_rewards/`` in the log directory as ``part-<first step>-<rank>.parquet``,
+    each one complete or absent; pyarrow, pandas and polars read them as one dataset. A resumed run drops rows
+    recorded after its checkpoint.
 
-    Columns: ``step``, ``rank``, ``state`` and ``target`` (indices in the batch and the group), ``prompt``, ``sigma``
-    (of the student's state), ``t`` (renoise level), ``snapshot`` (0 is the present fake score), ``reward_sample``
-    (null unless ``advantages.score_samples``), ``reward_target``, ``advantage``, ``weight`` (signed, first order) and
-    ``gradient`` (mean ``|g|``).
+    Columns: ``step``, ``rank``, ``state`` and ``target`` (indices in the batch and the group), ``prompt``,
+    ``sigma`` (of the student's state), ``t`` (renoise level), ``snapshot`` (0 is the current fake score),
+    ``reward_sample`` (null unless ``advantages.score_samples``), ``reward_target``, ``advantage``, ``weight``
+    (signed, first order) and ``gradient`` (mean ``|g|``).
 
     Args:
         flush_every: Updates per part, at least 1.
         pictures_every: Updates between two files of images, ``pictures-<step>.safetensors`` with ``samples``
             ``[N, 3, H, W]`` and ``targets`` ``[N, M, 3, H, W]`` of the first ``pictures`` states; 0 for none.
-        pictures: ``N``.
+        pictures: Number of states per file, ``N``.
 
     Raises:
         UserError: If ``flush_every`` is out of range.
@@ -52,11 +52,11 @@ class GradientRewardRecord(pl.Callback):
 
     @staticmethod
     def directory(trainer: pl.Trainer) -> Path:
-        """Directory of this run's record; all ranks must ask together, since ``log_dir`` is a broadcast."""
+        """Directory of this run's record; all ranks must call this, since ``log_dir`` is a broadcast."""
         return Path(trainer.log_dir or trainer.default_root_dir) / "gradient_rewards"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a method that judges no targets, before anything is loaded."""
+        """Fail before loading anything if the method judges no targets."""
         if not getattr(pl_module, "keeps_record", False):
             raise UserError(
                 f"{type(pl_module).__name__} judges no targets",
@@ -65,7 +65,7 @@ class GradientRewardRecord(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop what a resumed run will write again; only from this hook on is the number of updates known."""
+        """Drop rows that a resumed run will write again; earlier hooks do not know the update yet."""
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
@@ -94,7 +94,7 @@ class GradientRewardRecord(pl.Callback):
             self._flush(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Write what is waiting: a run resumed from this checkpoint continues after it."""
+        """Write the pending rows: a run resumed from this checkpoint continues after it."""
         self._flush(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

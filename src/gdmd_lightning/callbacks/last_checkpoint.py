@@ -1,4 +1,4 @@
-"""Makes ``last.ckpt`` hold the last update of a run, whatever ended it."""
+"""Saves the last update of a run in ``last.ckpt``."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ class TargetGroup:
     """The implicit targets of one student state.
 
     Args:
-        size: How many, ``M``, at least 1.
+        size: Number of targets, ``M``, at least 1.
         over: What distinguishes them: the ``renoise`` level, the fake score's ``snapshot``, or ``both``.
-        snapshots: Past fake scores that are kept besides the present one, where ``over`` needs them.
+        snapshots: Number of past fake scores to keep in addition to the current one, if ``over`` uses them.
         snapshot_every: Updates between two snapshots, at least 1.
 
     Raises:
@@ -44,12 +44,12 @@ class TargetAdvantages:
     """How rewards of targets become advantages.
 
     Args:
-        compare: The group of a target: the targets of one ``state`` (the paper's), all targets of a ``prompt``'s
-            states, or each target against its own ``sample``.
-        spread: Whose standard deviation divides, see :func:`group_advantages`.
-        center_strata: First remove the batch's mean of each position in the group (the rank of its renoise level, or
-            its snapshot), so that directions are compared and not levels. A reward likes targets at high noise less
-            wherever they point, and would otherwise always push away from them.
+        compare: The group of a target: the targets of one ``state`` (as in the paper), all targets of a
+            ``prompt``'s states, or each target against its own ``sample``.
+        spread: Standard deviation to divide by, see :func:`group_advantages`.
+        center_strata: First subtract the batch's mean at each position in the group (the rank of its renoise
+            level, or its snapshot), so that directions are compared, not levels. Otherwise targets at high
+            noise, which get lower rewards whatever their direction, would always be pushed away from.
         clip: ``A_max``, above 0.
         score_samples: Also score the samples, for logs and the record; ``compare: sample`` does so anyway.
 
@@ -76,8 +76,8 @@ class TargetAdvantages:
         """Advantages ``[B, M]``.
 
         Args:
-            rewards: Of the targets, ``[B, M]``.
-            sample_reward: Of the samples, ``[B]``; needed to compare with the sample.
+            rewards: Rewards of the targets, ``[B, M]``.
+            sample_reward: Rewards of the samples, ``[B]``; required for ``compare: sample``.
             groups: Index of each sample's prompt, ``[B]``.
         """
         batch, size = rewards.shape
@@ -98,6 +98,6 @@ class TargetAdvantages:
 
 
 def _over_rms(difference: Tensor, floor: float = 1e-4) -> Tensor:
-    """Differences over their root mean square; zero keeps its meaning, "as good as the sample"."""
+    """Differences over their root mean square, not centered: zero still means "as good as the sample"."""
     size = difference.square().mean().sqrt()
     return torch.where(size > floor, difference / size.clamp(min=floor), torch.zeros_like(difference))

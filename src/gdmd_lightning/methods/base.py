@@ -1,4 +1,4 @@
-"""What all methods compose: a few-step generator, its rollouts, and sampling from it.
+"""What all methods share: a few-step generator, its rollouts, and sampling from it.
 
 A method declares its roles and writes its update as a short script over these pieces.
 """
@@ -29,7 +29,7 @@ __all__ = ["DistillationModule", "State", "Update", "weighted_sum"]
 
 @dataclass(frozen=True)
 class State:
-    """Where generator samples are on their way: the input of the step to be trained.
+    """Partly denoised generator samples: the input of the step to be trained.
 
     Args:
         latents: ``B`` rows.
@@ -45,7 +45,7 @@ class DistillationModule(RoleModule, ABC):
 
     Args:
         family: The teacher's pipeline.
-        steps: Network evaluations of a sample, at least 1.
+        steps: Network evaluations per sample, at least 1.
         sampler: How the generator goes from step to step.
         shared: Arguments of :class:`RoleModule`.
 
@@ -74,7 +74,7 @@ class DistillationModule(RoleModule, ABC):
         super().build_roles(network)
         self.sigmas = self.family.few_step_sigmas(self.steps, self.latent_shape)
 
-    # Pieces that methods compose.
+    # What updates are written with.
 
     def judge_with(self, reward: Reward) -> Judge:
         """A judge that decodes with this family and follows the memory options."""
@@ -97,13 +97,13 @@ class DistillationModule(RoleModule, ABC):
     def rollout_state(self, batch: Batch, purpose: str = "rollout", step_index: int | None = None) -> State:
         """Backward simulation: bring samples from pure noise to the step to be trained, without gradient.
 
-        All samples of a prompt are at one step, so that a reward compares like with like, and the prompts of a batch
-        cover the steps evenly.
+        All samples of a prompt are at the same step, so that their rewards are comparable, and the prompts of
+        a batch cover the steps evenly.
 
         Args:
             batch: ``B`` samples.
             purpose: Name of the random stream.
-            step_index: The same step for all samples, in ``0..K-1``; ``None`` to cover all.
+            step_index: One step for all samples, in ``0..K-1``; ``None`` to cover all steps.
 
         Source: DMD2 (2405.14867), section 4.5.
         """
@@ -133,7 +133,7 @@ class DistillationModule(RoleModule, ABC):
 
     @property
     def teacher_guidance(self) -> float:
-        """Guidance scale with which the method asks its teacher, 1 if it does not."""
+        """Guidance scale that the method uses for its teacher; 1 if it does not use the teacher."""
         return 1.0
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class DistillationModule(RoleModule, ABC):
 
 
 def weighted_sum(total: dict[str, Tensor], share: float, **values: Tensor) -> None:
-    """Add ``share`` times each value, detached, to a running total: means over a batch from its micro-batches."""
+    """Add ``share`` times each value, detached, to a running total, to average over micro-batches."""
     for name, value in values.items():
         part = share * value.detach()
         total[name] = part if name not in total else total[name] + part

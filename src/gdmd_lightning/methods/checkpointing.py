@@ -79,7 +79,7 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
     """Fail if a checkpoint does not hold this module's roles in their shapes.
 
     Raises:
-        UserError: Naming the first tensor that differs.
+        UserError: If it does not; the message names the first tensor that differs.
     """
     mine, theirs = module.state_dict(), checkpoint["state_dict"]
     remedy = "use the configuration that the checkpoint was trained with, or start a new run with model.start_from"
@@ -93,10 +93,10 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
 
 
 def take_over(module: RoleModule, path: str) -> None:
-    """Start from another run's roles, which may be those of another method.
+    """Load roles of another run, possibly of another method.
 
-    The generator must be there. A role that the checkpoint lacks starts as usual: a trained one as the teacher, an
-    average or snapshot as the role that it follows.
+    The checkpoint must contain the generator. A role that it lacks starts as usual: a trained one as the
+    teacher, an average or snapshot as the role that it follows.
 
     Raises:
         UserError: If a role does not fit.

@@ -1,4 +1,4 @@
-"""DMD without images (DMD2's backward simulation and two time scales): the distillation that the rest builds on.
+"""DMD without images (DMD2's backward simulation and two time scales): the distillation that GDMD builds on.
 
 Source: DMD (2311.18828), DMD2 (2405.14867).
 """

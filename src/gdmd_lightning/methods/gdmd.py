@@ -1,7 +1,7 @@
-"""GDMD: a reward judges where each distillation gradient would take its sample, and the verdict weights the update.
+"""GDMD: a reward judges where each distillation gradient would take its sample, and its score weights the update.
 
-Source: GDMD (2604.19009), Algorithm 1. The sources leave some choices open; each is a switch, and ``docs/methods.md``
-says which defaults are ours.
+Source: GDMD (2604.19009), Algorithm 1. The sources leave some choices open; each is an option, and
+``docs/methods.md`` says which defaults are ours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GDMD(MatchingModule):
         targets: The group of implicit targets of a state.
         advantages: How rewards become advantages.
         policy: How advantages become an update.
-        lambda_policy: Weight of the policy term next to distillation's, at least 0.
+        lambda_policy: Weight of the policy term; distillation has weight 1. At least 0.
         matching_module: Arguments of :class:`MatchingModule`.
 
     Raises:
@@ -65,13 +65,13 @@ class GDMD(MatchingModule):
         self.snapshots = tuple(f"fake_score@{slot}" for slot in range(1, past + 1))
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
-        """Those of distribution matching, the old policy, and snapshots of the fake score."""
+        """The roles of distribution matching, the old policy, and snapshots of the fake score."""
         old = RoleSpec("old", average_of="generator", decay=self.policy.old_decay)
         past = tuple(RoleSpec(name, snapshot_of="fake_score") for name in self.snapshots)
         return (*super().role_specs(), *((old,) if self.policy.form == "full" else ()), *past)
 
     def update(self, batch: Batch, learn: Learn) -> Update:
-        """Judge a group of targets for each sample; step the generator on the weighted gradients, then the critic."""
+        """Judge a group of targets for each sample; step the generator, then the fake score."""
         assert self.judge is not None
         self.judge.check(batch.prompts)
         self._keep_snapshot()
@@ -79,8 +79,8 @@ class GDMD(MatchingModule):
         parts = list(self.micro_batches(len(batch)))
         loss_logs: dict[str, Tensor] = {}
         with learn("generator") as backward:
-            # Groups are judged whole. If they do not fit into memory with gradient, the samples are computed twice:
-            # without gradient for the judge, then with it in micro-batches.
+            # The judge needs whole groups. If they do not fit into memory with gradient, samples are computed
+            # twice: without gradient for the judge, then with gradient in micro-batches.
             with torch.set_grad_enabled(len(parts) == 1):
                 x = self.student_x0(state.latents)
             judged, n = self._judge_targets(x, state, batch)
@@ -135,15 +135,16 @@ class GDMD(MatchingModule):
         return dm_loss(each, y, n) + self.lambda_policy * term
 
     def _policy_noise(self, targets: Tensor) -> Tensor:
-        """Noise that renoises the targets ``[B, M, C, H, W]`` for the policies; zeros where they need none."""
+        """Noise that renoises the targets ``[B, M, C, H, W]`` for the policies; zeros if they need none."""
         if self.policy.form == "weighted" or self.policy.at == "state":
             return torch.zeros_like(targets)
         return draw_noise(targets.flatten(0, 1).shape, self.stream("policy"), targets.device).view_as(targets)
 
     def _keep_snapshot(self) -> None:
-        """Keep the fake score when it is due, in the slots in turn.
+        """Copy the fake score into the next snapshot slot if one is due.
 
-        This happens at the start of an update: checkpoints are saved at its end, and a resumed run must keep the same.
+        Done at the start of an update: checkpoints are saved at its end, and a resumed run must take the
+        same ones.
         """
         if self.snapshots and self.updates % self.targets.snapshot_every == 0:
             slot = self.updates // self.targets.snapshot_every % len(self.snapshots)

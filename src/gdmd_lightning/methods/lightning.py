@@ -30,7 +30,7 @@ class Update:
 
     Args:
         logs: Scalars on the device; ``loss``, if there is one, is shown on the progress bar.
-        record: Evidence for callbacks, which Lightning hands them as ``outputs["record"]``; ``None`` for none.
+        record: Data for callbacks; Lightning passes it to them as ``outputs["record"]``. ``None`` for none.
     """
 
     logs: dict[str, Tensor] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Update:
 class RoleModule(pl.LightningModule):
     """A pipeline's network in the roles that a method declares, under manual optimization.
 
-    One ``training_step`` is one :meth:`update`; ``trainer.max_steps`` counts updates, whatever number of optimizer
+    One ``training_step`` is one :meth:`update`; ``trainer.max_steps`` counts updates, however many optimizer
     steps each of them takes.
 
     Args:
@@ -49,14 +49,15 @@ class RoleModule(pl.LightningModule):
         generator: The generator's optimizer.
         lora: Train adapters on one network instead of copies of it.
         memory: Memory-saving options.
-        micro_batch_size: Most samples in memory at once; the update is the same. Null for the whole batch.
-        embedding_cache: Embed all prompts of a run to disk before training; null to embed each when it comes.
+        micro_batch_size: Maximum number of samples in memory at once; does not change the update. Null for no
+            limit.
+        embedding_cache: Embed all prompts to disk before training; null to embed each batch during training.
         ema_decay: Decay of the averaged weights, which are evaluated and exported, in [0, 1).
         seed: Seed of all random streams.
-        start_from: Checkpoint of this project whose roles are the start of this run's.
+        start_from: Checkpoint of this project from which the roles are loaded at the start.
 
     Attributes:
-        roles: The roles, once :meth:`configure_model` has run.
+        roles: The roles; available after :meth:`configure_model`.
         updates: Updates done so far; part of the checkpoint.
 
     Raises:
@@ -95,7 +96,7 @@ class RoleModule(pl.LightningModule):
         self.provenance = Provenance()
         self._only: str | None = None
 
-    # What a method answers.
+    # What a method defines.
 
     @abstractmethod
     def role_specs(self) -> tuple[RoleSpec, ...]:
@@ -144,8 +145,8 @@ class RoleModule(pl.LightningModule):
     def stream(self, purpose: str, turn: int = 0) -> torch.Generator:
         """Random stream of a purpose in this update on this rank.
 
-        A function of seed, rank, update, purpose and ``turn``: it needs no place in a checkpoint, and drawing more
-        numbers elsewhere (logging, evaluation) never changes a run.
+        It depends only on seed, rank, update, purpose and ``turn``, so checkpoints need not store it, and
+        numbers drawn elsewhere (logging, evaluation) do not change a run.
         """
         return stream(self.seed, self.global_rank, self.updates, purpose, turn)
 
@@ -159,7 +160,7 @@ class RoleModule(pl.LightningModule):
                     role.optimizer.check()
 
     def on_fit_start(self) -> None:
-        """Move text encoders and VAE to the device; embed all prompts first if asked to."""
+        """Move text encoders and VAE to the device; embed all prompts if configured."""
         self.family.to(self.device)
         if self.embedding_cache is not None:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -208,11 +209,11 @@ class RoleModule(pl.LightningModule):
         return {name: value for name, value in whole.items() if not self._is_frozen(name)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the provenance, from which a checkpoint can be restored without its configuration file."""
+        """Add the provenance, so that the checkpoint can be restored without its configuration file."""
         checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model before anything is overwritten, and add the teacher to it."""
+        """Fail before any weight changes if the checkpoint does not fit; add the teacher to it."""
         check_fits(self, checkpoint)
         origin = checkpoint["provenance"]
         self.updates = origin["updates"]

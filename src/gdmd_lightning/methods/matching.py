@@ -1,4 +1,4 @@
-"""Distribution matching: a teacher and a fake score say where a sample should go, and the fake score follows.
+"""Distribution matching: teacher and fake score give a direction, and the fake score follows the generator.
 
 Source: DMD (2311.18828), DMD2 (2405.14867).
 """
@@ -27,7 +27,7 @@ from gdmd_lightning.streams import draw_noise
 
 @dataclass(frozen=True)
 class RenoiseDraw:
-    """Levels and noise with which samples are renoised, ``M`` times each.
+    """Levels and noise to renoise samples with, ``M`` times each.
 
     Args:
         sigma: ``[B, M]``.
@@ -44,11 +44,11 @@ class RenoiseDraw:
 
 @dataclass(frozen=True)
 class Match:
-    """What teacher and fake score say about renoised samples, ``N`` rows.
+    """Predictions of teacher and fake score for renoised samples, ``N`` rows.
 
     Args:
         x: The samples, ``[N, C, H, W]``, detached.
-        latents: The samples renoised.
+        latents: The renoised samples.
         real: The teacher's ``x0``, ``[N, C, H, W]``.
         fake: The fake score's ``x0``, ``[N, C, H, W]``.
         n: Normalizer, ``[N]``.
@@ -79,7 +79,7 @@ class MatchingModule(DistillationModule, ABC):
 
     Args:
         family: The teacher's pipeline.
-        matching: Distribution matching.
+        matching: Settings of distribution matching.
         fake_score: The fake score's optimizer.
         distillation: Arguments of :class:`DistillationModule`.
     """
@@ -103,7 +103,7 @@ class MatchingModule(DistillationModule, ABC):
         return self.matching.guidance_scale
 
     def sigma_min(self, state: State) -> Tensor | None:
-        """Level above which each sample is matched, ``[B]`` on the CPU; ``None`` for all levels.
+        """Level above which each sample is matched, ``[B]`` on the CPU; ``None`` for no limit.
 
         Source: the sub-intervals of AC-DMD in RTDMD (2605.26108), here with ``x0`` instead of the step's own end.
         """
@@ -115,7 +115,7 @@ class MatchingModule(DistillationModule, ABC):
         Args:
             state: Where the ``B`` samples were taken.
             group: ``M``.
-            share_sigma: One level for all matches of a sample.
+            share_sigma: Use one level for all matches of a sample.
         """
         batch, levels = len(state.latents), 1 if share_sigma else group
         distribution, sigma_min = self.matching.renoise_distribution, self.sigma_min(state)
@@ -127,16 +127,17 @@ class MatchingModule(DistillationModule, ABC):
     def match(
         self, x: Tensor, conditioning: Conditioning, draw: RenoiseDraw, scores: tuple[str, ...] = ("fake_score",)
     ) -> Match:
-        """Ask teacher and fake score about renoised samples, all ``M`` matches of all samples in one pass each.
+        """Evaluate teacher and fake score on renoised samples, in one pass each for all ``B * M`` matches.
 
         Args:
             x: Generator samples, ``[B, C, H, W]``.
             conditioning: ``B`` rows.
             draw: Levels and noise, ``[B, M]``.
-            scores: The role that answers as the fake score in the ``j``-th match of each sample, repeated cyclically.
+            scores: Roles that act as the fake score: match ``j`` of each sample uses
+                ``scores[j % len(scores)]``.
 
         Returns:
-            ``B * M`` rows, those of a sample one after another.
+            ``B * M`` rows, grouped by sample.
         """
         batch, group = draw.sigma.shape
         x = x.detach().repeat_interleave(group, dim=0)
@@ -155,7 +156,7 @@ class MatchingModule(DistillationModule, ABC):
         return draw_renoise_sigmas(distribution, batch, 1, rng, sigma_min=sigma_min)[:, 0]
 
     def _ask(self, scores: tuple[str, ...], latents: NoisyLatents, turn: Tensor) -> Tensor:
-        """``x0`` of each row from the role whose turn it is, one pass per role."""
+        """``x0`` of each row from role number ``turn % len(scores)``, one pass per role."""
         if len(scores) == 1:
             return self.roles.x0(scores[0], latents)
         fake = torch.empty_like(latents.x)

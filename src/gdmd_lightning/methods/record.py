@@ -15,15 +15,15 @@ class JudgedTargets:
     """The targets of one update, ``M`` for each of ``B`` samples.
 
     Args:
-        prompts: One per sample.
+        prompts: One prompt per sample.
         x: Samples, ``[B, C, H, W]``.
         targets: Implicit targets, ``[B, M, C, H, W]``.
         sigma: Level of each sample's state, ``[B]``.
-        renoise_sigma: Level at which each target was asked for, ``[B, M]``.
-        snapshot: Past state of the fake score that gave each target, ``[M]``; 0 is the present one.
+        renoise_sigma: Renoise level of each target, ``[B, M]``.
+        snapshot: Past state of the fake score that gave each target, ``[M]``; 0 is the current one.
         gradient: Mean magnitude of each normalized distillation gradient, ``[B, M]``.
-        rewards: Of the targets, ``[B, M]``.
-        sample_reward: Of the samples, ``[B]``, where they were scored.
+        rewards: Rewards of the targets, ``[B, M]``.
+        sample_reward: Rewards of the samples, ``[B]``; ``None`` if they were not scored.
         advantages: ``[B, M]``.
         optimality: ``[B, M]``, in [0, 1].
         lambda_policy: Weight of the policy term.
@@ -47,7 +47,7 @@ class JudgedTargets:
         return gradient_weight(self.optimality, 2 * self.lambda_policy)
 
     def without_latents(self) -> JudgedTargets:
-        """The same without samples and targets, small enough to be kept until the record is written."""
+        """A copy without samples and targets, small enough to keep until the record is written."""
         return replace(self, x=self.x[:0], targets=self.targets[:0])
 
     def logs(self) -> dict[str, Tensor]:

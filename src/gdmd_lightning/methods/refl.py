@@ -36,7 +36,9 @@ class ReFL(DistillationModule):
     ) -> None:
         super().__init__(family, **distillation)
         if not reward.differentiable:
-            raise UserError(f"{reward.name!r} is not differentiable", where="model.reward", remedy="use one that is")
+            raise UserError(
+                f"{reward.name!r} is not differentiable", where="model.reward", remedy="use a differentiable reward"
+            )
         self.margin, self.weight = margin, weight
         self.judge = self.judge_with(reward)
 

@@ -1,4 +1,4 @@
-"""Loss terms with which a reward moves the generator; methods share them."""
+"""Loss terms of rewards, for use in any method."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Policy:
     """How advantages move the generator.
 
     Args:
-        form: ``full``: positive and negative velocity policies; ``weighted``: their first order, a signed weight on
-            each distillation gradient, at no further evaluation.
+        form: ``full``: positive and negative velocity policies; ``weighted``: their first-order equivalent, a
+            signed weight on each distillation gradient, without extra network evaluations.
         at: Where the policies are evaluated: at the student's ``state``, or at the ``target`` renoised to the state's
             level, as DiffusionNFT treats its samples.
-        normalize: What divides a squared error: ``distillation``'s ``n``, or the detached mean absolute ``error`` of
-            each policy, as in DiffusionNFT. At the state and ``v = v_old`` the former gives the exact weights.
+        normalize: What squared errors are divided by: ``distillation``'s ``n``, or the detached mean absolute
+            ``error`` of each policy, as in DiffusionNFT. At the state and ``v = v_old`` the former gives the
+            exact weights.
         beta: Strength of the mixture, above 0.
         old_decay: Decay of the averaged generator that is the old policy, in [0, 1).
 
@@ -50,11 +51,11 @@ def policy_term(
     """Loss of the positive and negative velocity policies on judged targets.
 
     Args:
-        roles: With ``generator``, which is learning, and ``old``.
+        roles: Include ``generator``, which is learning, and ``old``.
         policy: Settings of the full form.
         x: Samples, with gradient, ``[B, C, H, W]``.
-        latents: The states that gave them, ``B`` rows.
-        y: Judged targets, ``[B * M, C, H, W]``, those of a sample one after another.
+        latents: The states that the samples were computed from, ``B`` rows.
+        y: Judged targets, ``[B * M, C, H, W]``, grouped by sample.
         n: Distillation's normalizers, ``[B * M]``.
         o: Optimalities, ``[B * M]``, in [0, 1].
         eps: Noise that renoises the targets, ``[B * M, C, H, W]``; unused at the state.

@@ -12,18 +12,20 @@ from gdmd_lightning.schedules import RenoiseDistribution, Uniform
 
 @dataclass(frozen=True)
 class Matching:
-    """Distribution matching: how teacher and fake score are asked, and how the fake score learns.
+    """Distribution matching: how teacher and fake score are evaluated, and how the fake score learns.
 
     Args:
-        guidance_scale: The teacher's; fake score and generator use none.
-        renoise_distribution: Levels at which both are asked.
-        fake_score_renoise_distribution: Levels at which the fake score learns; null for the same.
+        guidance_scale: Guidance scale of the teacher; fake score and generator use none.
+        renoise_distribution: Levels at which both are evaluated.
+        fake_score_renoise_distribution: Levels at which the fake score learns; null for
+            ``renoise_distribution``.
         fake_score_updates: Fake-score updates per generator update, at least 1.
-        fake_score_samples: ``reused``: the fake score learns from the samples of the generator's step, at no extra
-            evaluation of the generator; ``fresh``: it simulates its own for each of its updates, as DMD2's code does.
+        fake_score_samples: ``reused``: the fake score learns from the samples of the generator's step, at no
+            extra evaluation of the generator; ``fresh``: new samples are generated for each of its updates,
+            as in DMD2's code.
         interval: Levels at which a sample is matched and shown to the fake score: ``whole``: all; ``step``: only those
-            above the level at which its step ends. The step's work is done there; below it the next step takes over.
-        floor: Lower clamp of the normalizer ``n``, above 0.
+            above the level at which its step ends. Below it the next step takes over.
+        floor: Lower limit of the normalizer ``n``, above 0.
 
     Raises:
         UserError: If a value is out of range.

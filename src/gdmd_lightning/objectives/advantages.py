@@ -1,4 +1,4 @@
-"""Advantages: how much better one member of a group is than the others. One function for every method."""
+"""Advantages: how much better one member of a group is than the others. All methods share these functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Spread = Literal["group", "batch", "none"]
 
 def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     """Each row replaced by the mean of its group; ``values`` and ``groups`` are ``[N]``."""
-    # There are at most as many groups as rows; to ask for the largest number would wait for a GPU.
+    # There are at most as many groups as rows; reading the largest index would wait for the GPU.
     total = torch.zeros_like(values).index_add(0, groups, values)
     size = torch.zeros_like(total).index_add(0, groups, torch.ones_like(values))
     return (total / size.clamp(min=1))[groups]
@@ -23,19 +23,20 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
 
     Args:
         rewards: ``[N]``.
-        groups: Number of each row's group, ``[N]``, from 0 without gaps.
-        spread: Whose standard deviation divides: that of the ``group``, of all centered rewards of the ``batch``
-            (steadier when groups are small: with two members ``group`` makes every advantage +-1), or ``none``.
-        floor: Spread below which there is nothing to learn: advantages are then exactly 0.
+        groups: Index of each row's group, ``[N]``, from 0 without gaps.
+        spread: Standard deviation to divide by: that of the ``group``, that of all centered rewards of the
+            ``batch`` (steadier for small groups: with two members, ``group`` makes every advantage +-1), or
+            ``none``.
+        floor: Advantages are exactly 0 where the standard deviation is not above this.
 
     Returns:
-        ``[N]``; zero for a group without spread. Adding a constant to all rewards, or permuting rows, changes
-        nothing but the order.
+        ``[N]``; 0 for a group of equal rewards. A constant added to all rewards changes nothing, and permuted
+        rows give permuted advantages.
 
     Source: GRPO (2402.03300), section 4.1.2; the batch's std as in Flow-GRPO (2505.05470).
     """
     centered = rewards - group_mean(rewards, groups)
-    # The mean of equal numbers may be off by a rounding, which must not look like a preference.
+    # The mean of equal numbers may have a rounding error, which must not count as a preference.
     centered = torch.where(_all_equal(rewards, groups), torch.zeros_like(centered), centered)
     if spread == "none":
         return centered
@@ -47,7 +48,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
 
 
 def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
-    """Whether all members of each row's group have one value, ``[N]``."""
+    """Whether all values of each row's group are equal, ``[N]``."""
     start = torch.zeros_like(values)
     largest, smallest = (
         start.scatter_reduce(0, groups, values, reduce, include_self=False) for reduce in ("amax", "amin")
@@ -56,5 +57,5 @@ def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def center_within(values: Tensor, strata: Tensor) -> Tensor:
-    """Remove each stratum's mean, so that what all members of a stratum share is not rewarded. ``[N]``."""
+    """Subtract each stratum's mean, so that only differences within a stratum are rewarded. ``[N]``."""
     return values - group_mean(values, strata)

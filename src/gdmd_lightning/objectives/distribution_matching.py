@@ -26,8 +26,8 @@ def dm_loss(x: Tensor, target: Tensor, n: Tensor, weight: Tensor | float = 1.0) 
     Args:
         x: Student output with gradient, ``[B, C, H, W]``.
         target: Implicit target ``y``, ``[B, C, H, W]``; detached here.
-        n: Normaliser, ``[B]``.
-        weight: A signed weight for each sample, ``[B]``.
+        n: Normalizer, ``[B]``.
+        weight: Signed weight of each sample, ``[B]``.
 
     Source: DMD2 (2405.14867), Eq. 4; the weight is GDMD's (2604.19009) to first order.
     """

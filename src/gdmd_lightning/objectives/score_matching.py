@@ -1,4 +1,4 @@
-"""Flow matching: how a network learns the velocity of a distribution it is shown samples of."""
+"""Flow matching: how a network learns the velocity of a distribution from its samples."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What judges pictures: one file a reward."""
+"""Rewards: one file per reward."""

@@ -1,4 +1,4 @@
-"""What a reward is, and how its answers are checked before anything is learned from them."""
+"""The interface of rewards, and the check of every score before it is used."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gdmd_lightning.prompts import Prompt
 
 
 class Reward(ABC):
-    """A judge of pictures.
+    """Scores pictures.
 
     Attributes:
-        name: Under which it is logged.
+        name: Name in logs.
         differentiable: Whether ``score`` carries gradient to the pixels.
     """
 
@@ -25,20 +25,20 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores ``[B]`` in float32 of pictures ``[B, 3, H, W]`` in [0, 1]."""
+        """Score pictures ``[B, 3, H, W]`` in [0, 1]; returns ``[B]`` in float32."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """See that these prompts carry what the reward needs.
+        """Check that the prompts contain what the reward needs.
 
         Raises:
-            UserError: If they do not.
+            UserError: If a prompt lacks it.
         """
 
     def to(self, device: torch.device) -> None:
-        """Move what the reward computes with."""
+        """Move the reward's model to a device."""
 
     def sketch(self) -> nn.Module | None:
-        """The shapes of what it computes with, on the meta device; ``None`` if that is nothing."""
+        """The reward's model on the meta device, for memory planning; ``None`` if it has none."""
         return None
 
 

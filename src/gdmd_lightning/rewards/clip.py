@@ -1,4 +1,4 @@
-"""Contrastive text-image score of any ``CLIPModel`` directory; in the Shapes world it plays HPS's part."""
+"""Contrastive text-image score of any ``CLIPModel`` directory; stands in for HPS in the Shapes world."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ContrastiveReward(Reward):
 
     Args:
         path: Directory, ``package:`` path or hub id of a ``CLIPModel`` with its ``CLIPTokenizer``.
-        mean, std: Of the pixels, per channel; the Shapes scorer uses 0.5.
-        name: Under which the score is logged.
+        mean, std: Mean and standard deviation of pixels, per channel; the Shapes scorer uses 0.5.
+        name: Name in logs.
 
     Raises:
         UserError: If a local directory has no ``config.json``, or its files do not load.
@@ -49,24 +49,21 @@ class ContrastiveReward(Reward):
         self._device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """See :meth:`Reward.to`."""
         self._device = device
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         if self._loaded:
             self._loaded[0].to(device)
 
     def sketch(self) -> nn.Module:
-        """See :meth:`Reward.sketch`."""
         from transformers import CLIPModel
 
         return sketch_model(CLIPModel, self.path)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """See :meth:`Reward.score`; cosines in [-1, 1]."""
         model, tokenizer = self._model()
         tokens = tokenizer([p.text for p in prompts], padding="max_length", truncation=True, return_tensors="pt")
         size = model.config.vision_config.image_size
-        pixels = images.to(self._device)  # pictures come to a reward that stays on the CPU
+        pixels = images.to(self._device)  # a reward on the CPU gets pictures from the accelerator
         if images.shape[-2:] != (size, size):
             pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]

@@ -13,37 +13,35 @@ from gdmd_lightning.rewards.base import Reward, checked_score
 
 
 class CombinedReward(Reward):
-    """``sum_i weight_i reward_i``; differentiable if all of its parts are.
+    """``sum_i weight_i reward_i``; differentiable if all its parts are.
 
     Args:
-        rewards: At least one.
-        weights: As many.
+        rewards: The rewards, at least one.
+        weights: One weight per reward.
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float]) -> None:
         if not rewards or len(rewards) != len(weights):
             raise UserError(
-                f"{len(rewards)} rewards and {len(weights)} weights", where="reward", remedy="give one weight a reward"
+                f"{len(rewards)} rewards and {len(weights)} weights",
+                where="reward",
+                remedy="give one weight per reward",
             )
         self.rewards, self.weights = rewards, weights
         self.name = "+".join(reward.name for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """See :meth:`Reward.score`."""
         scores = [w * checked_score(r, images, prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
         return torch.stack(scores).sum(0)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """See :meth:`Reward.check`."""
         for reward in self.rewards:
             reward.check(prompts)
 
     def to(self, device: torch.device) -> None:
-        """See :meth:`Reward.to`."""
         for reward in self.rewards:
             reward.to(device)
 
     def sketch(self) -> nn.Module:
-        """See :meth:`Reward.sketch`."""
         return nn.ModuleList(sketch for reward in self.rewards if (sketch := reward.sketch()) is not None)

@@ -1,4 +1,4 @@
-"""The one place where latents become rewards: decoding, placement, micro-batches, checks."""
+"""Turns latents into rewards: decoding, placement of the model, micro-batches, checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Judge:
         family: Decodes latents.
         placement: Where the reward model stays: with the latents on the ``accelerator``, there only while it scores
             (``offloaded``), or on the ``cpu``.
-        micro_batch_size: Most images decoded and scored at once without gradient; ``None`` for all.
+        micro_batch_size: Maximum number of images decoded and scored at once without gradient; ``None`` for
+            all.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Judge:
         """Fail early if these prompts lack what the reward needs.
 
         Raises:
-            UserError: Naming the first prompt at fault.
+            UserError: If a prompt lacks it; the message names the first one.
         """
         self.reward.check(prompts)
 

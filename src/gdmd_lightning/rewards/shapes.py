@@ -1,4 +1,4 @@
-"""The smooth grade of the Shapes world's exact detector as a reward."""
+"""The smooth grade of the Shapes detector as a reward."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class ShapesReward(Reward):
                 raise UserError(
                     f"prompt {prompt.text!r} has no GenEval metadata",
                     where=f"reward {self.name!r}",
-                    remedy="use data.source: shapes, or a .jsonl file whose lines have 'include'",
+                    remedy="use data.source: shapes, or a .jsonl file with 'include' in each line",
                 )

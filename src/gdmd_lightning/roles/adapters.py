@@ -1,10 +1,10 @@
 """Roles as LoRA adapters on one network: one base in memory, one adapter per role, none for the teacher.
 
-peft's own ``set_adapter`` is not used to switch between roles. It turns off ``requires_grad`` of all other adapters,
-so a forward of the fake score between the generator's forward and its backward leaves the generator without gradient.
-And with gradient checkpointing, blocks are recomputed under whichever adapter is active by then, which silently gives
-wrong gradients. Here a role is active only within its own forward, and a checkpointed block is recomputed under the
-role that first computed it.
+peft's own ``set_adapter`` is not used to switch between roles, for two reasons. It turns off
+``requires_grad`` of all other adapters, so a forward of the fake score between the generator's forward and
+its backward leaves the generator without gradient. And with gradient checkpointing, blocks are recomputed
+under whichever adapter is active at that time, which silently gives wrong gradients. Here a role is active
+only within its own forward, and a checkpointed block is recomputed under the role that first computed it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AdapterRoles(Roles):
 
     The network stays in evaluation mode: none of the families' networks trains with dropout, and one module cannot
     be in both modes between a forward and the backward that recomputes it. Adapters are float32 whatever the
-    network's precision, since their updates are too small for bfloat16.
+    network's precision, since bfloat16 would round away their small updates.
 
     Args:
         family: How the network is called.
@@ -68,7 +68,7 @@ class AdapterRoles(Roles):
         specs: The roles besides the teacher.
         micro_batch_size: As in :class:`Roles`.
         lora: Settings of every adapter.
-        seed: Seed of the adapters' initial weights; each adapter starts as no change.
+        seed: Seed of the adapters' initial weights; a new adapter does not change the network's output.
 
     Raises:
         UserError: If a LoRA target matches no module of the network.
@@ -112,7 +112,7 @@ class AdapterRoles(Roles):
             network.fuse_lora(adapter_names=[role])
         network.unload_lora()
         if network.is_gradient_checkpointing:
-            network.disable_gradient_checkpointing()  # its recomputation refers to the roles left behind
+            network.disable_gradient_checkpointing()  # its recomputation refers to the original roles
         return network
 
     def write_adapter(self, role: str, directory: Path) -> nn.Module:
@@ -198,7 +198,7 @@ def _add_adapters(network: Any, lora: LoRA, targets: list[str], adapters: list[s
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), next(network.parameters()).device:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are intended
         for adapter in adapters:
-            # The same on every rank, and whatever other roles the method has.
+            # The same on every rank, and independent of the method's other roles.
             torch.manual_seed(named_seed("adapter", seed, adapter))
             network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), adapter)
     for name, parameter in network.named_parameters():

@@ -1,6 +1,6 @@
-"""What methods can ask of roles, whether these are copies or adapters.
+"""The interface of roles, the same for copies and adapters.
 
-Gradient reaches the weights of the role being learned and of no other.
+Only the weights of the role that is learning get gradient.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Roles(nn.Module, ABC):
     Args:
         family: How a network is called.
         specs: The roles besides the teacher.
-        micro_batch_size: Most latents that a forward without gradient evaluates at once; ``None`` for all.
+        micro_batch_size: Maximum number of latents per forward without gradient; ``None`` for no limit.
 
     Attributes:
-        evaluations: Network evaluations of single latents so far, by role; a guided one counts as many as the family
-            makes for it, usually two.
+        evaluations: Network evaluations of single latents so far, by role; guided ones count as often as
+            the family evaluates the network for them, usually twice.
         learner: The role inside :meth:`learning`, if any.
     """
 
@@ -88,7 +88,7 @@ class Roles(nn.Module, ABC):
     def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
         """Intermediate features ``[B, tokens, D]`` of a role's network, for a GAN head; see :meth:`velocity`.
 
-        Source: DMD2 (2405.14867), section 4.3, whose discriminator reads the fake score's features.
+        Source: DMD2 (2405.14867), section 4.3: its discriminator reads the fake score's features.
         """
 
         def call(network: nn.Module, part: NoisyLatents) -> Tensor:
@@ -117,7 +117,7 @@ class Roles(nn.Module, ABC):
 
     @contextmanager
     def _frozen(self, role: str) -> Iterator[None]:
-        """Inside, the role's weights do not require gradient; which weights get one is decided in the forward."""
+        """Inside, the role's weights do not require gradient; only the forward pass reads that flag."""
         weights = [] if role == TEACHER else [p for p in self.parameters_of(role) if p.requires_grad]
         for weight in weights:
             weight.requires_grad_(False)
@@ -186,7 +186,7 @@ class Roles(nn.Module, ABC):
 
     @abstractmethod
     def names_of(self, role: str) -> list[str]:
-        """Names of the role's own tensors in :meth:`state_dict`; the teacher's are all that no other role owns."""
+        """Names of the role's own tensors in :meth:`state_dict`; the teacher's are the rest."""
 
     @abstractmethod
     def checkpoint_activations(self) -> None:
@@ -198,7 +198,7 @@ class Roles(nn.Module, ABC):
 
     @abstractmethod
     def write_adapter(self, role: str, directory: Path) -> nn.Module:
-        """Write a role's LoRA adapter into a directory as the family's pipeline loads it; returns the base network.
+        """Write a role's LoRA adapter in the form that the family's pipeline loads; returns the base network.
 
         Raises:
             UserError: If roles are full copies.
@@ -206,4 +206,4 @@ class Roles(nn.Module, ABC):
 
     @abstractmethod
     def is_frozen(self, name: str) -> bool:
-        """Whether a tensor of :meth:`state_dict` is the teacher's, which comes from its pipeline."""
+        """Whether a tensor of :meth:`state_dict` belongs to the teacher; its pipeline provides those."""

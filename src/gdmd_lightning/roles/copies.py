@@ -20,8 +20,8 @@ from gdmd_lightning.roles.spec import TEACHER, RoleSpec
 class CopiedRoles(Roles):
     """Full copies of one network, one per role.
 
-    The teacher keeps its precision. All other roles are float32, since bfloat16 loses updates of a thousandth of a
-    weight.
+    The teacher keeps its precision. All other roles are float32, since bfloat16 rounds away updates of a
+    thousandth of a weight.
 
     Args:
         family: How a network is called.
@@ -40,8 +40,8 @@ class CopiedRoles(Roles):
         super().__init__(family, specs, micro_batch_size)
         self.add_module(TEACHER, network.requires_grad_(False).eval())
         for spec in specs:
-            # Trained roles carry gradient between updates too: DDP looks once, at the start, for what it must
-            # synchronize.
+            # Trained roles carry gradient between updates too: DDP decides at the start
+            # which parameters to synchronize.
             trained = spec.optimizer is not None
             self.add_module(spec.name, copy.deepcopy(network).float().requires_grad_(trained))
 

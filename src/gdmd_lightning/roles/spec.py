@@ -1,4 +1,4 @@
-"""What a method asks for: its roles, and how the trained ones are optimized."""
+"""Declarations of a method's roles, and the optimizer settings of trained ones."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Optimization:
     """AdamW for one role.
 
     Args:
-        learning_rate: Constant after the warm-up.
-        betas: AdamW's.
-        weight_decay: AdamW's.
+        learning_rate: Learning rate after the warm-up.
+        betas: Decay rates of AdamW's moments.
+        weight_decay: Decoupled weight decay.
         gradient_clip: Largest gradient norm.
         warmup: Updates during which the learning rate rises linearly.
-        algorithm: ``adamw``, or ``adamw_8bit`` of bitsandbytes, whose moments take one byte each.
+        algorithm: ``adamw``, or ``adamw_8bit`` of bitsandbytes, which stores each moment in one byte.
     """
 
     learning_rate: float = 1e-4
@@ -67,14 +67,15 @@ class Optimization:
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """One role of a method, at most one of: trained, an average of another role, or a past state of one.
+    """One role of a method: trained, an average of a trained role, or a past state of one.
 
     Args:
         name: Unique in the method, without a dot; not ``teacher``.
         optimizer: Settings of a trained role.
-        average_of: Name of the trained role whose exponential moving average this is.
+        average_of: Name of the trained role that this is the exponential moving average of.
         decay: Decay of the average per step of that role, in [0, 1).
-        snapshot_of: Name of the trained role whose past state this is; the method decides when it is taken.
+        snapshot_of: Name of the trained role that this is a past state of; the method decides when it is
+            taken.
 
     Raises:
         ValueError: If the spec contradicts itself.
@@ -104,7 +105,7 @@ def check_specs(specs: tuple[RoleSpec, ...]) -> None:
     """Fail if names repeat or a role follows one that is not trained.
 
     Raises:
-        ValueError: Naming the first role at fault.
+        ValueError: If a spec is wrong; the message names its role.
     """
     trained = {spec.name for spec in specs if spec.optimizer is not None}
     names: set[str] = set()

@@ -92,9 +92,9 @@ def contents(task: str) -> list[dict[str, Any]]:
 def prompts(task: str, split: Split) -> tuple[Prompt, ...]:
     """All prompts of a task in one split; the two splits share no text.
 
-    In tasks with many contents (position, color_attr) a quarter of the *contents* is held out, so the test
-    asks for combinations of shape, color and relation that training never shows. In the other tasks a
-    quarter of the pairs of content and prefix is held out.
+    In tasks with many contents (position, color_attr) a quarter of the *contents* is reserved for testing, so
+    the test asks for combinations of shape, color and relation that training never shows. In the other tasks
+    a quarter of the pairs of content and prefix is reserved.
     """
     rows = [(content, prefix) for content in contents(task) for prefix in PREFIXES]
     keys = [describe(content) if len(contents(task)) >= 24 else prefix + describe(content) for content, prefix in rows]
@@ -119,7 +119,7 @@ def prompt_at(split: Split, seed: int, row: int) -> Prompt:
 def evaluation_prompts(per_task: int) -> list[Prompt]:
     """Fixed test prompts, ``per_task`` of each task.
 
-    They repeat in turn where a task has fewer, just as GenEval takes several pictures per prompt.
+    If a task has fewer, its prompts repeat in turn, just as GenEval takes several pictures per prompt.
     """
     out = []
     for task in TASKS:
@@ -154,5 +154,5 @@ def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def _one_more(task: str, include: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ``exclude`` clauses of a task: an exact count rules out one object more."""
+    """The ``exclude`` clauses of a task: an exact count rules out one more object."""
     return [_clause(include[0]["class"], include[0]["count"] + 1)] if task == "counting" else []

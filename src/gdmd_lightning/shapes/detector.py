@@ -25,7 +25,7 @@ from gdmd_lightning.shapes.captions import COLORS, SHAPES
 from gdmd_lightning.shapes.scenes import BACKGROUND, PALETTE, SIZE, coverage
 
 MIN_AREA = 16.0  # pixels; the smallest rendered shape has 28
-# Of a component with its best template; a wrong template reaches about 0.85 of the overlap of the right one.
+# Overlap of a component with its best template; a wrong template has about 0.85 of the right one's overlap.
 MIN_OVERLAP = 0.82
 
 _COLORS = torch.tensor([BACKGROUND, *(PALETTE[name] for name in COLORS)])
@@ -164,7 +164,7 @@ def _grade(found: Components, metadata: dict[str, Any]) -> float:
     if not len(found.area):
         return 0.0
     kind = np.exp((found.overlap - found.overlap.max(1, keepdims=True)) / 0.03)
-    kind *= found.overlap / kind.sum(1, keepdims=True)  # how surely each shape, times how well it is drawn
+    kind *= found.overlap / kind.sum(1, keepdims=True)  # probability of each shape, times its quality
     present = np.minimum(found.area / MIN_AREA, 1.0)
     any_color = found.likeness.max(1)
     match = np.stack(
@@ -194,7 +194,7 @@ def _grade(found: Components, metadata: dict[str, Any]) -> float:
 
 
 def _held(found: Components, one: int, landmark: int, relation: str) -> float:
-    """How surely a relation holds, in (0, 1).
+    """How clearly a relation holds, in (0, 1).
 
     A sigmoid around GenEval's threshold. The strength is averaged with and without shortening the offset,
     because GenEval's rule alone is constant while the shortened offset is 0.

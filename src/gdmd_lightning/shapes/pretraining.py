@@ -118,8 +118,8 @@ class TeacherTraining(_OneCycle):
         dropout: Share of captions replaced by the empty prompt, for classifier-free guidance.
         caption_noise: Share of captions replaced by wrong ones, in [0, 1].
         noise_from: Share of training after which wrong captions occur, in [0, 1]. The teacher first learns
-            the world from true captions and then the errors; this is a short way to a teacher that can draw
-            what a prompt asks for, but often does not.
+            from true captions and then learns the errors. This quickly gives a teacher that can draw what a
+            prompt asks for but often does not.
         seed: Seed of caption errors, dropout and noise.
     """
 
