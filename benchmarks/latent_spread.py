@@ -16,7 +16,7 @@ from gdmd_lightning.streams import draw_noise, stream
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a Shapes run; the teacher is taken from the first")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="of Shapes; the first gives the teacher")
     parser.add_argument("--count", type=int, default=600, help="number of test prompts")
     parser.add_argument("--steps", type=int, default=30, help="steps of the teacher")
     options = parser.parse_args()

@@ -53,7 +53,7 @@ def run_cli(tmp_path: Path) -> RunCli:
 
 @pytest.fixture
 def complaint(capsys, tmp_path, monkeypatch):
-    """``complaint("fit", ...)`` is the one line in which the command line refuses its arguments."""
+    """``complaint("fit", ...)`` returns the one-line error of the command line."""
 
     def refused(*arguments: object) -> str:
         monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_fast_config(path: Path, pipeline: Path, save_dir: Path) -> list[str]:
-    """Write what makes ``--config shapes.yaml`` cheap; returns the arguments of ``fit``."""
+    """Write an overlay that makes ``--config shapes.yaml`` cheap; returns the arguments of ``fit``."""
     family = {"class_path": "SD3Family", "init_args": {"path": str(pipeline), "max_sequence_length": 0}}
     evaluation = {"scores": [{"class_path": "GenEvalScore"}], "count": 6, "columns": 3, "teacher_steps": 2}
     config = {

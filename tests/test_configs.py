@@ -1,4 +1,4 @@
-"""The shipped configurations parse, plan and train: the real ones on tiny pipelines of their families."""
+"""The shipped configurations parse, plan and train, on tiny pipelines of their families."""
 
 import json
 import re
@@ -17,7 +17,7 @@ REAL = {
     "sdxl": tiny.save_sdxl,
     "flux2": tiny.save_flux2,
 }
-# What a tiny pipeline cannot share with a published one: where it is, its size, and a reward that needs no download.
+# What differs for a tiny pipeline: its size, shorter training, and a reward that needs no download.
 TINY = {
     "trainer": {"max_steps": 3, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
     "data": {"batch_size": 4, "group_size": 2},
@@ -34,17 +34,17 @@ TINY = {
 
 
 @pytest.mark.parametrize("family", REAL)
-def test_every_published_value_names_its_source_or_is_called_ours(family):
+def test_config_values_name_their_source_or_say_ours(family):
     text = (shipped_configs() / f"{family}.yaml").read_text()
-    told = ("guidance_scale", "fake_score_updates", "learning_rate", "lora:", "renoise_distribution:", "ema_decay")
+    keys = ("guidance_scale", "fake_score_updates", "learning_rate", "lora:", "renoise_distribution:", "ema_decay")
     for line in text[text.index("model:") :].splitlines():
-        if any(key in line for key in told):
+        if any(key in line for key in keys):
             assert re.search(r"# .*(RTDMD|DMD2|ours)", line), line
 
 
 @pytest.mark.parametrize("overlay", ["", "cold_start", "lora_24gb"])
 @pytest.mark.parametrize("family", REAL)
-def test_a_real_configuration_prints_itself(family, overlay, capsys, tmp_path, monkeypatch):
+def test_config_of_a_published_model_prints(family, overlay, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", f"{family}.yaml"]
     if overlay:
@@ -63,7 +63,9 @@ def overlay_name(family: str, overlay: str) -> str:
 
 @pytest.mark.parametrize("overlay", ["cold_start", "lora_24gb"])
 @pytest.mark.parametrize("family", REAL)
-def test_a_real_configuration_is_planned_and_trains_on_a_tiny_pipeline(family, overlay, tmp_path, monkeypatch, capsys):
+def test_config_of_a_published_model_plans_and_trains_on_a_tiny_pipeline(
+    family, overlay, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
     pipeline = REAL[family](tmp_path / "pipeline")
@@ -91,6 +93,6 @@ def test_a_real_configuration_is_planned_and_trains_on_a_tiny_pipeline(family, o
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", REAL)
-def test_a_published_model_with_adapters_fits_24_gb(family, capsys):
+def test_config_with_adapters_fits_24_gb(family, capsys):
     main(["plan", "--config", f"{family}.yaml", "--config", f"{family}_lora_24gb.yaml", "--gpu_memory", "24"])
     assert "fits in 24 GiB: yes" in capsys.readouterr().out

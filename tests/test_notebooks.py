@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on a record of a real run."""
+"""The notebooks run from top to bottom on the record of a run."""
 
 import os
 from pathlib import Path

@@ -96,7 +96,7 @@ def test_step_with_the_true_velocity_stays_between_data_and_noise(sampler: Sampl
     assert (fresh * x0).mean() == pytest.approx(0, abs=0.03)
 
 
-# Gaussian data N(mu, s^2): a step with the exact velocity is affine, so its law needs no sampling.
+# Gaussian data N(mu, s^2): a step with the exact velocity is affine, so its distribution needs no sampling.
 
 
 def gaussian_velocity(mu: float, s: float) -> Callable[[Tensor, Tensor], Tensor]:

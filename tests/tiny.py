@@ -1,4 +1,4 @@
-"""A pipeline of the real classes with random weights, and what is needed to train it in a second or two."""
+"""Tiny pipelines of the real classes with random weights, and helpers to train them in a second or two."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +130,7 @@ def save_flux2(path: Path, *, klein: bool = True) -> Path:
 
 
 def _bytes(place: Path, *special: str) -> None:
-    """Train a tokenizer on the world's words and leave its files in a directory."""
+    """Train a tokenizer on the words of Shapes and save it to a directory."""
     from tokenizers import ByteLevelBPETokenizer
 
     from gdmd_lightning.shapes.captions import WORDS
@@ -214,7 +214,7 @@ def train(
 
 
 def differing(one: Any, other: Any, at: str = "") -> list[str]:
-    """Where two nested structures of tensors and plain values differ; tensors to the bit."""
+    """Paths at which two nested structures of tensors and plain values differ; tensors are compared to the bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         found = [] if one.keys() == other.keys() else [f"{at}: keys {one.keys() ^ other.keys()}"]
         return found + [d for key in one.keys() & other.keys() for d in differing(one[key], other[key], f"{at}/{key}")]

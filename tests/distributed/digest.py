@@ -1,4 +1,4 @@
-"""A callback that writes down what each rank ended with; configurations name it ``digest.Digest``."""
+"""A callback that records the final state of each rank; configurations name it ``digest.Digest``."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 
 class Digest(pl.Callback):
-    """``digest-<rank>.json`` in the log directory: prompts seen, and a hash of each role's weights and moments."""
+    """Writes ``digest-<rank>.json``: prompts seen, number of updates, and a hash of each role's weights."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory

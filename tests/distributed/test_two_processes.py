@@ -1,4 +1,4 @@
-"""Two processes under gloo train one generator on disjoint prompts."""
+"""Two gloo processes train one generator on disjoint prompts."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ UPDATES = 3
 
 @pytest.fixture
 def two_ranks(run_cli, fast_fit, tmp_path):
-    """The reports of both ranks of a run of the command line."""
+    """A function that runs ``fit`` on two ranks and returns the digest of each."""
 
     def run(*arguments: str) -> list[dict]:
         digest = tmp_path / "digest.yaml"
@@ -32,7 +32,7 @@ def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_
     one, other = two_ranks("--trainer.strategy=ddp")
     assert one["updates"] == other["updates"] == UPDATES
     assert one["digests"] == other["digests"]
-    assert len(set(one["digests"].values())) == 5, "roles that have not moved apart"
+    assert len(set(one["digests"].values())) == 5, "some roles are equal"
     assert [len(batch) for batch in one["prompts"]] == [len(batch) for batch in other["prompts"]] == [8] * UPDATES
     import pyarrow.dataset as ds
 
@@ -40,7 +40,7 @@ def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_
     rows = ds.dataset(list(map(str, parts))).to_table().to_pylist()
     assert {row["rank"] for row in rows} == {0, 1}
     assert (tmp_path / "run" / "pictures" / f"{UPDATES:06d}.png").is_file()
-    # Another rank, other noise: no two states share their reward.
+    # Ranks draw different noise, so no two states have the same reward.
     rewards = [{row["reward_target"] for row in rows if row["rank"] == rank} for rank in (0, 1)]
     assert not rewards[0] & rewards[1]
 
@@ -54,20 +54,20 @@ def test_ranks_with_adapters_share_the_work_of_embedding(two_ranks, tmp_path):
     one, other = two_ranks("--trainer.strategy=ddp", *lora, *cache)
     assert one["updates"] == other["updates"] == UPDATES
     assert one["digests"] == other["digests"]
-    assert len(set(one["digests"].values())) == 5, "roles that have not moved apart"
-    # Each embedded its share, and no prompt was embedded twice.
+    assert len(set(one["digests"].values())) == 5, "some roles are equal"
+    # Each rank embedded its share, and no prompt was embedded twice.
     from safetensors import safe_open
 
-    held = []
+    embedded = []
     for shard in (tmp_path / "cache").glob("*.safetensors"):
         with safe_open(shard, "pt") as content:
-            held.append([name for name in content.keys() if name.endswith(".sequence")])  # noqa: SIM118
-    assert len(held) == 2
-    assert len({name for part in held for name in part}) == sum(map(len, held)) >= 5
+            embedded.append([name for name in content.keys() if name.endswith(".sequence")])  # noqa: SIM118
+    assert len(embedded) == 2
+    assert len({name for part in embedded for name in part}) == sum(map(len, embedded)) >= 5
 
 
 def test_ranks_share_the_prompt_order_of_one_process(two_ranks, tmp_path):
-    """Together they see what one process with twice the batch sees, each prompt once."""
+    """Together they see the prompts of one process with twice the batch size, each once."""
     from gdmd_lightning.data.prompt_data import PromptDataModule
 
     ranks = two_ranks()

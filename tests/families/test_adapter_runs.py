@@ -1,4 +1,4 @@
-"""LoRA runs of every family: trained, resumed and exported by the command line, sampled by diffusers."""
+"""LoRA runs of every family: trained, resumed and exported by the command line, then sampled by diffusers."""
 
 import json
 
@@ -32,7 +32,7 @@ FAMILIES = {
 def trained(request, tmp_path_factory):
     """Three updates on a tiny pipeline, resumed after two: pipeline, last checkpoint, weights after two.
 
-    The run evaluates its images and keeps a record, as any other.
+    The run evaluates its images and writes a record, like any other run.
     """
     from conftest import write_fast_config
 

@@ -1,4 +1,4 @@
-"""Features of the networks for a discriminator: their shape, their gradient, and no effect on the network."""
+"""Features for a discriminator: their shape, their gradient, and no effect on the network."""
 
 import pytest
 import tiny

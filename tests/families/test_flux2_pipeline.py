@@ -61,7 +61,7 @@ def test_exported_sampler_reproduces_our_images(module, noise, steps):
     assert family.to_pipeline(network, steps, module.latent_shape, stochastic=True).scheduler.config.stochastic_sampling
 
 
-def test_more_tokens_mean_more_noise(module):
+def test_few_step_sigmas_are_larger_for_more_tokens(module):
     few, many = (module.family.few_step_sigmas(4, module.family.latent_shape(side, side)) for side in (32, 1024))
     assert module.family.latent_shape(32, 32) == (8, 8, 8)
     assert (many[1:-1] > few[1:-1]).all()
@@ -69,7 +69,7 @@ def test_more_tokens_mean_more_noise(module):
     assert few[-1] == many[-1] == 0
 
 
-def test_encoded_images_decode_as_by_the_autoencoder_with_gradient(module):
+def test_decode_inverts_encode_images_like_the_autoencoder_with_gradient(module):
     family = module.family
     images = torch.rand(2, 3, 32, 32)
     latents = family.encode_images(images)
@@ -82,7 +82,7 @@ def test_encoded_images_decode_as_by_the_autoencoder_with_gradient(module):
     assert latents.grad.abs().sum() > 0
 
 
-def test_wrong_resolution_layers_or_family_is_refused(saved, module):
+def test_family_refuses_a_wrong_resolution_layer_count_or_pipeline(saved, module):
     with pytest.raises(UserError, match="34x32 is not a multiple of 4 pixels"):
         module.family.latent_shape(34, 32)
     with pytest.raises(UserError, match="the text encoder has 3 layers, not 27"):

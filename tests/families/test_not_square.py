@@ -1,4 +1,4 @@
-"""Height and width where they differ."""
+"""Latents and images that are not square."""
 
 import pytest
 import tiny
@@ -22,7 +22,7 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
-def test_latents_and_images_keep_height_and_width_apart(name, request):
+def test_latents_and_images_keep_height_before_width(name, request):
     family = request.getfixturevalue(name)
     channels, height, width = family.latent_shape(16, 32)
     assert 2 * height == width
@@ -38,12 +38,12 @@ def test_velocity_has_the_shape_of_its_latents(name, request):
     assert v.shape == x.shape
 
 
-def test_sdxl_network_is_given_height_before_width(sdxl):
-    asked = []
+def test_sdxl_passes_height_before_width_to_its_network(sdxl):
+    passed = []
     hook = sdxl.network.register_forward_pre_hook(
-        lambda _, __, options: asked.append(options["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+        lambda _, __, options: passed.append(options["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
     x = torch.zeros(2, *sdxl.latent_shape(16, 32))
     sdxl.predict_velocity(sdxl.network, x, torch.tensor([0.5, 0.5]), sdxl.encode(["a red circle", "a dog"]))
     hook.remove()
-    assert asked[0].tolist() == [[16, 32, 0, 0, 16, 32]] * 2
+    assert passed[0].tolist() == [[16, 32, 0, 0, 16, 32]] * 2

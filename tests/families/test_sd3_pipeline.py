@@ -122,14 +122,14 @@ def test_loaded_components_are_frozen(module):
     assert not any(part.training for part in parts)
 
 
-def test_resolution_that_patches_do_not_divide_is_refused(module):
+def test_latent_shape_refuses_a_resolution_that_patches_do_not_divide(module):
     with pytest.raises(UserError, match="30x32 is not a multiple of"):
         module.family.latent_shape(30, 32)
     with pytest.raises(UserError, match="0x32"):
         module.family.latent_shape(0, 32)
 
 
-def test_hub_id_is_only_checked_for_its_form():
+def test_check_pipeline_checks_only_the_form_of_a_hub_id():
     check_pipeline("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline")
     with pytest.raises(UserError, match="no directory"):
         check_pipeline("./stabilityai", "StableDiffusion3Pipeline")

@@ -45,7 +45,7 @@ def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_x0_is_the_same_from_flow_and_vp_states(module, noise):
+def test_velocity_gives_the_same_x0_as_the_vp_state(module, noise):
     family, network = module.family, module.roles.teacher
     conditioning, timesteps = family.encode(TEXTS), torch.tensor([150, 820])
     alphas = family.loaded.scheduler.alphas_cumprod[timesteps][:, None, None, None]
@@ -75,7 +75,7 @@ def test_timestep_inverts_the_sigmas_of_the_timesteps(module):
     assert module.family.timestep(torch.tensor([1e-4, 0.99])).tolist() == [0, 999]
 
 
-def test_renoise_distribution_of_timesteps_has_this_schedule(module):
+def test_uniform_timestep_has_the_schedule_of_sdxl(module):
     drawn = UniformTimestep(low=0.0, high=1.0).quantile(torch.tensor([0.0, 0.25, 0.5004, 0.9999]))
     torch.testing.assert_close(drawn, module.family.timestep_sigmas[[0, 250, 500, 999]].float())
 
@@ -117,7 +117,7 @@ def test_encoded_images_have_the_latent_shape_and_decode_with_gradient(module):
         module.family.latent_shape(30, 32)
 
 
-def test_pipeline_of_another_family_is_refused(saved, tiny_pipeline):
+def test_family_refuses_a_pipeline_of_another_family(saved, tiny_pipeline):
     with pytest.raises(UserError, match="holds a StableDiffusion3Pipeline, not a StableDiffusionXLPipeline"):
         SDXLFamily(str(tiny_pipeline))
     with pytest.raises(UserError, match="holds a StableDiffusionXLPipeline, not a StableDiffusion3Pipeline"):

@@ -1,4 +1,4 @@
-"""A sketch has the shapes of the loaded pipeline and none of its weights."""
+"""A sketch has the shapes of the loaded pipeline without its weights."""
 
 import shutil
 
@@ -107,7 +107,7 @@ def test_shipped_clip_has_the_published_number_of_parameters():
     assert count_parameters(sketch_model(CLIPModel, "openai/clip-vit-large-patch14")) == 427_616_513
 
 
-def test_broken_configuration_is_an_error(tiny_pipeline, tmp_path):
+def test_sketch_reports_a_broken_configuration(tiny_pipeline, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_pipeline, broken)
     (broken / "transformer" / "config.json").write_text("{")

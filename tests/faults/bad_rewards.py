@@ -1,4 +1,4 @@
-"""Broken rewards, one per kind of mistake; configurations name them ``bad_rewards.<class>``."""
+"""Broken rewards, one for each kind of mistake; configurations name them ``bad_rewards.<class>``."""
 
 import torch
 

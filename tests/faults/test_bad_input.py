@@ -1,4 +1,4 @@
-"""Every mistake gives one line that says what and where, a nonzero status, and no incomplete output."""
+"""Every mistake gives one line with its place, a nonzero status, and no incomplete output."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_fit_reports_a_missing_model(complaint):
 
 @pytest.fixture
 def pipeline(tiny_pipeline, tmp_path) -> Path:
-    """A copy of the tiny pipeline, to be damaged."""
+    """A copy of the tiny pipeline that a test may damage."""
     return Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
 
 

@@ -1,4 +1,4 @@
-"""Errors of teachers, adapters, embedding caches and exports are one line, and leave no partial files."""
+"""Errors of pipelines, adapters, embedding caches and exports are one line, and leave no partial files."""
 
 import shutil
 import subprocess
@@ -16,33 +16,33 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", ["sdxl.yaml", "flux2.yaml"])
-def test_configuration_of_another_family_is_an_error(complaint, tiny_pipeline, config):
+def test_fit_reports_a_pipeline_of_another_family(complaint, tiny_pipeline, config):
     message = complaint("fit", "--config", config, f"--model.family.path={tiny_pipeline}", "--data.source=shapes")
     assert "holds a StableDiffusion3Pipeline, not a" in message
     assert "choose the family that matches it" in message
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "scheduler"])
-def test_missing_component_is_an_error(complaint, fast_fit, tiny_pipeline, tmp_path, part):
+def test_fit_reports_a_missing_component(complaint, fast_fit, tiny_pipeline, tmp_path, part):
     copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
     shutil.rmtree(copy / part)
     assert f"lacks its component {part!r}" in complaint("fit", *fast_fit, f"--model.family.path={copy}")
 
 
 @pytest.mark.parametrize("command", ["fit", "plan"])
-def test_unsupported_resolution_is_an_error(complaint, fast_fit, command):
+def test_fit_and_plan_report_an_unsupported_resolution(complaint, fast_fit, command):
     message = complaint(command, *fast_fit, "--model.height=30")
     assert message.startswith("resolution: 30x32 is not a multiple of 8 pixels; use a multiple of 8")
 
 
 @pytest.mark.parametrize("command", ["fit", "plan"])
-def test_adapter_target_without_a_module_is_an_error_that_lists_others(complaint, fast_fit, command):
+def test_fit_and_plan_report_an_unknown_adapter_target_and_list_others(complaint, fast_fit, command):
     message = complaint(command, *fast_fit, *ADAPTERS, "--model.lora.targets=['to_qq']")
     assert message.startswith("model.lora.targets: LoRA target 'to_qq' matches no module of the network; ")
     assert "to_add_out" in message
 
 
-def test_cache_of_another_model_is_an_error(complaint, fast_fit, tmp_path):
+def test_fit_reports_an_embedding_cache_of_another_model(complaint, fast_fit, tmp_path):
     from gdmd_lightning.cli import main
 
     (tmp_path / "prompts.txt").write_text("a red circle\na green square\n")
@@ -55,13 +55,13 @@ def test_cache_of_another_model_is_an_error(complaint, fast_fit, tmp_path):
     assert "embeddings of another model" in message
 
 
-def test_start_without_the_adapters_is_an_error(complaint, fast_fit, recorded_run):
+def test_fit_reports_start_from_a_checkpoint_without_adapters(complaint, fast_fit, recorded_run):
     last = recorded_run / "checkpoints" / "last.ckpt"
     message = complaint("fit", *fast_fit, *ADAPTERS, f"--model.start_from={last}")
     assert "its generator is not this model's; use the same family, size and adapters" in message
 
 
-def test_optimizer_that_is_not_installed_is_an_error_before_loading(complaint, fast_fit, monkeypatch):
+def test_fit_reports_a_missing_optimizer_before_loading(complaint, fast_fit, monkeypatch):
     import importlib.util
 
     from gdmd_lightning.families.sd3 import SD3Family
@@ -71,7 +71,9 @@ def test_optimizer_that_is_not_installed_is_an_error_before_loading(complaint, f
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     monkeypatch.setattr(SD3Family, "load", lambda self: pytest.fail("loaded"))
     message = complaint("fit", *fast_fit, "--model.fake_score.algorithm=adamw_8bit")
-    assert message.startswith("optimizer algorithm: adamw_8bit is bitsandbytes', which is not installed; pip install")
+    assert message.startswith(
+        "optimizer algorithm: adamw_8bit requires bitsandbytes, which is not installed; pip install"
+    )
 
 
 FULL = """
@@ -84,7 +86,7 @@ main(["export", sys.argv[2], sys.argv[3]])
 
 
 @pytest.mark.parametrize("room", [300, 60_000])
-def test_full_disk_during_export_leaves_no_files(recorded_run, tmp_path, room):
+def test_export_to_a_full_disk_leaves_no_files(recorded_run, tmp_path, room):
     """A limit on file sizes makes the kernel refuse a write halfway, as on a full disk."""
     from conftest import cli_environment
 

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or extended ends with the same bits as an uninterrupted one."""
+"""A run that is stopped, killed or extended equals an uninterrupted one to the bit."""
 
 import signal
 import subprocess
@@ -110,8 +110,8 @@ def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name):
     keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
     saving.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
     variant = [argument.format(saving=saving) for argument in VARIANTS[name]]
-    # At 2 updates ModelCheckpoint saves, at 3 only the end of the run does. By 40 the prompts have repeated,
-    # which the resumed run does not remember.
+    # At 2 updates ModelCheckpoint saves; at 3 only the end of the run does. By 40 some prompts have repeated;
+    # a resumed run does not remember the earlier ones.
     for end in (2, 3, 40):
         first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
         assert step_of(first) == end
@@ -139,7 +139,7 @@ def test_every_n_train_steps_counts_updates(fast_fit, tmp_path):
     assert names == {"step=2.ckpt", "step=4.ckpt"}
 
 
-def test_last_checkpoint_holds_the_last_update(fast_fit, tmp_path):
+def test_last_checkpoint_contains_the_last_update(fast_fit, tmp_path):
     assert step_of(train(fast_fit, tmp_path, "--trainer.max_steps=3")) == 3
 
 

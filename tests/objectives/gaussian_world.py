@@ -1,4 +1,4 @@
-"""A world where everything is known: Gaussian data, an affine one-step student, both scores in closed form."""
+"""A world in closed form: Gaussian data, an affine one-step student, and exact scores."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from gdmd_lightning.schedules import renoise
 
 @dataclass(frozen=True)
 class Gaussian:
-    """``N(mean, covariance)`` and what the best network would say about its noised samples."""
+    """``N(mean, covariance)`` and the optimal predictions for its noised samples."""
 
     mean: Tensor
     covariance: Tensor
@@ -30,7 +30,7 @@ class Gaussian:
 
 @dataclass
 class Student:
-    """``x = A z + b``, which is ``N(b, A A^T)``: a critic that keeps up is its Gaussian."""
+    """``x = A z + b``, distributed as ``N(b, A A^T)``; that Gaussian is its exact fake score."""
 
     factor: Tensor
     shift: Tensor
@@ -46,7 +46,7 @@ class Student:
         return z @ self.factor.T + self.shift
 
     @property
-    def critic(self) -> Gaussian:
+    def fake_score(self) -> Gaussian:
         factor = self.factor.detach()
         return Gaussian(self.shift.detach(), factor @ factor.T)
 
@@ -56,16 +56,16 @@ TEACHER = Gaussian(
 )
 
 
-def draw(batch: int, group: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw(batch: int, group: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The student's noise ``[B, 2]``, and levels ``[B * M]`` and noise ``[B * M, 2]`` of its targets."""
     f64 = torch.float64
-    z = torch.randn(batch, 2, generator=generator, dtype=f64)
-    t = 0.02 + 0.96 * torch.rand(batch * group, generator=generator, dtype=f64)
-    return z, t, torch.randn(batch * group, 2, generator=generator, dtype=f64)
+    z = torch.randn(batch, 2, generator=rng, dtype=f64)
+    t = 0.02 + 0.96 * torch.rand(batch * group, generator=rng, dtype=f64)
+    return z, t, torch.randn(batch * group, 2, generator=rng, dtype=f64)
 
 
-def opinions(teacher: Gaussian, critic: Gaussian, each: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+def predictions(teacher: Gaussian, fake_score: Gaussian, each: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's ``x0`` and the implicit target ``y`` of each renoised sample ``[N, 2]``."""
     x_t = renoise(each, t, eps)
     real = teacher.x0(x_t, t)
-    return real, each - dm_direction(real, critic.x0(x_t, t))
+    return real, each - dm_direction(real, fake_score.x0(x_t, t))

@@ -1,4 +1,4 @@
-"""Advantages: what a group makes of its rewards, and what must not matter."""
+"""Advantages of a group's rewards, and the changes of rewards that do not affect them."""
 
 from typing import get_args
 
@@ -37,7 +37,7 @@ def test_group_advantages_ignore_a_constant_added_to_one_group(spread: Spread) -
 
 
 @pytest.mark.parametrize("spread", ["group", "batch"])
-def test_group_advantages_over_a_spread_ignore_the_scale_of_rewards(spread: Spread) -> None:
+def test_group_advantages_over_a_std_ignore_the_scale_of_rewards(spread: Spread) -> None:
     torch.testing.assert_close(
         group_advantages(3 * rewards(), GROUPS, spread), group_advantages(rewards(), GROUPS, spread)
     )
@@ -52,7 +52,7 @@ def test_group_advantages_follow_a_permutation_of_rows(spread: Spread) -> None:
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_group_advantages_without_spread_give_weight_one(spread: Spread) -> None:
+def test_group_advantages_of_equal_rewards_give_weight_one(spread: Spread) -> None:
     flat = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)[GROUPS]
     advantage = group_advantages(flat, GROUPS, spread)
     assert torch.equal(advantage, torch.zeros_like(flat))
@@ -62,7 +62,7 @@ def test_group_advantages_without_spread_give_weight_one(spread: Spread) -> None
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_group_without_spread_has_no_advantage_next_to_one_with_spread(spread: Spread) -> None:
+def test_group_advantages_of_a_flat_group_are_zero_next_to_other_groups(spread: Spread) -> None:
     mixed = rewards()
     mixed[GROUPS == 1] = 0.25
     advantage = group_advantages(mixed, GROUPS, spread)
@@ -71,46 +71,46 @@ def test_group_without_spread_has_no_advantage_next_to_one_with_spread(spread: S
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7])  # (r + r + r) / 3 is not r in float32
-def test_group_without_spread_has_no_advantage_by_rounding(size: int) -> None:
+def test_group_advantages_of_equal_rewards_are_zero_despite_rounding(size: int) -> None:
     groups = torch.arange(2).repeat_interleave(size)
     values = torch.cat([torch.full((size,), 0.9), torch.rand(size, generator=torch.Generator().manual_seed(0))])
     assert torch.equal(group_advantages(values, groups, "batch")[:size], torch.zeros(size))
 
 
 @pytest.mark.parametrize("difference", [1e-3, 0.1, 100.0])
-def test_two_members_and_their_own_spread_hide_the_difference(difference: float) -> None:
+def test_group_advantages_of_two_members_over_their_own_std_are_plus_and_minus_one(difference: float) -> None:
     values = torch.tensor([1.0, 1.0 + difference], dtype=torch.float64)
     advantage = group_advantages(values, torch.zeros(2, dtype=torch.long), "group")
     torch.testing.assert_close(advantage, torch.tensor([-1.0, 1.0], dtype=torch.float64))
 
 
-def test_two_members_and_the_batchs_spread_keep_the_difference() -> None:
+def test_group_advantages_over_the_batch_std_keep_the_size_of_differences() -> None:
     values = torch.tensor([0.0, 0.1, 0.0, 1.0], dtype=torch.float64)
     advantage = group_advantages(values, torch.tensor([0, 0, 1, 1]), "batch")
     assert advantage[3] == pytest.approx(10 * advantage[1].item())
 
 
 @pytest.mark.parametrize("spread", ["group", "batch"])
-def test_the_divided_advantages_have_unit_size(spread: Spread) -> None:
+def test_group_advantages_over_a_std_have_unit_mean_square(spread: Spread) -> None:
     advantage = group_advantages(rewards(), GROUPS, spread)
     assert advantage.square().mean().sqrt() == pytest.approx(1.0)
 
 
-def test_a_spread_below_the_floor_is_noise() -> None:
+def test_group_advantages_below_the_floor_are_zero() -> None:
     values = torch.tensor([1.0, 1.0 + 1e-6], dtype=torch.float64)
     one = torch.zeros(2, dtype=torch.long)
     assert (group_advantages(values, one, "group", floor=1e-4) == 0).all()
     assert (group_advantages(values, one, "group", floor=1e-8) != 0).all()
 
 
-def test_center_within_removes_what_a_stratum_shares() -> None:
+def test_center_within_removes_a_constant_per_stratum() -> None:
     strata = torch.arange(3).repeat(3)
     shared = torch.tensor([0.0, 10.0, -4.0], dtype=torch.float64)[strata]
     values = rewards()
     torch.testing.assert_close(center_within(values + shared, strata), center_within(values, strata))
 
 
-def test_centered_strata_average_zero() -> None:
+def test_center_within_leaves_zero_mean_in_every_stratum() -> None:
     strata = torch.arange(3).repeat(3)
     mean = group_mean(center_within(rewards(), strata), strata)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-15)

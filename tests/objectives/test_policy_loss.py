@@ -1,4 +1,4 @@
-"""Positive and negative policies, and the signed weight that they amount to where ``v = v_old``."""
+"""Positive and negative policies, and the signed weight that equals them at ``v = v_old``."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def policy_at_old(x: Tensor, y: Tensor, o: Tensor, n: Tensor, beta: float) -> Te
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_gradient_at_the_old_policy_is_signed_distillation_whatever_beta(beta: float) -> None:
+def test_policy_loss_gradient_at_the_old_policy_is_signed_distillation_for_any_beta(beta: float) -> None:
     y, o, n = targets()
     x = random(*y.shape).requires_grad_()
     (gradient,) = torch.autograd.grad(policy_at_old(x, y, o, n, beta), x)
@@ -39,7 +39,7 @@ def test_gradient_at_the_old_policy_is_signed_distillation_whatever_beta(beta: f
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 4.0])
-def test_weighted_form_is_the_full_forms_gradient_at_the_old_policy(beta: float, strength: float) -> None:
+def test_gradient_weight_equals_the_full_form_at_the_old_policy(beta: float, strength: float) -> None:
     y, o, n = targets()
     x = random(*SHAPE).requires_grad_()
     each = x.repeat_interleave(GROUP, dim=0)
@@ -53,7 +53,7 @@ def test_weighted_form_is_the_full_forms_gradient_at_the_old_policy(beta: float,
     )
 
 
-def test_full_form_leaves_the_weighted_one_as_the_policy_leaves_the_old_one() -> None:
+def test_gradient_weight_error_is_proportional_to_the_distance_from_the_old_policy() -> None:
     y, o, n = targets()
     x = random(*y.shape).requires_grad_()
 
@@ -67,14 +67,14 @@ def test_full_form_leaves_the_weighted_one_as_the_policy_leaves_the_old_one() ->
     assert gap(0.01) == pytest.approx(10 * gap(0.001), rel=1e-6)
 
 
-def test_no_preference_leaves_distillation_alone() -> None:
+def test_policy_loss_gradient_is_zero_at_optimality_one_half() -> None:
     y, _, n = targets()
     x = random(*y.shape).requires_grad_()
     (gradient,) = torch.autograd.grad(policy_at_old(x, y, torch.full_like(n, 0.5), n, 1.0), x)
     assert gradient.abs().max() == 0
 
 
-def test_a_good_target_attracts_and_a_bad_one_repels() -> None:
+def test_policy_loss_moves_toward_good_targets_and_away_from_bad_ones() -> None:
     y, _, n = targets()
     x = random(*y.shape).requires_grad_()
     for o, sign in ((1.0, -1), (0.0, 1)):
@@ -83,7 +83,7 @@ def test_a_good_target_attracts_and_a_bad_one_repels() -> None:
         assert torch.sign(moved) == sign
 
 
-def test_no_gradient_reaches_the_old_policy_or_the_target() -> None:
+def test_policy_loss_passes_no_gradient_to_the_old_policy_or_the_target() -> None:
     y, o, n = targets()
     v, v_old, target = random(*y.shape).requires_grad_(), random(*y.shape).requires_grad_(), y.requires_grad_()
     plus, minus = policy_pair(v, v_old, 0.5)
@@ -94,25 +94,25 @@ def test_no_gradient_reaches_the_old_policy_or_the_target() -> None:
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_pair_mirrors_the_policy_in_the_old_one(beta: float) -> None:
+def test_policy_pair_is_symmetric_around_the_old_policy(beta: float) -> None:
     v, v_old = random(*SHAPE), random(*SHAPE, seed=1)
     plus, minus = policy_pair(v, v_old, beta)
     torch.testing.assert_close((plus + minus) / 2, v_old)
     torch.testing.assert_close((plus - minus) / 2, beta * (v - v_old))
 
 
-def test_at_beta_one_the_positive_policy_is_the_policy() -> None:
+def test_policy_pair_at_beta_one_has_the_policy_as_its_positive_side() -> None:
     v, v_old = random(*SHAPE), random(*SHAPE, seed=1)
     torch.testing.assert_close(policy_pair(v, v_old, 1.0)[0], v)
 
 
-def test_at_the_old_policy_both_are_the_policy() -> None:
+def test_policy_pair_at_the_old_policy_is_twice_the_policy() -> None:
     v = random(*SHAPE)
     for side in policy_pair(v, v.clone(), 0.3):
         torch.testing.assert_close(side, v)
 
 
-def test_the_pair_of_velocities_and_the_pair_of_x0_agree() -> None:
+def test_policy_pair_of_velocities_agrees_with_that_of_x0() -> None:
     x_sigma, v, v_old = random(*SHAPE), random(*SHAPE, seed=1), random(*SHAPE, seed=2)
     sigma = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
     of_x0 = policy_pair(x0_from_velocity(x_sigma, v, sigma), x0_from_velocity(x_sigma, v_old, sigma), 0.7)
@@ -120,24 +120,24 @@ def test_the_pair_of_velocities_and_the_pair_of_x0_agree() -> None:
         torch.testing.assert_close(x0_from_velocity(x_sigma, side, sigma), x0)
 
 
-def test_optimality_is_a_half_for_no_advantage_and_stays_in_the_unit_interval() -> None:
+def test_optimality_is_one_half_at_zero_advantage_and_stays_in_the_unit_interval() -> None:
     advantage = torch.tensor([-9.0, -2.0, -1.0, 0.0, 1.0, 2.0, 9.0], dtype=torch.float64)
     expected = torch.tensor([0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0], dtype=torch.float64)
     assert torch.equal(optimality(advantage, clip=2.0), expected)
 
 
-def test_no_preference_weighs_exactly_one() -> None:
+def test_gradient_weight_is_exactly_one_at_zero_advantage() -> None:
     o = optimality(torch.zeros(4, dtype=torch.float64), clip=3.0)
     assert torch.equal(gradient_weight(o, 7.0), torch.ones(4, dtype=torch.float64))
 
 
-def test_weights_of_mirrored_advantages_average_one() -> None:
+def test_gradient_weight_of_opposite_advantages_averages_one() -> None:
     advantage = random(50)
     weight = gradient_weight(optimality(advantage), 2.0) + gradient_weight(optimality(-advantage), 2.0)
     torch.testing.assert_close(weight / 2, torch.ones(50, dtype=torch.float64))
 
 
-def test_a_weight_turns_negative_only_beyond_strength_one() -> None:
+def test_gradient_weight_is_negative_only_above_strength_one() -> None:
     o = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert (gradient_weight(o, 1.0) >= 0).all()
     assert (gradient_weight(o, 1.5) < 0).any()

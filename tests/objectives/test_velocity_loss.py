@@ -1,4 +1,4 @@
-"""The critic learns the right thing: flow matching's minimiser is the posterior mean of ``eps - x0``."""
+"""Flow matching is minimal at the posterior mean of ``eps - x0``, so the fake score learns that."""
 
 import torch
 from gaussian_world import Gaussian
@@ -13,7 +13,7 @@ DATA = Gaussian(
 
 
 def exact_pairs(count: int = 64) -> tuple[Tensor, Tensor]:
-    """``x0`` and ``eps`` whose *sample* mean and covariance are exactly those of the law: no statistics needed."""
+    """``x0`` and ``eps`` with exactly the mean and covariance of their distributions, without sampling error."""
     z = torch.randn(count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z = z - z.mean(0)
     z = torch.linalg.solve_triangular(torch.linalg.cholesky(z.T @ z / count), z.T, upper=False).T
@@ -32,14 +32,14 @@ def loss_of(slope: Tensor, offset: Tensor, t: float) -> Tensor:
     return velocity_loss(renoise(x0, torch.full((len(x0),), t, dtype=x0.dtype), eps) @ slope + offset, x0, eps)
 
 
-def test_the_posterior_mean_is_stationary() -> None:
+def test_velocity_loss_is_stationary_at_the_posterior_mean() -> None:
     for t in (0.05, 0.3, 0.7, 1.0):
         slope, offset = (p.requires_grad_() for p in best_linear(t))
         for gradient in torch.autograd.grad(loss_of(slope, offset, t), (slope, offset)):
             torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
 
-def test_every_other_linear_network_is_worse() -> None:
+def test_velocity_loss_is_larger_for_every_other_linear_network() -> None:
     slope, offset = best_linear(0.4)
     best = loss_of(slope, offset, 0.4)
     for seed in range(20):
@@ -49,6 +49,6 @@ def test_every_other_linear_network_is_worse() -> None:
         assert loss_of(slope + d_slope, offset + d_offset, 0.4) > best
 
 
-def test_the_true_velocity_costs_nothing() -> None:
+def test_velocity_loss_of_the_true_velocity_is_zero() -> None:
     x0, eps = exact_pairs()
     assert velocity_loss(eps - x0, x0, eps) == 0

@@ -1,4 +1,4 @@
-"""Rewards are checked where they are used, and the shipped ones judge as they should."""
+"""Checks of scores, and the shipped rewards on true and wrong captions."""
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ class Answer(Reward):
         return self.answer
 
 
-def test_finite_scores_pass_as_float32():
+def test_checked_score_returns_finite_scores_as_float32():
     scores = checked_score(Answer(torch.arange(4, dtype=torch.float64)), PICTURES, PROMPTS)
     assert scores.dtype == torch.float32
     assert scores.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         (torch.zeros(3), r"'answer'.*\(3,\) for 4 pictures"),
         (torch.zeros(4, 1), r"\(4, 1\) for 4 pictures"),
@@ -43,23 +43,23 @@ def test_finite_scores_pass_as_float32():
         (ValueError("no such word"), "raised ValueError: no such word"),
     ],
 )
-def test_wrong_score_is_reported_in_one_line(answer, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_checked_score_reports_a_wrong_score_in_one_line(answer, message):
+    with pytest.raises(UserError, match=message) as caught:
         checked_score(Answer(answer), PICTURES, PROMPTS)
     assert "\n" not in str(caught.value)
 
 
-def test_combination_is_the_weighted_sum():
+def test_combined_reward_is_the_weighted_sum():
     parts = [Answer(torch.tensor([1.0, 2, 3, 4])), Answer(torch.ones(4))]
     assert checked_score(CombinedReward(parts, [2.0, -1.0]), PICTURES, PROMPTS).tolist() == [1, 3, 5, 7]
 
 
-def test_combination_names_the_part_at_fault():
+def test_combined_reward_names_the_failing_part():
     with pytest.raises(UserError, match="'answer'"):
         checked_score(CombinedReward([Answer(torch.zeros(3))], [1.0]), PICTURES, PROMPTS)
 
 
-def test_combination_needs_a_weight_for_each_reward():
+def test_combined_reward_needs_one_weight_per_reward():
     with pytest.raises(UserError, match="2 rewards and 1 weights"):
         CombinedReward([ShapesReward(), ShapesReward()], [1.0])
 
@@ -69,7 +69,7 @@ def test_shapes_reward_refuses_prompts_without_metadata():
         ShapesReward().check([Prompt("a red circle")])
 
 
-def test_contrastive_reward_refuses_a_missing_directory(tmp_path):
+def test_contrastive_reward_refuses_a_directory_without_a_config(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         ContrastiveReward(str(tmp_path))
 
@@ -90,7 +90,7 @@ def world():
     return pictures, prompts, shuffled
 
 
-def test_shipped_scorer_prefers_the_true_caption(world):
+def test_contrastive_reward_prefers_the_true_caption(world):
     pictures, prompts, shuffled = world
     scorer = ContrastiveReward("package:assets/shapes/scorer")
     true, other = checked_score(scorer, pictures, prompts), checked_score(scorer, pictures, shuffled)
@@ -100,7 +100,7 @@ def test_shipped_scorer_prefers_the_true_caption(world):
     assert true.abs().max() <= 1
 
 
-def test_shipped_scorer_is_differentiable_in_pixels(world):
+def test_contrastive_reward_is_differentiable_in_pixels(world):
     pictures, prompts, _ = world
     scorer = ContrastiveReward("package:assets/shapes/scorer")
     pixels = pictures[:8].clone().requires_grad_()
@@ -112,7 +112,7 @@ def test_shipped_scorer_is_differentiable_in_pixels(world):
     assert (stepped > before).all()
 
 
-def test_shapes_reward_is_the_detectors_grade(world):
+def test_shapes_reward_is_high_for_true_captions_and_low_for_others(world):
     pictures, prompts, shuffled = world
     true, other = checked_score(ShapesReward(), pictures, prompts), checked_score(ShapesReward(), pictures, shuffled)
     assert true.mean() > 0.85

@@ -1,4 +1,4 @@
-"""Adapters on one base equal separate networks: to the bit, gradients too, in any order of calls."""
+"""Adapters on one base equal separate networks to the bit, with their gradients, in any order of calls."""
 
 import copy
 
@@ -48,7 +48,7 @@ def network_of(family: ModelFamily) -> nn.Module:
 
 
 def cast(family: ModelFamily, *, checkpointing: bool = False, **options) -> AdapterRoles:
-    """Roles whose adapters have all been drawn at random, so that none is like another."""
+    """Roles with random adapters, all different."""
     roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA, **options)
     if checkpointing:
         roles.checkpoint_activations()
@@ -61,7 +61,7 @@ def cast(family: ModelFamily, *, checkpointing: bool = False, **options) -> Adap
 
 
 def alone(family: ModelFamily, roles: AdapterRoles, role: str) -> nn.Module:
-    """A network of the role's own, with one adapter, as peft is commonly used."""
+    """A separate network with this role's adapter only, as peft is commonly used."""
     from peft import LoraConfig
 
     network = network_of(family).eval().requires_grad_(False)
@@ -92,7 +92,7 @@ def ask(family: ModelFamily, network: nn.Module, guidance_scale: float = 1.0) ->
 
 
 @pytest.mark.parametrize("role", ADAPTERS)
-def test_role_output_equals_that_of_a_separate_network_to_the_bit(family, role):
+def test_velocity_of_a_role_equals_that_of_a_separate_network_to_the_bit(family, role):
     roles = cast(family)
     network = alone(family, roles, role)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_role_output_equals_that_of_a_separate_network_to_the_bit(family, role):
     assert torch.equal(roles.velocity(role, inputs(family)), expected)
 
 
-def test_teacher_equals_the_base_to_the_bit(family):
+def test_velocity_of_the_teacher_equals_that_of_the_base_to_the_bit(family):
     roles = cast(family)
     with torch.no_grad():
         expected = ask(family, network_of(family).eval(), 3.0)
@@ -111,7 +111,7 @@ def test_teacher_equals_the_base_to_the_bit(family):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("learner", ["generator", "fake_score"])
-def test_gradients_of_interleaved_roles_equal_those_of_separate_networks_to_the_bit(family, learner, checkpointing):
+def test_learning_gives_the_gradients_of_a_separate_network_to_the_bit(family, learner, checkpointing):
     roles = cast(family, checkpointing=checkpointing)
     network = alone(family, roles, learner)
     if checkpointing:
@@ -120,7 +120,7 @@ def test_gradients_of_interleaved_roles_equal_those_of_separate_networks_to_the_
     with roles.learning(learner):
         roles.velocity("ema", inputs(family))
         loss = roles.velocity(learner, inputs(family)).square().sum()
-        # Between a forward and its backward all other roles are evaluated.
+        # Evaluate all other roles between the forward and its backward.
         for other in ("teacher", *ADAPTERS):
             if other != learner:
                 roles.velocity(other, inputs(family))
@@ -132,7 +132,7 @@ def test_gradients_of_interleaved_roles_equal_those_of_separate_networks_to_the_
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_forwards_under_one_backward_add_up(family, checkpointing):
+def test_learning_adds_the_gradients_of_two_forwards(family, checkpointing):
     roles = cast(family, checkpointing=checkpointing)
 
     def gradients(*scales: float) -> list[torch.Tensor]:
@@ -145,7 +145,7 @@ def test_two_forwards_under_one_backward_add_up(family, checkpointing):
         torch.testing.assert_close(twice, once)
 
 
-def test_adapters_start_as_no_change_and_as_each_other(family):
+def test_adapters_start_without_effect_and_followers_equal_their_sources(family):
     roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA)
     answers = [roles.velocity(role, inputs(family)) for role in ("teacher", *ADAPTERS)]
     assert all(torch.equal(answer, answers[0]) for answer in answers)
@@ -156,7 +156,7 @@ def test_adapters_start_as_no_change_and_as_each_other(family):
                 assert torch.equal(state[name], state[name.replace(f".{spec.source}.", f".{spec.name}.")])
 
 
-def test_first_weights_depend_on_the_seed_alone(family):
+def test_adapters_start_from_the_seed_only(family):
     torch.manual_seed(1)
     one = AdapterRoles(family, network_of(family), FEW, lora=LORA)
     torch.manual_seed(2)
@@ -166,7 +166,7 @@ def test_first_weights_depend_on_the_seed_alone(family):
     assert tiny.differing(dict(one.state_dict()), dict(other.state_dict())) == []
 
 
-def test_averages_move_by_their_decay_and_a_snapshot_stays(family):
+def test_adapters_of_averages_move_by_their_decay_and_snapshots_stay(family):
     roles = cast(family)
     before = {name: tensor.clone() for name, tensor in roles.state_dict().items()}
     roles.update_averages("generator")
@@ -184,7 +184,7 @@ def test_averages_move_by_their_decay_and_a_snapshot_stays(family):
     assert torch.equal(kept, roles.velocity("fake_score@1", inputs(family)))
 
 
-def test_standalone_role_is_a_plain_network_with_the_roles_output(family):
+def test_standalone_is_a_plain_network_with_the_roles_output(family):
     roles = cast(family, checkpointing=True)
     network = roles.standalone("ema")
     assert {n for n, _ in network.named_parameters()} == {n for n, _ in network_of(family).named_parameters()}
@@ -195,7 +195,7 @@ def test_standalone_role_is_a_plain_network_with_the_roles_output(family):
     assert not torch.equal(expected, roles.velocity("teacher", inputs(family)))
 
 
-def test_trained_adapters_alone_require_gradient_from_the_start(family):
+def test_adapters_of_trained_roles_only_require_gradient_from_the_start(family):
     roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA)
     asking = {name for name, p in roles.named_parameters() if p.requires_grad}
     assert asking == {*roles.names_of("generator"), *roles.names_of("fake_score")}
@@ -206,7 +206,7 @@ def storage_bytes(tensors) -> int:
     return sum(storages.values())
 
 
-def test_one_base_is_in_memory(family):
+def test_adapters_share_one_base_in_memory(family):
     network = network_of(family)
     base = storage_bytes([*network.parameters(), *network.buffers()])
     roles = AdapterRoles(family, network, SPECS, lora=LORA)
@@ -214,7 +214,7 @@ def test_one_base_is_in_memory(family):
     assert storage_bytes([*roles.parameters(), *roles.buffers()]) <= 1.1 * (base + adapters)
 
 
-def test_one_base_is_in_memory_at_half_a_billion_parameters():
+def test_adapters_share_one_base_in_memory_at_half_a_billion_parameters():
     from diffusers import SD3Transformer2DModel
 
     with torch.device("meta"):
@@ -242,20 +242,20 @@ def test_adapters_are_float32_on_a_bfloat16_base(family):
     assert all(torch.isfinite(p.grad).all() for p in roles.parameters_of("generator"))
 
 
-def test_lora_target_that_matches_nothing_is_refused(family):
+def test_lora_refuses_an_unknown_target_and_rank_zero(family):
     with pytest.raises(UserError, match="LoRA target 'to_qq' matches no module"):
         AdapterRoles(family, network_of(family), FEW, lora=LoRA(targets=("to_q", "to_qq")))
     with pytest.raises(UserError, match="rank is 0"):
         LoRA(rank=0)
 
 
-def test_all_state_survives_a_checkpoint(family):
+def test_state_dict_restores_all_adapters(family):
     roles, other = cast(family), AdapterRoles(family, network_of(family), SPECS, lora=LORA)
     other.load_state_dict({k: v for k, v in roles.state_dict().items() if not roles.is_frozen(k)}, strict=False)
     assert tiny.differing(dict(roles.state_dict()), dict(other.state_dict())) == []
 
 
-def test_first_weights_of_a_role_do_not_depend_on_the_other_roles(family):
+def test_adapters_start_independently_of_the_other_roles(family):
     alone = AdapterRoles(family, network_of(family), (SPECS[2],), lora=LORA).state_dict()
     among = AdapterRoles(family, network_of(family), SPECS, lora=LORA).state_dict()
     names = [name for name in alone if ".fake_score." in name]
@@ -288,7 +288,7 @@ def test_adapter_scale_ends_with_its_evaluation(family):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapter_scale_holds_in_the_backward_of_the_learner(family, checkpointing):
+def test_adapter_scale_applies_in_the_backward_of_the_learner(family, checkpointing):
     plain, checkpointed = cast(family), cast(family, checkpointing=checkpointing)
     for roles in (plain, checkpointed):
         with roles.learning("generator"):
@@ -320,7 +320,7 @@ def test_through_gradient_equals_that_of_a_separate_network(family):
     assert torch.equal(found, expected)
 
 
-def test_features_are_those_of_the_role(family):
+def test_features_equal_those_of_a_separate_network(family):
     roles, latents = cast(family), inputs(family)
     with torch.no_grad():
         network = alone(family, roles, "fake_score")
@@ -329,7 +329,7 @@ def test_features_are_those_of_the_role(family):
     assert not torch.equal(roles.features("teacher", latents), expected)
 
 
-def test_undeclared_adapter_is_a_key_error(family):
+def test_velocity_of_an_undeclared_role_is_a_key_error(family):
     roles = AdapterRoles(family, network_of(family), FEW, lora=LORA)
     with pytest.raises(KeyError, match="old"):
         roles.velocity("old", inputs(family))

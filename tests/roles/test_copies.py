@@ -1,4 +1,4 @@
-"""Roles as copies: which may learn, which never do, and what an evaluation costs."""
+"""Roles as copies: which of them get gradient, averages and snapshots, and how evaluations are counted."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -113,17 +113,17 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def test_all_roles_start_as_the_teacher(roles: CopiedRoles) -> None:
+def test_copies_start_equal_to_the_teacher(roles: CopiedRoles) -> None:
     for role in ROLES:
         assert equal(roles.standalone(role), roles.standalone("teacher"))
 
 
-def test_no_two_roles_share_a_tensor(roles: CopiedRoles) -> None:
+def test_copies_share_no_tensor(roles: CopiedRoles) -> None:
     addresses = [t.data_ptr() for role in ROLES for t in tensors(roles.standalone(role))]
     assert len(set(addresses)) == len(addresses)
 
 
-def test_all_roles_but_the_teacher_are_float32() -> None:
+def test_copies_of_a_bfloat16_teacher_are_float32() -> None:
     family = TinyFamily()
     roles = CopiedRoles(family, family.load().bfloat16(), SPECS)
     kinds = {(name.split(".")[0], p.dtype) for name, p in roles.named_parameters()}
@@ -132,11 +132,11 @@ def test_all_roles_but_the_teacher_are_float32() -> None:
     with torch.no_grad():
         for parameter in roles.parameters_of("generator"):
             parameter.mul_(1 + 1e-4)
-    assert not equal(roles.standalone("generator"), roles.standalone("ema")), "an update that bfloat16 would have lost"
+    assert not equal(roles.standalone("generator"), roles.standalone("ema")), "update lost to rounding"
 
 
 @pytest.mark.parametrize("learner", ["generator", "fake_score"])
-def test_only_the_learning_role_gets_gradient(roles: CopiedRoles, learner: str) -> None:
+def test_learning_gives_gradient_to_its_role_only(roles: CopiedRoles, learner: str) -> None:
     with roles.learning(learner):
         total = sum(roles.velocity(role, inputs()).square().sum() for role in ROLES)
         total.backward()  # type: ignore[union-attr]
@@ -145,18 +145,18 @@ def test_only_the_learning_role_gets_gradient(roles: CopiedRoles, learner: str) 
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_outside_learning_no_role_has_gradient(roles: CopiedRoles, role: str) -> None:
+def test_x0_outside_learning_has_no_gradient(roles: CopiedRoles, role: str) -> None:
     assert not roles.x0(role, inputs()).requires_grad
 
 
-def test_trained_roles_alone_require_gradient_from_the_start(roles: CopiedRoles) -> None:
-    """Wrappers such as DDP look once."""
+def test_copies_of_trained_roles_only_require_gradient_from_the_start(roles: CopiedRoles) -> None:
+    """DDP decides at the start which parameters to synchronize."""
     assert {name.split(".")[0] for name, p in roles.named_parameters() if p.requires_grad} == {
         "generator", "fake_score",
     }  # fmt: skip
 
 
-def test_snapshot_of_the_learning_role_passes_no_gradient(roles: CopiedRoles) -> None:
+def test_learning_passes_no_gradient_through_a_snapshot(roles: CopiedRoles) -> None:
     latents = inputs()
     latents.x.requires_grad_()
     with roles.learning("fake_score"):
@@ -164,33 +164,33 @@ def test_snapshot_of_the_learning_role_passes_no_gradient(roles: CopiedRoles) ->
 
 
 @pytest.mark.parametrize("role", ["teacher", "old", "ema"])
-def test_roles_that_never_learn_pass_no_gradient_to_their_input(roles: CopiedRoles, role: str) -> None:
+def test_learning_passes_no_gradient_through_untrained_roles(roles: CopiedRoles, role: str) -> None:
     latents = inputs()
     latents.x.requires_grad_()
     with roles.learning("generator"):
         assert not roles.velocity(role, latents).requires_grad
 
 
-def test_learning_inside_no_grad_stays_without_gradient(roles: CopiedRoles) -> None:
+def test_learning_under_no_grad_has_no_gradient(roles: CopiedRoles) -> None:
     with roles.learning("generator"), torch.no_grad():
         assert not roles.velocity("generator", inputs()).requires_grad
 
 
-def test_learning_ends_even_when_a_step_fails(roles: CopiedRoles) -> None:
+def test_learning_ends_after_an_error(roles: CopiedRoles) -> None:
     with pytest.raises(RuntimeError, match="step"), roles.learning("generator"):
         raise RuntimeError("a step failed")
     assert not roles.velocity("generator", inputs()).requires_grad
     assert not any(module.training for module in roles.standalone("generator").modules())
 
 
-def test_only_the_learning_role_is_in_training_mode(roles: CopiedRoles) -> None:
+def test_learning_puts_only_its_role_into_training_mode(roles: CopiedRoles) -> None:
     with roles.learning("fake_score"):
         assert roles.standalone("fake_score").training
         assert not any(roles.standalone(role).training for role in ROLES if role != "fake_score")
 
 
 @pytest.mark.parametrize("learner", ["generator", "fake_score"])
-def test_optimizer_of_a_role_moves_that_role_alone(roles: CopiedRoles, learner: str) -> None:
+def test_optimizer_changes_its_role_only(roles: CopiedRoles, learner: str) -> None:
     before = copy.deepcopy(roles)
     optimizer = torch.optim.SGD(roles.parameters_of(learner), lr=0.1)
     with roles.learning(learner):
@@ -201,7 +201,7 @@ def test_optimizer_of_a_role_moves_that_role_alone(roles: CopiedRoles, learner: 
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_role_answers_with_its_own_network(roles: CopiedRoles, role: str) -> None:
+def test_velocity_uses_the_roles_own_network(roles: CopiedRoles, role: str) -> None:
     before = {other: roles.velocity(other, inputs()) for other in ROLES}
     change(roles.standalone(role))
     changed = {other for other in ROLES if not torch.equal(roles.velocity(other, inputs()), before[other])}
@@ -221,12 +221,12 @@ def test_evaluations_are_counted_by_role_and_latent(roles: CopiedRoles) -> None:
     assert roles.evaluations == {"generator": BATCH + 1, "fake_score@1": BATCH}
 
 
-def test_guided_evaluation_counts_two(roles: CopiedRoles) -> None:
+def test_evaluations_count_guided_ones_twice(roles: CopiedRoles) -> None:
     roles.x0("teacher", inputs(), guidance_scale=3.0)
     assert roles.evaluations == {"teacher": 2 * BATCH}
 
 
-def test_evaluations_equal_what_the_network_saw(roles: CopiedRoles) -> None:
+def test_evaluations_equal_the_rows_that_the_networks_evaluate(roles: CopiedRoles) -> None:
     roles.x0("teacher", inputs(), guidance_scale=3.0)
     roles.x0("generator", inputs())
     assert isinstance(roles.family, TinyFamily)
@@ -245,7 +245,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(roles: CopiedRoles, scale: 
 
 
 @pytest.mark.parametrize(("role", "decay"), [("ema", 0.9), ("old", 0.5)])
-def test_average_moves_by_its_decay(roles: CopiedRoles, role: str, decay: float) -> None:
+def test_update_averages_moves_by_the_decay(roles: CopiedRoles, role: str, decay: float) -> None:
     roles.update_averages("generator")
     before = [t.clone() for t in tensors(roles.standalone(role))]
     change(roles.standalone("generator"))
@@ -255,13 +255,13 @@ def test_average_moves_by_its_decay(roles: CopiedRoles, role: str, decay: float)
 
 
 @pytest.mark.parametrize("role", ["ema", "old"])
-def test_first_update_of_an_average_is_like_any_other(roles: CopiedRoles, role: str) -> None:
+def test_update_averages_does_not_copy_at_the_first_update(roles: CopiedRoles, role: str) -> None:
     change(roles.standalone("generator"))
     roles.update_averages("generator")
     assert not equal(roles.standalone(role), roles.standalone("generator"))
 
 
-def test_averages_of_a_resting_generator_arrive_at_it(roles: CopiedRoles) -> None:
+def test_update_averages_converges_to_a_constant_generator(roles: CopiedRoles) -> None:
     change(roles.standalone("generator"))
     for _ in range(200):
         roles.update_averages("generator")
@@ -269,13 +269,13 @@ def test_averages_of_a_resting_generator_arrive_at_it(roles: CopiedRoles) -> Non
         torch.testing.assert_close(average, present)
 
 
-def test_averages_of_the_generator_ignore_the_fake_score(roles: CopiedRoles) -> None:
+def test_update_averages_ignores_the_fake_score(roles: CopiedRoles) -> None:
     change(roles.standalone("fake_score"))
     roles.update_averages("generator")
     assert equal(roles.standalone("ema"), roles.standalone("teacher"))
 
 
-def test_snapshot_stays_when_the_fake_score_moves_on(roles: CopiedRoles) -> None:
+def test_copy_to_a_snapshot_stays_when_the_fake_score_changes(roles: CopiedRoles) -> None:
     change(roles.standalone("fake_score"))
     then = roles.velocity("fake_score", inputs())
     roles.copy("fake_score", "fake_score@2")
@@ -284,20 +284,20 @@ def test_snapshot_stays_when_the_fake_score_moves_on(roles: CopiedRoles) -> None
     assert not torch.equal(roles.velocity("fake_score", inputs()), then)
 
 
-def test_copy_to_one_snapshot_leaves_the_other(roles: CopiedRoles) -> None:
+def test_copy_to_one_snapshot_does_not_change_the_other(roles: CopiedRoles) -> None:
     change(roles.standalone("fake_score"))
     roles.copy("fake_score", "fake_score@2")
     assert equal(roles.standalone("fake_score@1"), roles.standalone("teacher"))
 
 
-def test_undeclared_role_is_a_key_error() -> None:
+def test_velocity_of_an_undeclared_role_is_a_key_error() -> None:
     family = TinyFamily()
     roles = CopiedRoles(family, family.load(), SPECS[:2])
     with pytest.raises(KeyError, match="old"):
         roles.velocity("old", inputs())
 
 
-def test_averages_move_in_a_method_with_fewer_roles() -> None:
+def test_update_averages_works_with_fewer_roles() -> None:
     family = TinyFamily()
     roles = CopiedRoles(family, family.load(), SPECS[:2])
     change(roles.standalone("generator"))
@@ -305,12 +305,12 @@ def test_averages_move_in_a_method_with_fewer_roles() -> None:
     assert not equal(roles.standalone("ema"), roles.standalone("teacher"))
 
 
-def test_learning_a_role_that_is_not_trained_is_refused(roles: CopiedRoles) -> None:
+def test_learning_refuses_an_untrained_role(roles: CopiedRoles) -> None:
     with pytest.raises(KeyError, match="trained roles are generator, fake_score"), roles.learning("ema"):
         pass
 
 
-def test_update_averages_of_another_role_moves_nothing(roles: CopiedRoles) -> None:
+def test_update_averages_of_another_role_changes_nothing(roles: CopiedRoles) -> None:
     change(roles.standalone("generator"))
     roles.update_averages("fake_score")
     assert equal(roles.standalone("ema"), roles.standalone("teacher"))
@@ -325,7 +325,7 @@ def test_reset_followers_makes_averages_and_snapshots_equal_their_sources(roles:
             assert equal(roles.standalone(spec.name), roles.standalone(spec.source))
 
 
-def test_optimization_of_a_role_is_its_specs() -> None:
+def test_optimization_of_returns_the_settings_in_the_spec() -> None:
     family, settings = TinyFamily(), Optimization(learning_rate=0.3)
     specs = (SPECS[0], RoleSpec("fake_score", optimizer=settings))
     roles = CopiedRoles(family, family.load(), specs)
@@ -354,7 +354,7 @@ def test_through_leaves_trained_weights_trainable(roles: CopiedRoles) -> None:
     assert [p.requires_grad for p in roles.parameters()] == before
 
 
-def test_through_another_role_keeps_the_learners_gradient(roles: CopiedRoles) -> None:
+def test_through_another_role_passes_gradient_to_the_learner_only(roles: CopiedRoles) -> None:
     latents = inputs()
     with roles.learning("generator"):
         x = roles.x0("generator", latents)
@@ -376,7 +376,7 @@ def test_features_carry_gradient_of_the_learner_alone(roles: CopiedRoles) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_micro_batches_without_gradient_give_the_same_velocity(roles: CopiedRoles, size: int) -> None:
+def test_micro_batches_give_the_velocity_of_the_whole_batch(roles: CopiedRoles, size: int) -> None:
     whole = roles.velocity("generator", inputs())
     roles.micro_batch_size = size
     torch.testing.assert_close(roles.velocity("generator", inputs()), whole)
@@ -384,7 +384,7 @@ def test_micro_batches_without_gradient_give_the_same_velocity(roles: CopiedRole
     assert max(roles.family.batches[1:]) == min(size, BATCH)
 
 
-def test_all_state_survives_a_checkpoint(roles: CopiedRoles) -> None:
+def test_state_dict_restores_all_roles(roles: CopiedRoles) -> None:
     change(roles.standalone("fake_score"))
     change(roles.standalone("generator"), 2.0)
     roles.copy("fake_score", "fake_score@1")

@@ -1,4 +1,4 @@
-"""Where gradient flows through roles, and what guidance, adapter scale and micro-batches do to an answer."""
+"""Gradient flow through roles, and the effect of guidance, adapter scale and micro-batches."""
 
 import pytest
 import tiny
@@ -15,11 +15,11 @@ def roles(request, tiny_pipeline):
     lora = LoRA(rank=2, alpha=2) if request.param == "adapters" else None
     module = DMD(family, height=16, width=32, lora=lora)
     module.configure_model()
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for role in ("generator", "fake_score", "ema"):
             for parameter in module.roles.parameters_of(role):
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
     return module.roles
 
 
@@ -47,23 +47,23 @@ def test_through_leaves_frozen_weights_without_gradient(roles, latents):
 
 
 @pytest.mark.parametrize("role", ["teacher", "fake_score", "ema"])
-def test_without_through_a_frozen_roles_answer_carries_no_gradient(roles, latents, role):
+def test_velocity_of_a_frozen_role_without_through_has_no_gradient(roles, latents, role):
     x = latents.x.clone().requires_grad_()
     with roles.learning("generator"):
         assert not roles.velocity(role, NoisyLatents(x, latents.sigma, latents.conditioning)).requires_grad
 
 
-def test_the_learning_roles_answer_carries_gradient_to_its_weights_only(roles, latents):
+def test_velocity_of_the_learning_role_passes_gradient_to_its_weights_only(roles, latents):
     with roles.learning("generator"):
         roles.velocity("generator", latents).square().sum().backward()
     assert any(parameter.grad is not None for parameter in roles.parameters_of("generator"))
     assert all(parameter.grad is None for parameter in roles.parameters_of("fake_score"))
 
 
-def test_roles_answer_with_their_own_weights(roles, latents):
-    answers = [roles.velocity(role, latents) for role in ("teacher", "generator", "fake_score", "ema")]
-    for k, one in enumerate(answers):
-        assert all(not torch.allclose(one, other) for other in answers[:k])
+def test_velocity_uses_the_roles_own_weights(roles, latents):
+    velocities = [roles.velocity(role, latents) for role in ("teacher", "generator", "fake_score", "ema")]
+    for k, one in enumerate(velocities):
+        assert all(not torch.allclose(one, other) for other in velocities[:k])
 
 
 def test_guidance_extrapolates_from_the_empty_prompt(roles, latents):
@@ -73,7 +73,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(roles, latents):
     torch.testing.assert_close(guided, u + 2.5 * (c - u), rtol=1e-4, atol=1e-4)
 
 
-def test_x0_passes_every_option_on(roles, latents):
+def test_x0_forwards_every_option(roles, latents):
     x = latents.x.clone().requires_grad_()
     noisy = NoisyLatents(x, latents.sigma, latents.conditioning)
     x0 = roles.x0("teacher", noisy, guidance_scale=2.5, through=True)
@@ -93,13 +93,13 @@ def test_adapter_scale_0_is_the_teacher_and_1_the_role(roles, latents):
     torch.testing.assert_close(roles.velocity("fake_score", latents), whole)
 
 
-def test_an_answer_in_micro_batches_is_that_of_the_whole_batch(roles, latents):
+def test_micro_batches_give_the_velocity_of_the_whole_batch(roles, latents):
     whole = roles.velocity("fake_score", latents, guidance_scale=2.0)
     roles.micro_batch_size = 2
     torch.testing.assert_close(roles.velocity("fake_score", latents, guidance_scale=2.0), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_guided_evaluations_count_twice(roles, latents):
+def test_evaluations_count_guided_ones_twice(roles, latents):
     roles.evaluations.clear()
     roles.velocity("teacher", latents, guidance_scale=2.0)
     roles.velocity("fake_score", latents)

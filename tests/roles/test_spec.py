@@ -1,4 +1,4 @@
-"""Role specs: contradictions are refused before anything is built, and optimizers follow their settings."""
+"""Role specs refuse contradictions, and optimizers follow their settings."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The embedded pipeline: small, safe to load, loadable by diffusers, and good but beatable."""
+"""The embedded pipeline: small, safe to load, loadable by diffusers, and deliberately beatable."""
 
 from pathlib import Path
 

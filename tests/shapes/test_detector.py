@@ -110,7 +110,7 @@ def test_detections_lie_where_shapes_were_drawn() -> None:
     assert 0.9 < square.score <= 1
 
 
-def test_surplus_components_are_rare_and_fit_no_shape() -> None:
+def test_find_components_gives_few_surplus_components_and_they_fit_no_shape() -> None:
     """The anti-aliased border of a red shape is closest to yellow and may be found as a ring."""
     for task in TASKS:
         prompts, images = drawn(task, "train", COUNT)
@@ -144,12 +144,12 @@ def test_grade_rises_as_a_shape_becomes_right(wrong: str, right: str) -> None:
     assert_rises(grade(path, [prompt] * len(path)))
 
 
-TOWARDS = dict(zip(RELATIONS, [(-1, 0), (1, 0), (0, -1), (0, 1)]))
+TOWARD = dict(zip(RELATIONS, [(-1, 0), (1, 0), (0, -1), (0, 1)]))
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_grade_rises_as_an_object_moves_past_its_landmark(relation: str) -> None:
-    dx, dy = TOWARDS[relation]
+    dx, dy = TOWARD[relation]
     landmark = ("square", "red", 16 + 6 * dy, 16 + 6 * dx, 4.4)
     path = torch.cat(
         [picture(landmark, ("circle", "blue", 16 - 6 * dy + dx * s, 16 - 6 * dx + dy * s, 4.4)) for s in range(-11, 12)]
@@ -160,7 +160,7 @@ def test_grade_rises_as_an_object_moves_past_its_landmark(relation: str) -> None
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_grade_rises_as_an_object_circles_its_landmark(relation: str) -> None:
-    dx, dy = TOWARDS[relation]
+    dx, dy = TOWARD[relation]
     landmark, path = ("square", "red", 16, 16, 4.4), []
     for angle in np.linspace(np.pi, 0, 25):
         along, across = 11 * np.cos(angle), 11 * np.sin(angle)

@@ -1,4 +1,4 @@
-"""Hand-made scenes, and pictures interpolated between two of them."""
+"""Hand-made scenes, and interpolation between their pictures."""
 
 import random
 from collections.abc import Sequence
