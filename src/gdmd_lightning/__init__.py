@@ -1,3 +1,3 @@
 """Distil text-to-image diffusion models into few-step generators, and lift them with gradient rewards."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
