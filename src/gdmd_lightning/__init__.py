@@ -1,3 +1,3 @@
 """Distill text-to-image diffusion models into few-step generators, with gradient rewards."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

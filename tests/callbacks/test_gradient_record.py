@@ -87,7 +87,7 @@ def test_record_distinguishes_snapshots(fast_fit, tmp_path):
     training.run([*fast_fit, "--trainer.max_steps=1", *many])
     rows = table(tmp_path / "run").to_pylist()
     assert {(row["target"], row["snapshot"]) for row in rows} == {(0, 0), (1, 1), (2, 2)}
-    # One level a state, whose targets differ by the fake score alone.
+    # All targets of a state have one level and differ only in the fake score.
     assert len({(row["state"], row["t"]) for row in rows}) == STATES
 
 

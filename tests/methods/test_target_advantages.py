@@ -16,8 +16,8 @@ BATCH, SIZE = 6, 4
 PROMPTS = PromptBatch(tuple(Prompt(text) for text in "aabbcc"), group_size=2).groups
 COMPARISONS = ("state", "prompt", "sample")
 ALL = [
-    TargetAdvantages(compare, spread, centre)  # type: ignore[arg-type]
-    for compare, spread, centre in product(COMPARISONS, get_args(Spread), (False, True))
+    TargetAdvantages(compare, spread, center)  # type: ignore[arg-type]
+    for compare, spread, center in product(COMPARISONS, get_args(Spread), (False, True))
 ]
 UNCENTERED = [advantages for advantages in ALL if not advantages.center_strata]
 

@@ -191,11 +191,6 @@ MUTATIONS = [
         ("distillation left out of the full form", "return dm_loss(each, y, n) + self", "return self"),
         ("optimality of the wrong rows", "judged.optimality[rows]", "judged.optimality[:len(part)]"),
         ("policy noise is the renoise noise", 'self.stream("policy")', 'self.stream("renoise")'),
-        ("policy noise always zero", 'or self.policy.at == "state"', 'or self.policy.at != "none"'),
-        ("snapshots never kept", "if self.snapshots and", "if False and"),
-        ("snapshots kept in every update", "self.updates % self.targets.snapshot_every == 0", "True"),
-        ("snapshots kept in one slot", "self.updates // self.targets.snapshot_every % len(self.snapshots)", "0"),
-        ("snapshots of the generator", 'self.roles.copy("fake_score", ', 'self.roles.copy("generator", '),
         ("old policy with the average's decay", "decay=self.policy.old_decay", "decay=self.ema_decay"),
         (
             "old policy follows the fake score",
@@ -224,6 +219,23 @@ MUTATIONS = [
             "x.repeat_interleave(targets.shape[1], dim=0)",
             "x.repeat(targets.shape[1], 1, 1, 1)",
         ),
+    ),
+    *errors(
+        "methods/reward_terms.py",
+        GDMD,
+        (
+            "policy noise always zero",
+            'or policy.at == "state":\n        return torch.zeros',
+            "or True:\n        return torch.zeros",
+        ),
+    ),
+    *errors(
+        "methods/matching.py",
+        GDMD,
+        ("snapshots never kept", "if snapshots and", "if False and"),
+        ("snapshots kept in every update", "self.updates % every == 0", "True"),
+        ("snapshots kept in one slot", "self.updates // every % len(snapshots)", "0"),
+        ("snapshots of the generator", 'self.roles.copy("fake_score", ', 'self.roles.copy("generator", '),
     ),
     *errors(
         "methods/advantages.py",

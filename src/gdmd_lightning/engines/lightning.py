@@ -39,7 +39,7 @@ class LightningEngine(Engine):
         that wrapper makes too, is not counted.
         """
         optimizer = self.optimizers[role]
-        self.module.clip_gradients(optimizer, self.roles.optimization_of(role).gradient_clip, "norm")
+        self.module.clip_gradients(optimizer.optimizer, self.roles.optimization_of(role).gradient_clip, "norm")
         if self._counted:
             self.module.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, self.module)
         else:

@@ -1,7 +1,6 @@
-"""GDMD: a reward judges where each distillation gradient would take its sample, and its score weights the update.
+"""GDMD: a reward judges where each distillation gradient would take its sample, and so weights it.
 
-Source: GDMD (2604.19009), Algorithm 1. The sources leave some choices open; each is an option, and
-``docs/methods.md`` says which defaults are ours.
+Source: GDMD (2604.19009), Algorithm 1; ``docs/methods.md`` says which choices are ours.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from gdmd_lightning.methods.advantages import TargetAdvantages, TargetGroup
 from gdmd_lightning.methods.base import State, Update, weighted_sum
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.record import JudgedTargets
-from gdmd_lightning.methods.reward_terms import Policy, policy_term
+from gdmd_lightning.methods.reward_terms import Policy, policy_noise, policy_term
 from gdmd_lightning.objectives.distribution_matching import dm_loss
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
-from gdmd_lightning.streams import draw_noise
 
 
 class GDMD(MatchingModule):
@@ -36,13 +35,11 @@ class GDMD(MatchingModule):
         targets: The group of implicit targets of a state.
         advantages: How rewards become advantages.
         policy: How advantages become an update.
-        lambda_policy: Weight of the policy term; distillation has weight 1. At least 0.
+        lambda_policy: Weight of the policy term; distillation has weight 1. ``UserError`` if negative.
         matching_module: Arguments of :class:`MatchingModule`.
-
-    Raises:
-        UserError: If ``lambda_policy`` is negative.
     """
 
+    judge: Judge
     keeps_record = True
 
     def __init__(
@@ -66,25 +63,24 @@ class GDMD(MatchingModule):
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
         """The roles of distribution matching, the old policy, and snapshots of the fake score."""
-        old = RoleSpec("old", average_of="generator", decay=self.policy.old_decay)
-        past = tuple(RoleSpec(name, snapshot_of="fake_score") for name in self.snapshots)
-        return (*super().role_specs(), *((old,) if self.policy.form == "full" else ()), *past)
+        past = (RoleSpec(name, snapshot_of="fake_score") for name in self.snapshots)
+        if self.policy.form == "weighted":
+            return (*super().role_specs(), *past)
+        return (*super().role_specs(), RoleSpec("old", average_of="generator", decay=self.policy.old_decay), *past)
 
     def update(self, batch: Batch, learn: Learn) -> Update:
         """Judge a group of targets for each sample; step the generator, then the fake score."""
-        assert self.judge is not None
         self.judge.check(batch.prompts)
-        self._keep_snapshot()
+        self.keep_snapshot(self.snapshots, self.targets.snapshot_every)
         state = self.rollout_state(batch)
         parts = list(self.micro_batches(len(batch)))
         loss_logs: dict[str, Tensor] = {}
         with learn("generator") as backward:
-            # The judge needs whole groups. If they do not fit into memory with gradient, samples are computed
-            # twice: without gradient for the judge, then with gradient in micro-batches.
+            # Whole groups are judged: with several micro-batches, first compute samples without gradient.
             with torch.set_grad_enabled(len(parts) == 1):
                 x = self.student_x0(state.latents)
             judged, n = self._judge_targets(x, state, batch)
-            eps = self._policy_noise(judged.targets)
+            eps = policy_noise(self.policy, judged.targets, self.stream("policy"))
             for rows, share in parts:
                 latents = state.latents.select(rows)
                 part = x if len(parts) == 1 else self.student_x0(latents)
@@ -104,7 +100,6 @@ class GDMD(MatchingModule):
         prompts = tuple(prompt for prompt in batch.prompts for _ in range(size))
         if self.advantages.needs_samples:
             latents, prompts = torch.cat([latents, x.detach()]), (*prompts, *batch.prompts)
-        assert self.judge is not None
         scored = self.judge(latents, prompts)
         rewards = scored[: len(x) * size].view(len(x), size)
         sample_reward = scored[len(x) * size :] if self.advantages.needs_samples else None
@@ -126,26 +121,10 @@ class GDMD(MatchingModule):
         return judged, match.n.unflatten(0, (len(x), size))
 
     def _loss(self, x: Tensor, latents: NoisyLatents, targets: Tensor, n: Tensor, o: Tensor, eps: Tensor) -> Tensor:
-        """Distillation plus the policy term, averaged over the targets ``[B, M, C, H, W]`` of samples ``x``."""
+        """Distillation plus the policy term, averaged over targets ``[B, M, C, H, W]``."""
         each = x.repeat_interleave(targets.shape[1], dim=0)
         y, n, o = targets.flatten(0, 1), n.flatten(), o.flatten()
         if self.policy.form == "weighted":
             return dm_loss(each, y, n, gradient_weight(o, 2 * self.lambda_policy))
         term = policy_term(self.roles, self.policy, x, latents, y, n, o, eps.flatten(0, 1))
         return dm_loss(each, y, n) + self.lambda_policy * term
-
-    def _policy_noise(self, targets: Tensor) -> Tensor:
-        """Noise that renoises the targets ``[B, M, C, H, W]`` for the policies; zeros if they need none."""
-        if self.policy.form == "weighted" or self.policy.at == "state":
-            return torch.zeros_like(targets)
-        return draw_noise(targets.flatten(0, 1).shape, self.stream("policy"), targets.device).view_as(targets)
-
-    def _keep_snapshot(self) -> None:
-        """Copy the fake score into the next snapshot slot if one is due.
-
-        Done at the start of an update: checkpoints are saved at its end, and a resumed run must take the
-        same ones.
-        """
-        if self.snapshots and self.updates % self.targets.snapshot_every == 0:
-            slot = self.updates // self.targets.snapshot_every % len(self.snapshots)
-            self.roles.copy("fake_score", self.snapshots[slot])

@@ -148,6 +148,19 @@ class MatchingModule(DistillationModule, ABC):
             fake = self._ask(scores, latents, torch.arange(group).repeat(batch))
         return Match(x, latents, real, fake, normalizer(x, real, self.matching.floor))
 
+    def keep_snapshot(self, snapshots: tuple[str, ...], every: int) -> None:
+        """Copy the fake score to one of the snapshot roles, in turn, if this update is due.
+
+        Call it at the start of an update: checkpoints are saved at its end, and a resumed run must take the same
+        snapshots.
+
+        Args:
+            snapshots: Names of the snapshot roles; may be empty.
+            every: Updates between two snapshots.
+        """
+        if snapshots and self.updates % every == 0:
+            self.roles.copy("fake_score", snapshots[self.updates // every % len(snapshots)])
+
     def _fake_score_sigma(self, distribution: RenoiseDistribution, state: State, rng: torch.Generator) -> Tensor:
         """Levels at which the fake score learns, ``[B]``; over the whole interval they are stratified in the batch."""
         batch, sigma_min = len(state.latents), self.sigma_min(state)

@@ -15,6 +15,7 @@ from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.judge import Judge
 
 
 class ReFL(DistillationModule):
@@ -31,6 +32,8 @@ class ReFL(DistillationModule):
         UserError: If the reward is not differentiable.
     """
 
+    judge: Judge
+
     def __init__(
         self, family: ModelFamily, reward: Reward, margin: float | None = None, weight: float = 1.0, **distillation: Any
     ) -> None:
@@ -44,7 +47,6 @@ class ReFL(DistillationModule):
 
     def update(self, batch: Batch, learn: Learn) -> Update:
         """One generator step on ``weight * mean relu(margin - reward)``, or on ``-weight * mean reward``."""
-        assert self.judge is not None
         self.judge.check(batch.prompts)
         state = self.rollout_state(batch, step_index=self.steps - 1)
         logs: dict[str, torch.Tensor] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
@@ -13,6 +14,7 @@ from gdmd_lightning.objectives.distribution_matching import normalizer
 from gdmd_lightning.objectives.policy import policy_loss, policy_pair
 from gdmd_lightning.roles import Roles
 from gdmd_lightning.schedules import renoise
+from gdmd_lightning.streams import draw_noise
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Policy:
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise UserError(f"beta is {self.beta}", where="model.policy.beta", remedy="it must be above 0")
+
+
+def policy_noise(policy: Policy, targets: Tensor, rng: torch.Generator) -> Tensor:
+    """Noise that renoises targets ``[B, M, C, H, W]`` for :func:`policy_term`; zeros if it needs none."""
+    if policy.form == "weighted" or policy.at == "state":
+        return torch.zeros_like(targets)
+    return draw_noise(targets.flatten(0, 1).shape, rng, targets.device).view_as(targets)
 
 
 def policy_term(

@@ -52,29 +52,32 @@ DMD = Arm("DMD", ("shapes.yaml", "shapes_dmd.yaml"))
 GDMD = Arm("GDMD", ("shapes.yaml",))
 
 
-def _gdmd(variant: str, overrides: Mapping[str, Any]) -> Arm:
-    """GDMD with other settings of the model."""
-    return replace(GDMD, name=f"GDMD, {variant}", overrides={f"model.{key}": v for key, v in overrides.items()})
+def _variant(arm: Arm, name: str, overrides: Mapping[str, Any]) -> Arm:
+    """An arm with other settings of the model."""
+    return replace(arm, name=f"{arm.name}, {name}", overrides={f"model.{key}": v for key, v in overrides.items()})
 
 
 ARMS = {
     arm.name: arm
     for arm in (
         DMD,
+        _variant(DMD, "all levels", {"matching.interval": "whole"}),
+        _variant(DMD, "Euler steps", {"sampler": "ODE"}),
+        _variant(DMD, "Euler steps, all levels", {"sampler": "ODE", "matching.interval": "whole"}),
         GDMD,
-        _gdmd("lambda 0", {"lambda_policy": 0}),
-        _gdmd("lambda 5", {"lambda_policy": 5}),
-        _gdmd("lambda 10", {"lambda_policy": 10}),
-        _gdmd("strata not centered", {"advantages.center_strata": False}),
-        _gdmd("lambda 10, strata not centered", {"lambda_policy": 10, "advantages.center_strata": False}),
-        _gdmd("one target", {"targets.size": 1}),
-        _gdmd("four targets", {"targets.size": 4}),
-        _gdmd("weighted", {"policy.form": "weighted"}),
-        _gdmd("policies at the state", {"policy.at": "state"}),
-        _gdmd("groups of a state", {"advantages.compare": "state"}),
-        _gdmd("against the sample", {"advantages.compare": "sample"}),
-        _gdmd("groups over snapshots", {"targets.over": "snapshot"}),
-        _gdmd("groups over both", {"targets.over": "both"}),
+        _variant(GDMD, "lambda 0", {"lambda_policy": 0}),
+        _variant(GDMD, "lambda 5", {"lambda_policy": 5}),
+        _variant(GDMD, "lambda 10", {"lambda_policy": 10}),
+        _variant(GDMD, "strata not centered", {"advantages.center_strata": False}),
+        _variant(GDMD, "lambda 10, strata not centered", {"lambda_policy": 10, "advantages.center_strata": False}),
+        _variant(GDMD, "one target", {"targets.size": 1}),
+        _variant(GDMD, "four targets", {"targets.size": 4}),
+        _variant(GDMD, "weighted", {"policy.form": "weighted"}),
+        _variant(GDMD, "policies at the state", {"policy.at": "state"}),
+        _variant(GDMD, "groups of a state", {"advantages.compare": "state"}),
+        _variant(GDMD, "against the sample", {"advantages.compare": "sample"}),
+        _variant(GDMD, "groups over snapshots", {"targets.over": "snapshot"}),
+        _variant(GDMD, "groups over both", {"targets.over": "both"}),
     )
 }
 
