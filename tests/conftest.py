@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported: bits must not depend on how many threads a sum is split over, and two cores are shared.
@@ -72,6 +72,15 @@ def complaint(capsys, tmp_path, monkeypatch):
         return lines[0].removeprefix(REFUSAL)
 
     return refused
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors are float64 inside the test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="session")

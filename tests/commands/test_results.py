@@ -75,7 +75,7 @@ def finished(tmp_path) -> dict[str, str]:
         write_scorecard(Scorecard("shapes", 1200, (row,)), run / f"scores_{updates}.json")
         (run / "cost_1.json").write_text("{}")  # as if interrupted before the shorter run was scored
         (run / "checkpoints").mkdir()
-        torch.save({"state_dict": {}, "global_step": updates}, run / "checkpoints" / "last.ckpt")
+        torch.save({"state_dict": {}, "provenance": {"updates": updates}}, run / "checkpoints" / "last.ckpt")
     return {"--seeds": "[0]", "--arms": '["DMD"]', "--updates": "2", "--cold_start": "1"}
 
 

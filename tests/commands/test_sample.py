@@ -109,8 +109,8 @@ def test_generate_fresh_noise_of_a_picture_does_not_depend_on_the_batch(stochast
     module = load_module(str(stochastic))
     noise = torch.randn(2, *module.latent_shape, generator=torch.Generator().manual_seed(0))
     streams = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)]
-    both = module.generate(noise, TEXTS[:2], streams=streams)
-    alone = module.generate(noise[1:], TEXTS[1:2], streams=[torch.Generator().manual_seed(2)])
+    both = module.generate(noise, TEXTS[:2], rngs=streams)
+    alone = module.generate(noise[1:], TEXTS[1:2], rngs=[torch.Generator().manual_seed(2)])
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
     assert not torch.allclose(module.generate(noise, TEXTS[:2])[1:], module.generate(noise[1:], TEXTS[1:2]), atol=1e-3)
 

@@ -14,11 +14,11 @@ def latent_noise() -> torch.Tensor:
 
 def test_load_module_restores_the_module_that_was_trained(fast_fit, tmp_path):
     noise = latent_noise()
-    cli = training.run([*fast_fit, "--model.lambda_policy=0.5", "--model.sampler.kind=renoise"])
+    cli = training.run([*fast_fit, "--model.lambda_policy=0.5", "--model.sampler=Renoise"])
     module = load_module(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))
     assert type(module) is type(cli.model)
     assert (module.lambda_policy, module.sampler, module.policy) == (0.5, cli.model.sampler, cli.model.policy)
-    assert type(module.reward).__name__ == "Brightness"
+    assert type(module.judge.reward).__name__ == "Brightness"
     assert torch.equal(module.generate(noise, TEXTS), cli.model.generate(noise, TEXTS))
 
 
@@ -34,12 +34,11 @@ def test_start_from_takes_generator_fake_score_and_averages(tiny_pipeline, recor
     import tiny
 
     last = str(recorded_run / "checkpoints" / "last.ckpt")
-    theirs, mine = load_module(last).networks, tiny.module(tiny_pipeline, start_from=last)
+    theirs, mine = load_module(last).roles, tiny.module(tiny_pipeline, start_from=last)
     mine.configure_model()
-    networks = mine.networks
+    roles = mine.roles
     for role in ("generator", "fake_score", "ema"):
-        pairs = zip(getattr(theirs, role).parameters(), getattr(networks, role).parameters(), strict=True)
+        pairs = zip(getattr(theirs, role).parameters(), getattr(roles, role).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), role
-    # The old policy starts as a copy of the generator.
-    assert torch.equal(networks.old.module.proj_out.weight, theirs.generator.proj_out.weight)
-    assert not torch.equal(networks.teacher.proj_out.weight, theirs.generator.proj_out.weight)
+    assert torch.equal(roles.old.proj_out.weight, theirs.old.proj_out.weight)
+    assert not torch.equal(roles.teacher.proj_out.weight, theirs.generator.proj_out.weight)

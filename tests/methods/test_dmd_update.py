@@ -9,6 +9,7 @@ from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.samplers import CPS, SDE, Renoise
 from gdmd_lightning.schedules import Uniform
+from gdmd_lightning.streams import draw_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -108,6 +109,13 @@ def test_samples_are_renoised_with_standard_normal_noise():
     assert abs(float(noise.std()) - 1) < 0.05
     correlation = torch.corrcoef(torch.stack([noise.flatten(), x.flatten()]))[0, 1]
     assert abs(float(correlation)) < 0.1
+
+
+def test_renoise_noise_comes_from_a_stream_of_its_own():
+    world = World(DMD)
+    state = world.module.rollout_state(world.batch)
+    expected = draw_noise((len(world.batch), *SHAPE), world.module.stream("renoise"), torch.device("cpu"))
+    near(world.module.draw_renoise(state).eps[:, 0], expected)
 
 
 def test_renoise_levels_come_from_the_distribution():
