@@ -7,6 +7,7 @@ from gdmd_lightning.methods.advantages import TargetGroup
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.reward_terms import Policy
+from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.settings import Matching
 
 B, K, C, UPDATES = 8, 4, 3, 2
@@ -75,3 +76,15 @@ def test_prompts_are_encoded_once_in_a_run(tiny_pipeline, tmp_path):
     trainer = tiny.trainer(4)
     trainer.fit(module, datamodule=data)
     assert sorted(encoded) == ["", "a blue triangle", "a green square", "a red circle"]
+
+
+def test_refl_evaluations_are_the_rollouts_only(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=K)
+    tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
+    assert {role: count / UPDATES for role, count in module.roles.evaluations.items()} == {"generator": K * B}
+
+
+def test_gdmd_in_micro_batches_computes_its_samples_twice(tiny_pipeline):
+    policy = Policy(form="weighted")
+    found = cost(tiny_pipeline, GDMD, policy=policy, targets=TargetGroup(2), micro_batch_size=3)
+    assert found == {"generator": ROLLOUT + B, "teacher": 4 * B, "fake_score": 2 * B + C * B}
