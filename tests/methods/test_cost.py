@@ -6,8 +6,8 @@ import tiny
 from gdmd_lightning.methods.advantages import TargetGroup
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
-from gdmd_lightning.methods.reward_terms import Policy
 from gdmd_lightning.methods.refl import ReFL
+from gdmd_lightning.methods.reward_terms import Policy
 from gdmd_lightning.methods.settings import Matching
 
 B, K, C, UPDATES = 8, 4, 3, 2

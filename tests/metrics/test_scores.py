@@ -129,10 +129,8 @@ def test_evaluation_noise_depends_on_the_prompt_only():
     for size, world in ((7, 1), (2, 1), (3, 2)):
         scores: list[TaskScore] = [RewardScore(Brightness())]
         for rank in range(world):
-            result = evaluate(
-                generate, prompts, scores, (1, 2, 2), batch_size=size, rank=rank, world_size=world, keep=2
-            )
-            assert len(result.pictures) == 2
+            seconds = evaluate(generate, prompts, scores, (1, 2, 2), batch_size=size, rank=rank, world_size=world)
+            assert seconds > 0
         results.append(scores)
     for index, rows in enumerate(seen[str(i)] for i in range(7)):
         assert len(rows) == 3

@@ -74,7 +74,7 @@ class GenerationEvaluation(pl.Callback):
         if self._done_at == module.updates:
             return
         self._done_at = module.updates
-        result = evaluate(
+        seconds = evaluate(
             module.generate,
             self.prompts,
             self.scores,
@@ -84,13 +84,12 @@ class GenerationEvaluation(pl.Callback):
             device=module.device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            keep=0,
         )
         values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
         module.log_dict(values, batch_size=1)
         found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
         module.provenance = replace(module.provenance, scores=found)
-        module.log("eval/seconds_per_picture", result.seconds, batch_size=1)
+        module.log("eval/seconds_per_picture", seconds, batch_size=1)
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: all ranks must call it
         if self.columns and trainer.is_global_zero:
             self._draw(trainer, module, directory / "pictures")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,19 +13,6 @@ from gdmd_lightning.prompts import Prompt
 
 Generate = Callable[[Tensor, list[str]], Tensor]
 """``generate(noise [B, C, H, W], texts) -> pictures [B, 3, H, W] in [0, 1]``."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Time and pictures of an evaluation; the scores are in the metrics.
-
-    Args:
-        seconds: Time of generation per picture.
-        pictures: The first pictures, ``[N, 3, H, W]`` in [0, 1].
-    """
-
-    seconds: float
-    pictures: Tensor
 
 
 def fixed_noise(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -54,8 +40,7 @@ def evaluate(
     device: torch.device = torch.device("cpu"),
     rank: int = 0,
     world_size: int = 1,
-    keep: int = 0,
-) -> Evaluated:
+) -> float:
     """Generate a picture for each prompt and add all of them to the scores.
 
     Args:
@@ -68,13 +53,15 @@ def evaluate(
         device: Device of the noise and the scores.
         rank: Rank of this process.
         world_size: Number of processes.
-        keep: Number of pictures to return, the first ones of this rank.
+
+    Returns:
+        Seconds of generation per picture.
     """
     for score in scores:
         score.begin(prompts)
         score.to(device)
     mine = range(rank, len(prompts), world_size)
-    seconds, kept = 0.0, []
+    seconds = 0.0
     for start in range(0, len(mine), batch_size):
         rows = mine[start : start + batch_size]
         noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
@@ -83,6 +70,4 @@ def evaluate(
         seconds += time.perf_counter() - began
         for score in scores:
             score.update(images, [prompts[i] for i in rows])
-        if start < keep:
-            kept.append(images[: keep - start].cpu())
-    return Evaluated(seconds / max(len(mine), 1), torch.cat(kept) if kept else torch.empty(0))
+    return seconds / max(len(mine), 1)

@@ -72,9 +72,9 @@ def score(contestants: Sequence[Contestant], task: Task, count: int, seed: int =
     """Score every contestant on the first ``count`` prompts of the task, from the same noise."""
     prompts, scores, rows = task.read_prompts(count), task.scores(), []
     for contestant in tqdm(contestants, desc="scoring", unit="generator"):
-        result = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed)
+        seconds = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed)
         found = {f"{s.name}/{name}": interval for s in scores for name, interval in s.intervals().items()}
-        rows.append(Row(contestant.name, contestant.evaluations, result.seconds, found))
+        rows.append(Row(contestant.name, contestant.evaluations, seconds, found))
     return Scorecard(task.prompts, count, tuple(rows))
 
 
