@@ -82,7 +82,7 @@ def test_config_of_a_published_model_plans_and_trains_on_a_tiny_pipeline(
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(mine))
     overlays = ["--config", overlay_name(family, overlay), "--config", "tiny.yaml"]
     main(["plan", "--config", f"{family}.yaml", *overlays])
-    assert "in all, at most" in capsys.readouterr().out
+    assert "peak in total" in capsys.readouterr().out
     main(["fit", "--config", f"{family}.yaml", *overlays])
     (last,) = (tmp_path / "runs").rglob("last.ckpt")
     state = torch.load(last, weights_only=True)
