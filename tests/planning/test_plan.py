@@ -63,6 +63,15 @@ def measured(module, directory) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [DMD, GDMD])
+@pytest.mark.parametrize("size", [4, 2])
+def test_plan_of_micro_batches_equals_the_measured_peak_within_two_percent(pipeline, tmp_path, method, size):
+    found = measured(tiny.module(pipeline, method, micro_batch_size=size), tmp_path)
+    planned = plan(tiny.module(pipeline, method, micro_batch_size=size), 8, accelerator="cpu")
+    assert planned.total == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DMD, GDMD])
 @pytest.mark.parametrize("lora", [None, LoRA(4, 8)], ids=["copies", "lora"])
 @pytest.mark.parametrize(
     "memory", [Memory(), Memory(gradient_checkpointing=True, vae_slicing=True)], ids=["", "saving"]
