@@ -27,5 +27,5 @@ def test_arms_all_parse_to_different_models():
 
 
 def test_named_arms_reports_an_unknown_arm():
-    with pytest.raises(UserError, match="--arms: unknown arm 'GDDM'; use: DMD; GDMD; "):
+    with pytest.raises(UserError, match="--arms: unknown arm 'GDDM'; use: DMD; DMD, all levels; "):
         named_arms(["DMD", "GDDM"])
