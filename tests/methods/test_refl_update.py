@@ -33,6 +33,13 @@ def test_generator_gradient_is_the_rewards_own(weight):
     near(steps[0].gradient, world.pull_back("generator", state.sigma, state.c, -weight * slope(world) / len(state.x)))
 
 
+def test_each_micro_batch_is_judged_with_its_own_prompts():
+    reward = Liking()
+    world = World(ReFL, reward=reward, micro_batch_size=2)
+    world.update()
+    assert [prompt for _, prompts in reward.asked for prompt in prompts] == list(world.batch.prompts)
+
+
 def test_samples_at_the_margin_give_no_gradient():
     world = World(ReFL, reward=Liking(), prompts=5)
     world.update()
