@@ -448,7 +448,7 @@ MUTATIONS = [
     ),
     *errors(
         "roles/base.py",
-        ROLES + DMD + PARTS,
+        (*ROLES, "roles/test_copies.py", *DMD, *PARTS),
         ("through ignored", "(role == self.learner or through)", "(role == self.learner)"),
         ("all roles carry gradient", "(role == self.learner or through)", "True"),
         ("frozen weights get gradient", "weight.requires_grad_(False)", "weight.requires_grad_(True)"),

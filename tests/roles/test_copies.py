@@ -348,6 +348,15 @@ def test_through_passes_gradient_to_the_input_and_to_no_weight(roles: CopiedRole
     assert all(p.grad is None for p in roles.parameters())
 
 
+def test_through_of_x0_goes_through_the_network(roles: CopiedRoles) -> None:
+    latents = inputs()
+    latents.x.requires_grad_()
+    (found,) = torch.autograd.grad(roles.x0("ema", latents, through=True).square().sum(), latents.x)
+    x0 = latents.x0(roles.velocity("ema", latents, through=True))
+    (expected,) = torch.autograd.grad(x0.square().sum(), latents.x)
+    assert torch.equal(found, expected)
+
+
 def test_through_leaves_trained_weights_trainable(roles: CopiedRoles) -> None:
     before = [p.requires_grad for p in roles.parameters()]
     roles.velocity("fake_score", inputs(), through=True)
