@@ -628,7 +628,11 @@ MUTATIONS = [
             "world_size=1,\n            start",
         ),
     ),
-    *errors("data/stream.py", WIRING, ("rank ignored", "[self.rank :: self.world_size]", "[0 :: self.world_size]")),
+    *errors(
+        "data/stream.py",
+        (*WIRING, "data/test_stream.py"),
+        ("rank ignored", "[self.rank :: self.world_size]", "[0 :: self.world_size]"),
+    ),
     *errors("prompts.py", WIRING + GDMD, ("groups of the wrong size", "// self.group_size", "% self.group_size")),
     *errors(
         "latents.py",
