@@ -115,7 +115,7 @@ class ParquetTable:
         from pyarrow.parquet import ParquetFile
 
         try:
-            # With a buffer a column is streamed; without one, a row group's whole column is held in memory.
+            # With a buffer a column is streamed; without one, a row group's whole column is kept in memory.
             with ParquetFile(self.name, buffer_size=1 << 20) as file:
                 yield file
         except (pyarrow.ArrowException, OSError) as error:

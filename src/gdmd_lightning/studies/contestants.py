@@ -46,8 +46,8 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
         steps: Steps of the teacher as it is normally used.
         guidance: Guidance scale; None for the scale that the module is distilled with.
     """
-    scale = teacher_guidance(module) if guidance is None else guidance
-    few = student_steps(module)
+    scale = module.teacher_guidance if guidance is None else guidance
+    few = module.steps
 
     def teacher(name: str, count: int, scale: float) -> Contestant:
         def generate(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
@@ -65,17 +65,7 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
 
 def student(name: str, module: DistillationModule) -> Contestant:
     """The averaged generator of a module."""
-    return Contestant(name, student_steps(module), module.latent_shape, module.generate)
-
-
-def student_steps(module: DistillationModule) -> int:
-    """Number of steps of a module's generator."""
-    return module.steps
-
-
-def teacher_guidance(module: DistillationModule) -> float:
-    """The guidance scale with which a module's teacher is distilled."""
-    return module.teacher_guidance
+    return Contestant(name, module.steps, module.latent_shape, module.generate)
 
 
 def bare_teacher(task: Task, path: str | None = None) -> DistillationModule:
