@@ -41,7 +41,7 @@ docs: venv
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 results-shapes: venv
-	$(BIN)/python -m gdmd_lightning results
+	$(BIN)/python -m gdmd_lightning compare --config compare_shapes.yaml
 
 benchmark: venv
 	$(BIN)/python benchmarks/demo.py

@@ -18,11 +18,11 @@ COMMANDS = {
     "fit": "train a generator: fit --config shapes.yaml [--trainer.max_steps 50 ...]",
     "plan": "estimate what fit needs per GPU, without downloads: plan --config shapes.yaml [--gpu_memory 24 ...]",
     "evaluate": "score the teacher and checkpoints on fixed prompts",
+    "compare": "compare methods over seeds at equal network evaluations: compare --config compare_shapes.yaml",
     "sample": "generate pictures of prompts: sample CHECKPOINT PROMPTS OUT [--per_prompt 4 ...]",
     "export": "write a checkpoint's generator as a diffusers pipeline directory",
     "demo": "distill the embedded teacher with DMD, then GDMD, and print a table of scores",
     "pretrain": "train the embedded Shapes teacher from scratch",
-    "results": "compare methods on Shapes over seeds, with confidence intervals",
 }
 
 

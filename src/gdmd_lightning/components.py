@@ -4,6 +4,7 @@ Importing this registers them with jsonargparse; none of these modules imports d
 """
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.callbacks.evaluation_budget import EvaluationBudget
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
@@ -26,6 +27,7 @@ __all__ = [
     "SDE",
     "CombinedReward",
     "ContrastiveReward",
+    "EvaluationBudget",
     "Flux2Family",
     "Flux2KleinFamily",
     "GenEvalScore",

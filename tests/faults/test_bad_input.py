@@ -262,7 +262,7 @@ def test_export_refuses_a_directory_that_exists(complaint, checkpoint, tmp_path)
 
 
 def test_every_command_reports_an_unknown_option(complaint):
-    for command in ("demo", "evaluate", "export", "plan", "pretrain", "results", "sample"):
+    for command in ("demo", "evaluate", "export", "plan", "pretrain", "compare", "sample"):
         assert complaint(command, "--no_such_option", "1").startswith(f"{command}: ")
 
 

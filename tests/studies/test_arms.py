@@ -1,11 +1,11 @@
-"""Arms of a comparison as arguments of ``fit``."""
+"""Arms of a comparison as arguments of ``fit``, and the shipped comparisons."""
 
 import pytest
+import yaml
 
 from gdmd_lightning.configuration.training import parse
-from gdmd_lightning.errors import UserError
-from gdmd_lightning.studies.arms import ARMS, Arm, option
-from gdmd_lightning.studies.comparison import named_arms
+from gdmd_lightning.locations import find_config
+from gdmd_lightning.studies.arms import Arm, option
 
 
 @pytest.mark.parametrize(
@@ -17,15 +17,13 @@ def test_option_is_an_argument_of_fit(value, argument):
 
 
 def test_arm_arguments_name_configs_first():
-    arm = Arm("other", ("one.yaml", "two.yaml"), {"model.lambda_policy": 5})
+    arm = Arm(["one.yaml", "two.yaml"], {"model.lambda_policy": 5})
     assert arm.arguments == ["--config", "one.yaml", "--config", "two.yaml", "--model.lambda_policy=5"]
 
 
-def test_arms_all_parse_to_different_models():
-    models = [parse(arm.arguments).model for arm in ARMS.values()]
+@pytest.mark.parametrize("config", ["compare_shapes.yaml", "compare_switches.yaml"])
+def test_methods_of_a_shipped_comparison_all_parse_to_different_models(config):
+    with open(find_config(config), encoding="utf-8") as file:
+        methods = yaml.safe_load(file)["methods"]
+    models = [parse(Arm(**method).arguments).model for method in methods.values()]
     assert all(one != other for i, one in enumerate(models) for other in models[:i])
-
-
-def test_named_arms_reports_an_unknown_arm():
-    with pytest.raises(UserError, match="--arms: unknown arm 'GDDM'; use: DMD; DMD, all levels; "):
-        named_arms(["DMD", "GDDM"])

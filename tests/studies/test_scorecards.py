@@ -7,7 +7,8 @@ from gdmd_lightning.metrics.scores import Interval
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
 
 SCORES = {"shapes/overall": Interval(0.5, 0.4, 0.6), "geneval/colors": Interval(0.25, 0.25, 0.25)}
-CARD = Scorecard("shapes", 12, (Row("DMD", 4, 0.01, SCORES, TrainingCost(544.0, 1.5)), Row("teacher", 60, 0.1, SCORES)))
+TRAINED = Row("DMD", 4, 0.01, SCORES, {"diversity": Interval(0.2, 0.1, 0.3)}, TrainingCost(2, 1088, 3.0))
+CARD = Scorecard("shapes", 12, (TRAINED, Row("teacher", 60, 0.1, SCORES)))
 
 
 def test_read_scorecard_returns_what_was_written(tmp_path):

@@ -24,12 +24,14 @@ class Provenance:
         configuration: The model part of the configuration, as YAML.
         prompts: Source of the training prompts.
         updates: Updates done.
+        evaluations: Network evaluations in these updates.
         scores: Scores of the averaged generator at its last evaluation, by name.
     """
 
     configuration: str = ""
     prompts: str = ""
     updates: int = 0
+    evaluations: int = 0
     scores: dict[str, float] = field(default_factory=dict)
 
 

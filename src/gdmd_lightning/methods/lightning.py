@@ -59,6 +59,7 @@ class RoleModule(pl.LightningModule):
     Attributes:
         roles: The roles; available after :meth:`configure_model`.
         updates: Updates done so far; part of the checkpoint.
+        evaluations: Network evaluations of single latents in these updates on this rank; part of the checkpoint.
 
     Raises:
         UserError: If a value is out of range.
@@ -92,7 +93,7 @@ class RoleModule(pl.LightningModule):
         self.generator, self.lora, self.memory = generator, lora, memory
         self.micro_batch_size, self.embedding_cache = micro_batch_size, embedding_cache
         self.ema_decay, self.seed, self.start_from = ema_decay, seed, start_from
-        self.updates = 0
+        self.updates = self.evaluations = 0
         self.provenance = Provenance()
         self._only: str | None = None
 
@@ -189,10 +190,12 @@ class RoleModule(pl.LightningModule):
         """One update of the method."""
         conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
         optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
+        before = self.roles.evaluations.total()
         done = self.update(
             Batch(batch.prompts, batch.groups, conditioning), LightningEngine(self, self.roles, optimizers)
         )
         self.updates += 1
+        self.evaluations += self.roles.evaluations.total() - before
         for schedule in _listed(self.lr_schedulers()):
             schedule.step()
         logs = dict(done.logs)
@@ -210,13 +213,13 @@ class RoleModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the provenance, so that the checkpoint can be restored without its configuration file."""
-        checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates))
+        checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates, evaluations=self.evaluations))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fail before any weight changes if the checkpoint does not fit; add the teacher to it."""
         check_fits(self, checkpoint)
         origin = checkpoint["provenance"]
-        self.updates = origin["updates"]
+        self.updates, self.evaluations = origin["updates"], origin["evaluations"]
         self.provenance = replace(self.provenance, scores=origin["scores"])
         teacher = {name: value for name, value in super().state_dict().items() if self._is_frozen(name)}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **teacher}

@@ -76,13 +76,14 @@ class TaskScore(Metric):
         """Like ``compute``, with 95% bootstrap intervals: pictures are resampled within their tasks."""
         values, tasks = dim_zero_cat(self.values).double(), dim_zero_cat(self.tasks)
         by_task = [values[tasks == i].numpy() for i in range(len(self.task_names))]
-        out = {"overall": _bootstrap(by_task)}
+        out = {"overall": bootstrap_mean(by_task)}
         if self.task_names != [NO_TASK]:
-            out |= {name: _bootstrap([part]) for name, part in zip(self.task_names, by_task, strict=True)}
+            out |= {name: bootstrap_mean([part]) for name, part in zip(self.task_names, by_task, strict=True)}
         return out
 
 
-def _bootstrap(parts: list[Any]) -> Interval:
+def bootstrap_mean(parts: list[Any]) -> Interval:
+    """Mean of the means of the parts, with the 95% bootstrap interval of resampling within each part."""
     from scipy.stats import bootstrap
 
     def mean_of_means(*samples: Any, axis: int = -1) -> Any:

@@ -1,23 +1,25 @@
-"""Arms of a comparison: named settings, each trained and scored in a directory, and resumable."""
+"""Arms of a comparison: named settings, each trained to a budget, scored on the way, and resumable."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gdmd_lightning.configuration import training
+from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.configuration.training import DistillationCLI
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
-from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.checkpointing import Provenance, read_checkpoint
 from gdmd_lightning.studies.contestants import student
 from gdmd_lightning.studies.scorecards import Row, TrainingCost, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tasks import Task
+from gdmd_lightning.studies.watch import Watch
 
 ANOTHER_OUT = "use another --out"
 
@@ -29,70 +31,48 @@ def option(key: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """A named setting of a comparison.
+    """A setting of a training.
 
     Args:
-        name: The arm's name in tables.
         configs: Names or paths of configurations; a later one overrides an earlier one.
-        overrides: Values by dotted key, such as ``{"model.lambda_policy": 5}``; override the configurations.
+        fit: Values by dotted key, as on ``fit``'s command line, such as ``{"model.lambda_policy": 5}``; override the
+            configurations.
     """
 
-    name: str
-    configs: tuple[str, ...]
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    configs: list[str]
+    fit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> list[str]:
         """The arm as arguments of ``fit``."""
         configs = [part for name in self.configs for part in ("--config", name)]
-        return configs + [option(key, value) for key, value in self.overrides.items()]
+        return configs + [option(key, value) for key, value in self.fit.items()]
+
+    def check(self, name: str) -> None:
+        """Fail early if ``fit`` would refuse the arguments.
+
+        Args:
+            name: The arm's name.
+
+        Raises:
+            UserError: If it would; the message names the arm.
+        """
+        try:
+            training.parse(with_found_configs(self.arguments))
+        except UserError as error:
+            raise UserError(error.what, where=f"{name}: {error.where}", remedy=error.remedy) from error
 
 
-DMD = Arm("DMD", ("shapes.yaml", "shapes_dmd.yaml"))
-GDMD = Arm("GDMD", ("shapes.yaml",))
+DMD = Arm(["shapes.yaml", "shapes_dmd.yaml"])
+GDMD = Arm(["shapes.yaml"])
 
-
-def _variant(arm: Arm, name: str, overrides: Mapping[str, Any]) -> Arm:
-    """An arm with other settings of the model."""
-    return replace(arm, name=f"{arm.name}, {name}", overrides={f"model.{key}": v for key, v in overrides.items()})
-
-
-ARMS = {
-    arm.name: arm
-    for arm in (
-        DMD,
-        _variant(DMD, "all levels", {"matching.interval": "whole"}),
-        _variant(DMD, "Euler steps", {"sampler": "ODE"}),
-        _variant(DMD, "Euler steps, all levels", {"sampler": "ODE", "matching.interval": "whole"}),
-        GDMD,
-        _variant(GDMD, "lambda 0", {"lambda_policy": 0}),
-        _variant(GDMD, "lambda 5", {"lambda_policy": 5}),
-        _variant(GDMD, "lambda 10", {"lambda_policy": 10}),
-        _variant(GDMD, "strata not centered", {"advantages.center_strata": False}),
-        _variant(GDMD, "lambda 10, strata not centered", {"lambda_policy": 10, "advantages.center_strata": False}),
-        _variant(GDMD, "one target", {"targets.size": 1}),
-        _variant(GDMD, "four targets", {"targets.size": 4}),
-        _variant(GDMD, "weighted", {"policy.form": "weighted"}),
-        _variant(GDMD, "policies at the state", {"policy.at": "state"}),
-        _variant(GDMD, "groups of a state", {"advantages.compare": "state"}),
-        _variant(GDMD, "against the sample", {"advantages.compare": "sample"}),
-        _variant(GDMD, "groups over snapshots", {"targets.over": "snapshot"}),
-        _variant(GDMD, "groups over both", {"targets.over": "both"}),
-    )
-}
-
-# No callback that evaluates or records, so that the seconds and evaluations are the method's own. Without the
-# version counter a resumed run overwrites its last.ckpt, even if --out is now spelled differently; with the
-# counter, it would write last-v1.ckpt next to the last.ckpt that is scored.
-UNOBSERVED = {
-    "trainer.enable_progress_bar": False,
-    "trainer.log_every_n_steps": 50,
-    "trainer.callbacks": [
-        {
-            "class_path": "ModelCheckpoint",
-            "init_args": {"save_last": True, "save_top_k": 0, "enable_version_counter": False},
-        }
-    ],
+# No callback that evaluates or records, so that the seconds are the method's own. Without the version counter a
+# resumed run overwrites its last.ckpt, even if --out is now spelled differently; with the counter, it would write
+# last-v1.ckpt next to the last.ckpt that is scored.
+UNOBSERVED = {"trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 50}
+KEEP_LAST = {
+    "class_path": "ModelCheckpoint",
+    "init_args": {"save_last": True, "save_top_k": 0, "enable_version_counter": False},
 }
 
 
@@ -101,17 +81,17 @@ class Run:
     """The training of one arm with one seed.
 
     Args:
+        name: The arm's name in tables.
         arm: The setting.
         directory: Where its checkpoints, costs and scores are kept.
-        updates: Generator updates.
         seed: Seed of the run; determines all its random numbers.
         start_from: Checkpoint to start from.
         extra: Further arguments of ``fit``.
     """
 
+    name: str
     arm: Arm
     directory: Path
-    updates: int
     seed: int
     start_from: Path | None = None
     extra: tuple[str, ...] = ()
@@ -121,23 +101,21 @@ class Run:
         """The last checkpoint."""
         return last_checkpoint(self.directory)
 
-    @property
-    def scorecard(self) -> Path:
-        """The scores after ``updates``."""
-        return self.directory / f"scores_{self.updates}.json"
+    def scorecard(self, budget: int) -> Path:
+        """The scores when ``budget`` network evaluations were spent."""
+        return self.directory / f"scores_{budget}.json"
 
-    @property
-    def cost(self) -> Path:
-        """The training cost up to ``updates``, kept in case scoring is interrupted."""
-        return self.directory / f"cost_{self.updates}.json"
+    def cost(self, budget: int) -> Path:
+        """What the training cost up to there, kept in case scoring is interrupted."""
+        return self.directory / f"cost_{budget}.json"
 
-    def row(self, task: Task, count: int) -> Row:
+    def row(self, budget: int, task: Task, count: int) -> Row:
         """The scores of a finished run.
 
         Raises:
             UserError: If it was scored on other prompts.
         """
-        (row,) = read_scorecard(self.scorecard, prompts=task.prompts, count=count).rows
+        (row,) = read_scorecard(self.scorecard(budget), prompts=task.prompts, count=count).rows
         return row
 
 
@@ -160,38 +138,65 @@ def train(directory: Path, arguments: Sequence[str]) -> DistillationCLI:
     return cli
 
 
-def run_arm(run: Run, task: Task, count: int) -> None:
-    """Train and score an arm; continue from what its directory already has.
+def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Watch) -> None:
+    """Train an arm to each budget in turn and score it there; continue from what its directory already has.
+
+    Args:
+        run: The run.
+        budgets: Network evaluations, increasing.
+        task: What it is scored on.
+        count: Test prompts.
+        watch: What to measure besides.
 
     Raises:
         UserError: If the directory has a longer run, or scores on other prompts.
         KeyboardInterrupt: If a signal ended the training early.
     """
-    if run.scorecard.is_file():
-        run.row(task, count)
-        return
-    before = _updates_of(run.checkpoint)
-    if before > run.updates:
-        trained = f"trained for {before} updates; {run.updates} requested"
+    spent = 0.0
+    for budget in budgets:
+        if run.scorecard(budget).is_file():
+            run.row(budget, task, count)
+        else:
+            if not run.cost(budget).is_file():
+                write_atomically(run.cost(budget), json.dumps(asdict(_train(run, budget, spent))) + "\n")
+            generator = student(run.name, load_module(str(run.checkpoint), role="ema"))
+            card = score([generator], task, count, watch=watch)
+            cost = _read_cost(run.cost(budget))
+            _check_length(run, budget, cost)
+            rows = tuple(replace(row, training=cost) for row in card.rows)
+            write_scorecard(replace(card, rows=rows), run.scorecard(budget))
+        spent = _read_cost(run.cost(budget)).seconds
+
+
+def _read_cost(path: Path) -> TrainingCost:
+    return TrainingCost(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _provenance(checkpoint: Path) -> Provenance:
+    """What a checkpoint says about itself; nothing done if there is none."""
+    if not checkpoint.is_file():
+        return Provenance()
+    return Provenance(**read_checkpoint(str(checkpoint), in_memory=False)["provenance"])
+
+
+def _check_length(run: Run, budget: int, cost: TrainingCost) -> None:
+    """Fail if the last checkpoint is not the one whose cost was written at this budget."""
+    there = _provenance(run.checkpoint).evaluations
+    if there != cost.evaluations:
+        trained = f"trained for {there} network evaluations; {budget} requested"
         raise UserError(trained, where=str(run.checkpoint), remedy=ANOTHER_OUT)
-    if not run.cost.is_file():
-        write_atomically(run.cost, json.dumps(asdict(_train(run, before))) + "\n")
-    cost = TrainingCost(**json.loads(run.cost.read_text(encoding="utf-8")))
-    card = score([student(run.arm.name, load_module(str(run.checkpoint)))], task, count)
-    write_scorecard(replace(card, rows=tuple(replace(row, training=cost) for row in card.rows)), run.scorecard)
 
 
-def _updates_of(checkpoint: Path) -> int:
-    """Generator updates that a checkpoint was trained for; 0 if there is none."""
-    return (
-        int(read_checkpoint(str(checkpoint), in_memory=False)["provenance"]["updates"]) if checkpoint.is_file() else 0
-    )
-
-
-def _train(run: Run, before: int) -> TrainingCost:
-    """Continue the training from update ``before`` to the end."""
+def _train(run: Run, budget: int, seconds: float) -> TrainingCost:
+    """Train until the budget is spent; what all updates so far cost, where the earlier ones took ``seconds``."""
+    before = _provenance(run.checkpoint)
+    if before.updates and before.evaluations - before.evaluations / before.updates >= budget:
+        trained = f"trained for {before.evaluations} network evaluations; {budget} requested"
+        raise UserError(trained, where=str(run.checkpoint), remedy=ANOTHER_OUT)
+    stop = {"class_path": "EvaluationBudget", "init_args": {"evaluations": budget}}
     settings: dict[str, Any] = {
-        "trainer.max_steps": run.updates,
+        "trainer.max_steps": -1,
+        "trainer.callbacks": [KEEP_LAST, stop],
         "model.seed": run.seed,
         "data.seed": run.seed,
         "seed_everything": run.seed,
@@ -199,15 +204,9 @@ def _train(run: Run, before: int) -> TrainingCost:
     }
     if run.start_from is not None:
         settings["model.start_from"] = str(run.start_from)
-    if before:
+    if before.updates:
         settings["ckpt_path"] = str(run.checkpoint)
     began = time.perf_counter()
-    cli = train(run.directory, [*run.arm.arguments, *(option(*item) for item in settings.items()), *run.extra])
-    seconds = time.perf_counter() - began
-    updates = max(run.updates - before, 1)
-    return TrainingCost(_evaluations(cli) / updates, seconds / updates)
-
-
-def _evaluations(cli: DistillationCLI) -> int:
-    """Network evaluations of a finished training."""
-    return sum(cli.model.roles.evaluations.values())
+    train(run.directory, [*run.arm.arguments, *(option(*item) for item in settings.items()), *run.extra])
+    done = _provenance(run.checkpoint)
+    return TrainingCost(done.updates, done.evaluations, seconds + time.perf_counter() - began)

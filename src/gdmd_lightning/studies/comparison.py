@@ -1,107 +1,211 @@
-"""A comparison of arms over seeds: with one seed, every arm starts from the same DMD cold start."""
+"""A comparison of methods: from one start per seed, to one budget of network evaluations, scored on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import torch
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
-from gdmd_lightning.studies.arms import ANOTHER_OUT, ARMS, DMD, Arm, Run, run_arm
-from gdmd_lightning.studies.contestants import teachers
-from gdmd_lightning.studies.scorecards import read_scorecard, score, write_scorecard
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.studies.arms import ANOTHER_OUT, Arm, Run, run_arm
+from gdmd_lightning.studies.contestants import draw, student, teachers
+from gdmd_lightning.studies.outcome import Outcome
+from gdmd_lightning.studies.page import write_page
+from gdmd_lightning.studies.scorecards import Row, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tables import comparison_table
-from gdmd_lightning.studies.tasks import Task
+from gdmd_lightning.studies.tasks import TASKS, Task
+from gdmd_lightning.studies.watch import Watch
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all methods start from.
+
+    Args:
+        arm: Its training.
+        evaluations: Network evaluations of it, at least 1.
+    """
+
+    arm: Arm
+    evaluations: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms compared over seeds, in one directory that several processes may fill.
+    """Settings of ``compare``.
+
+    Every seed trains one start, and every method continues from it until it has spent ``evaluations`` network
+    evaluations. So methods are compared at equal cost, and differences between them are paired by seed. The directory
+    may be filled by several processes, with different seeds each, and a stopped comparison continues.
 
     Args:
-        task: What the arms are scored on.
-        out: Directory of runs, scores and the table.
-        seeds: Seeds of the cold starts; an arm's own seed is 1000 larger.
-        arms: The arms by name.
-        cold_start: DMD updates that all arms start from.
-        updates: Updates of each arm after the cold start.
+        methods: The methods by their names in tables.
+        start: What they start from.
+        evaluations: Network evaluations of each method after the start, at least 1.
+        points: How often each method is scored: after equal parts of its evaluations, at least 1.
+        seeds: Seeds of the starts; a method's own seed is 1000 larger.
+        control: The method that all others are compared with, besides the teacher.
+        task: What the methods are scored on; ``shapes``.
         count: Test prompts.
-        extra: Further arguments of all trainings.
+        watch: Prompts and samples for the figures that no method is trained on.
+        out: Directory of runs, scores, table and page.
+        processes: Seeds that train at the same time, each on one thread if there are several.
+        fit: Further arguments of all trainings, such as ``--trainer.accelerator=gpu``.
     """
 
-    task: Task
-    out: Path
-    seeds: tuple[int, ...]
-    arms: Mapping[str, Arm]
-    cold_start: int
-    updates: int
-    count: int
-    extra: tuple[str, ...] = ()
+    methods: dict[str, Arm]
+    start: Start
+    evaluations: int
+    points: int = 4
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    control: str = "DMD"
+    task: str = "shapes"
+    count: int = 1200
+    watch: Watch = Watch()
+    out: Path = Path("runs/compare")
+    processes: int = 1
+    fit: list[str] = field(default_factory=list)
 
-    def start(self, seed: int) -> Run:
-        """The cold start of a seed."""
-        return Run(DMD, self._directory("cold start", seed), self.cold_start, seed, extra=self.extra)
+    @property
+    def scored_on(self) -> Task:
+        """The task."""
+        return TASKS[self.task]
 
-    def run(self, arm: Arm, seed: int) -> Run:
-        """An arm's run with a seed."""
-        start = self.start(seed).checkpoint
-        return Run(arm, self._directory(arm.name, seed), self.updates, seed + 1000, start, self.extra)
+    @property
+    def budgets(self) -> list[int]:
+        """Network evaluations at which each method is scored."""
+        return [self.evaluations * i // self.points for i in range(1, self.points + 1)]
+
+    def start_of(self, seed: int) -> Run:
+        """The start of a seed."""
+        return Run("start", self.start.arm, self._directory("start", seed), seed, extra=tuple(self.fit))
+
+    def run_of(self, method: str, seed: int) -> Run:
+        """A method's run with a seed."""
+        directory, start = self._directory(method, seed), self.start_of(seed).checkpoint
+        return Run(method, self.methods[method], directory, seed + 1000, start, tuple(self.fit))
 
     def _directory(self, name: str, seed: int) -> Path:
         slug = "".join(c if c.isalnum() else "_" for c in name.lower())
         return self.out / f"seed{seed}" / slug
 
     def check(self) -> None:
-        """Fail before any training if the directory has results of another comparison.
+        """Fail before any training if a setting is wrong or the directory belongs to another comparison.
 
         Raises:
-            UserError: If the number of prompts is impossible, or the directory has a cold start of another length
-                or scores on other prompts.
+            UserError: If it does; the message names the setting or file.
         """
-        self.task.read_prompts(self.count)
+        _check_numbers(self)
+        self.start.arm.check("start")
+        directories = {"start"}
+        for name, arm in self.methods.items():
+            place = self._directory(name, 0).name
+            if place in directories:
+                raise UserError(f"{name!r} has the directory of another one", where="methods", remedy="rename it")
+            directories.add(place)
+            arm.check(name)
+        self.scored_on.read_prompts(self.count)
         for seed in self.seeds:
-            start = self.start(seed)
-            if any(path != start.scorecard for path in start.directory.glob("scores_*.json")):
-                other = f"arms in {self.out} start from a cold start of another length"
-                raise UserError(other, where="--cold_start", remedy=ANOTHER_OUT)
+            start = self.start_of(seed)
+            if any(path != start.scorecard(self.start.evaluations) for path in start.directory.glob("scores_*.json")):
+                other = f"methods in {self.out} start from a start of another length"
+                raise UserError(other, where="start.evaluations", remedy=ANOTHER_OUT)
         for path in sorted([*self.out.glob("seed*/*/scores_*.json"), *self.out.glob("teacher.json")]):
-            read_scorecard(path, prompts=self.task.prompts, count=self.count)
+            read_scorecard(path, prompts=self.scored_on.prompts, count=self.count)
 
     def train_and_score(self) -> Iterator[str]:
-        """Train and score what is missing; yields a line after each arm."""
-        for seed in self.seeds:
-            run_arm(self.start(seed), self.task, self.count)
-            for arm in self.arms.values():
-                run_arm(self.run(arm, seed), self.task, self.count)
-                yield f"seed {seed}, {arm.name}: done"
+        """Train and score what is missing; yields a line after each run."""
+        if self.processes == 1 or len(self.seeds) == 1:
+            for seed in self.seeds:
+                yield from self._seed(seed)
+            return
+        # Fresh processes: torch's threads do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.processes, context, torch.set_num_threads, (1,)) as pool:
+            for done in as_completed([pool.submit(self._whole_seed, seed) for seed in self.seeds]):
+                yield from done.result()
 
-    def report(self) -> str:
-        """The Markdown table of a finished comparison; also written to ``results.md``."""
+    def _whole_seed(self, seed: int) -> list[str]:
+        return list(self._seed(seed))
+
+    def _seed(self, seed: int) -> Iterator[str]:
+        run_arm(self.start_of(seed), [self.start.evaluations], self.scored_on, self.count, self.watch)
+        for name in self.methods:
+            run_arm(self.run_of(name, seed), self.budgets, self.scored_on, self.count, self.watch)
+            yield f"seed {seed}, {name}: done"
+
+    def outcome(self) -> Outcome:
+        """The scores of a finished comparison."""
+        task = self.scored_on
+        return Outcome(
+            task,
+            self.control,
+            tuple(self.seeds),
+            self._teacher(),
+            tuple(self.start_of(seed).row(self.start.evaluations, task, self.count) for seed in self.seeds),
+            {
+                name: tuple(
+                    tuple(self.run_of(name, seed).row(budget, task, self.count) for budget in self.budgets)
+                    for seed in self.seeds
+                )
+                for name in self.methods
+            },
+        )
+
+    def _teacher(self) -> tuple[Row, ...]:
         path = self.out / "teacher.json"
         if not path.is_file():
-            module = load_module(str(self.start(self.seeds[0]).checkpoint))
-            write_scorecard(score(teachers(module), self.task, self.count), path)
-        teacher = read_scorecard(path, prompts=self.task.prompts, count=self.count)
-        starts = [self.start(seed).row(self.task, self.count) for seed in self.seeds]
-        arms = {
-            name: [self.run(arm, seed).row(self.task, self.count) for seed in self.seeds]
-            for name, arm in self.arms.items()
-        }
-        cold_start = {f"cold start: {DMD.name}, {self.cold_start} updates": starts}
-        text = comparison_table(self.task, teacher.rows, cold_start, arms)
+            card = score(teachers(self._module()), self.scored_on, self.count, watch=self.watch)
+            write_scorecard(card, path)
+        return read_scorecard(path, prompts=self.scored_on.prompts, count=self.count).rows
+
+    def _module(self) -> DistillationModule:
+        return load_module(str(self.start_of(self.seeds[0]).checkpoint), role="ema")
+
+    def report(self) -> str:
+        """The Markdown table of a finished comparison.
+
+        It is also written to ``results.md``, with all scores in ``scores.json``, pictures of the first seed, and a page
+        that shows everything.
+        """
+        outcome = self.outcome()
+        text = comparison_table(outcome)
         write_atomically(self.out / "results.md", text + "\n")
+        write_atomically(self.out / "scores.json", json.dumps(outcome.entries(), indent=1) + "\n")
+        seed = self.seeds[0]
+        checkpoints = {"start": self.start_of(seed), **{name: self.run_of(name, seed) for name in self.methods}}
+        contestants = teachers(self._module())[:1]
+        contestants += [
+            student(name, load_module(str(run.checkpoint), role="ema")) for name, run in checkpoints.items()
+        ]
+        draw(contestants, self.scored_on.read_prompts(self.count), self.out / "pictures.png")
+        settings = json.loads(json.dumps(asdict(self), default=str))
+        write_page(self.out / "index.html", outcome, settings, self.out / "pictures.png")
         return text
 
 
-def named_arms(names: list[str]) -> dict[str, Arm]:
-    """The registered arms of these names.
-
-    Raises:
-        UserError: If a name is unknown.
-    """
-    for name in names:
-        if name not in ARMS:
-            raise UserError(f"unknown arm {name!r}", where="--arms", remedy=f"use: {'; '.join(ARMS)}")
-    return {name: ARMS[name] for name in names}
+def _check_numbers(settings: Comparison) -> None:
+    for name in ("evaluations", "points", "count", "processes"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"it is {getattr(settings, name)}", where=name, remedy="use at least 1")
+    if settings.start.evaluations < 1:
+        raise UserError(f"it is {settings.start.evaluations}", where="start.evaluations", remedy="use at least 1")
+    if settings.points > settings.evaluations:
+        raise UserError(f"it is {settings.points}", where="points", remedy="use at most one per evaluation")
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise UserError(f"they are {settings.seeds}", where="seeds", remedy="give each seed once, at least one")
+    if not settings.methods:
+        raise UserError("there are none", where="methods", remedy="name at least one, with its configs")
+    if settings.control not in settings.methods:
+        known = ", ".join(settings.methods)
+        raise UserError(f"{settings.control!r} is not a method", where="control", remedy=f"use one of: {known}")
+    if settings.task not in TASKS:
+        raise UserError(f"unknown task {settings.task!r}", where="task", remedy=f"use one of: {', '.join(TASKS)}")

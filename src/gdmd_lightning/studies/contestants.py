@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,14 @@ class Contestant:
         evaluations: Network evaluations per picture.
         latent_shape: Shape of one latent, ``(C, H, W)``.
         generate: Makes pictures from noise and texts.
+        encode: The teacher's autoencoder: pictures to latents.
     """
 
     name: str
     evaluations: int
     latent_shape: tuple[int, ...]
     generate: Generate
+    encode: Callable[[torch.Tensor], torch.Tensor]
 
 
 def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: float | None = None) -> list[Contestant]:
@@ -54,7 +56,7 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
             return module.generate_teacher(noise, texts, count, scale)
 
         passes = 1 if scale == 1 else module.family.guided_passes
-        return Contestant(name, passes * count, module.latent_shape, generate)
+        return Contestant(name, passes * count, module.latent_shape, generate, module.family.encode_images)
 
     return [
         teacher(f"teacher, {steps} steps, guided", steps, scale),
@@ -65,7 +67,7 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
 
 def student(name: str, module: DistillationModule) -> Contestant:
     """The averaged generator of a module."""
-    return Contestant(name, module.steps, module.latent_shape, module.generate)
+    return Contestant(name, module.steps, module.latent_shape, module.generate, module.family.encode_images)
 
 
 def bare_teacher(task: Task, path: str | None = None) -> DistillationModule:

@@ -19,18 +19,21 @@ from gdmd_lightning.metrics.evaluation import evaluate
 from gdmd_lightning.metrics.scores import Interval
 from gdmd_lightning.studies.contestants import Contestant
 from gdmd_lightning.studies.tasks import Task
+from gdmd_lightning.studies.watch import Watch
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What one generator update cost.
+    """What a training cost up to where it was scored.
 
     Args:
-        evaluations: Network evaluations per update.
-        seconds: Seconds per update.
+        updates: Generator updates.
+        evaluations: Network evaluations of single latents.
+        seconds: Seconds of training.
     """
 
-    evaluations: float
+    updates: int
+    evaluations: int
     seconds: float
 
 
@@ -43,6 +46,7 @@ class Row:
         evaluations: Network evaluations per picture.
         seconds: Seconds per picture.
         scores: Mean and 95% interval by ``<score>/<task>``.
+        watched: What no method is trained on, by name: mean and 95% interval, see :class:`Watch`.
         training: Cost of its training, where the study trained it.
     """
 
@@ -50,6 +54,7 @@ class Row:
     evaluations: int
     seconds: float
     scores: dict[str, Interval] = field(default_factory=dict)
+    watched: dict[str, Interval] = field(default_factory=dict)
     training: TrainingCost | None = None
 
 
@@ -68,13 +73,24 @@ class Scorecard:
     rows: tuple[Row, ...]
 
 
-def score(contestants: Sequence[Contestant], task: Task, count: int, seed: int = 0) -> Scorecard:
-    """Score every contestant on the first ``count`` prompts of the task, from the same noise."""
+def score(
+    contestants: Sequence[Contestant], task: Task, count: int, seed: int = 0, watch: Watch | None = None
+) -> Scorecard:
+    """Score every contestant on the first ``count`` prompts of the task, from the same noise.
+
+    Args:
+        contestants: The generators.
+        task: Prompts and scores.
+        count: Number of prompts.
+        seed: Seed of the noise.
+        watch: What to measure besides.
+    """
     prompts, scores, rows = task.read_prompts(count), task.scores(), []
     for contestant in tqdm(contestants, desc="scoring", unit="generator"):
         seconds = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed)
         found = {f"{s.name}/{name}": interval for s in scores for name, interval in s.intervals().items()}
-        rows.append(Row(contestant.name, contestant.evaluations, seconds, found))
+        figures = {} if watch is None else watch(contestant)
+        rows.append(Row(contestant.name, contestant.evaluations, seconds, found, figures))
     return Scorecard(task.prompts, count, tuple(rows))
 
 
@@ -106,6 +122,8 @@ def read_scorecard(path: Path, *, prompts: str, count: int) -> Scorecard:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    scores = {name: Interval(**interval) for name, interval in content["scores"].items()}
+    intervals = {
+        part: {name: Interval(**interval) for name, interval in content[part].items()} for part in ("scores", "watched")
+    }
     cost = content["training"]
-    return Row(**{**content, "scores": scores, "training": None if cost is None else TrainingCost(**cost)})
+    return Row(**{**content, **intervals, "training": None if cost is None else TrainingCost(**cost)})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
+from gdmd_lightning.studies.outcome import Outcome, estimate, value
 from gdmd_lightning.studies.scorecards import Row
-from gdmd_lightning.studies.tasks import Task
-
-CONTROL = "DMD"
+from gdmd_lightning.studies.watch import WATCHED
 
 
 def score_table(rows: Sequence[Row]) -> str:
@@ -26,52 +25,49 @@ def score_table(rows: Sequence[Row]) -> str:
     return "\n".join(_line([c.ljust(w) for c, w in zip(line, widths, strict=True)]) for line in lines)
 
 
-def comparison_table(
-    task: Task, teacher: Sequence[Row], cold_start: Mapping[str, Sequence[Row]], arms: Mapping[str, Sequence[Row]]
-) -> str:
-    """Overall scores as means over seeds, with differences to the teacher and to the control.
+def comparison_table(outcome: Outcome) -> str:
+    """Scores and watched figures as means over seeds, with differences to the teacher and to the control."""
+    lines = comparison_lines(outcome)
+    return "\n".join([_line(lines[0]), "|" + "---|" * len(lines[0]), *(_line(line) for line in lines[1:])])
 
-    Args:
-        task: Titles of the scores, and which one is compared.
-        teacher: The teacher's rows; differences are to the first.
-        cold_start: The start's rows by its name, one per seed.
-        arms: Each arm's rows by its name, one per seed in the same order; the control is :data:`CONTROL`.
-    """
+
+def comparison_lines(outcome: Outcome) -> list[list[str]]:
+    """The cells of :func:`comparison_table`, the header first."""
+    task = outcome.task
+    figures = {**task.titles, **WATCHED}
     compared = task.titles[task.compared]
-    titles = [*task.titles.values(), f"{compared}, minus the teacher's", f"{compared}, minus {CONTROL}'s"]
-    header = ["generator", *titles, "evaluations/update", "s/update"]
-    lines = [_line(header), "|" + "---|" * len(header)]
-    for row in teacher:
-        cells = [row.name, *(f"{_overall(row, name):.3f}" for name in task.titles)]
-        lines.append("| " + " | ".join(cells) + " |" + " |" * 4)
-    best = _overall(teacher[0], task.compared)
-    control = [_overall(row, task.compared) for row in arms.get(CONTROL, ())]
-    for name, rows in {**cold_start, **arms}.items():
-        mine = [_overall(row, task.compared) for row in rows]
-        cells = [over_seeds([_overall(row, score) for row in rows]) for score in task.titles]
-        cells.append(over_seeds([value - best for value in mine]))
-        paired = control and name in arms and name != CONTROL
-        cells.append(over_seeds([a - b for a, b in zip(mine, control, strict=True)]) if paired else "")
-        costs = [row.training for row in rows if row.training is not None]
-        cells.append(f"{sum(cost.evaluations for cost in costs) / len(costs):.0f}")
-        cells.append(f"{sum(cost.seconds for cost in costs) / len(costs):.2f}")
-        lines.append(_line([f"{name}, {rows[0].evaluations} steps", *cells]))
-    return "\n".join(lines)
+    header = [
+        "generator",
+        *figures.values(),
+        f"{compared}, minus the teacher's",
+        f"{compared}, minus {outcome.control}'s",
+        "updates",
+        "evaluations/update",
+        "s/update",
+    ]
+    lines = [header]
+    for row in outcome.teacher:
+        lines.append([row.name, *(f"{value(row, name):.3f}" for name in figures), "", "", "", "", ""])
+    best = value(outcome.teacher[0], task.compared)
+    above = estimate([value(row, task.compared) - best for row in outcome.starts])
+    lines.append(["start", *_figures(outcome.starts, figures), str(above), "", *_costs(outcome.starts)])
+    for name in outcome.methods:
+        rows = outcome.last(name)
+        paired = "" if name == outcome.control else str(outcome.over_control(name, task.compared))
+        above = outcome.over_teacher(name, task.compared)
+        lines.append([name, *_figures(rows, figures), str(above), paired, *_costs(rows)])
+    return lines
 
 
-def over_seeds(values: Sequence[float]) -> str:
-    """Mean over seeds with a 95% t interval; the mean alone for one seed."""
-    from scipy import stats
-
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return f"{mean:.3f} ± {half:.3f}"
+def _figures(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
+    return [str(estimate([value(row, name) for row in rows])) for name in names]
 
 
-def _overall(row: Row, score: str) -> float:
-    return row.scores[f"{score}/overall"].mean
+def _costs(rows: Sequence[Row]) -> list[str]:
+    costs = [row.training for row in rows if row.training is not None]
+    updates = sum(cost.updates for cost in costs)
+    per_update = [sum(cost.evaluations for cost in costs) / updates, sum(cost.seconds for cost in costs) / updates]
+    return [f"{updates / len(costs):.0f}", f"{per_update[0]:.0f}", f"{per_update[1]:.2f}"]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,0 +1,25 @@
+"""Compare methods over seeds at one budget of network evaluations, from the same starts."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from jsonargparse import ArgumentParser
+
+from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.studies.comparison import Comparison
+
+
+def main(arguments: list[str]) -> int:
+    """``compare --config NAME``; continues a stopped comparison, or one with a smaller budget."""
+    parser = ArgumentParser(prog="gdmd_lightning compare", description=__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a configuration, by path or name")
+    parser.add_class_arguments(Comparison, as_group=False)
+    values = parser.instantiate_classes(parser.parse_args(with_found_configs(arguments)))
+    comparison = Comparison(**{field.name: values[field.name] for field in fields(Comparison)})
+    comparison.check()
+    for line in comparison.train_and_score():
+        print(line, flush=True)
+    print(comparison.report())
+    print(f"\npage: {comparison.out / 'index.html'}")
+    return 0

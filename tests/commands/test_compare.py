@@ -1,0 +1,160 @@
+"""The comparison of methods on the embedded pipeline, in a few updates."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gdmd_lightning.cli import main
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
+
+# With these, an update of DMD takes 44 evaluations and one of GDMD 84.
+CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.fake_score_updates=1"]
+SMALL = {
+    "count": 6,
+    "watch": {"per_task": 1, "samples": 2},
+    "start": {"evaluations": 40},
+    "evaluations": 120,
+    "points": 2,
+    "seeds": [0],
+    "fit": CHEAP,
+}
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    """``compare(seeds=[0, 1])`` runs a small comparison with these settings changed; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(**changes: object) -> str:
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, **changes}))
+        main(["compare", "--config", "compare_shapes.yaml", "--config", "small.yaml"])
+        return capsys.readouterr().out
+
+    return run
+
+
+def rows(path: Path, count: int = 6) -> tuple[Row, ...]:
+    return read_scorecard(path, prompts="shapes", count=count).rows
+
+
+def shapes(path: Path) -> float:
+    return rows(path)[0].scores["shapes/overall"].mean
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compare_pairs_methods_by_seed_at_equal_evaluations_and_resumes(compare, tmp_path):
+    printed = compare(seeds=[0, 1])
+    out = tmp_path / "runs" / "compare"
+    report = (out / "results.md").read_text()
+    assert report in printed
+    for name in ("dmd", "gdmd"):
+        for seed in (0, 1):
+            costs = [rows(out / f"seed{seed}" / name / f"scores_{budget}.json")[0].training for budget in (60, 120)]
+            for cost, budget in zip(costs, (60, 120), strict=True):
+                assert budget <= cost.evaluations < budget + cost.evaluations / cost.updates
+            assert costs[0].seconds < costs[1].seconds
+    line = re.search(r"^\| GDMD \|.*", report, re.MULTILINE)[0].split("|")
+    above_teacher, above_dmd = (float(cell.split("±")[0]) for cell in (line[8], line[9]))
+    dmd, gdmd = ([shapes(out / f"seed{s}" / name / "scores_120.json") for s in (0, 1)] for name in ("dmd", "gdmd"))
+    assert abs(above_dmd - sum(b - a for a, b in zip(dmd, gdmd, strict=True)) / 2) < 6e-4
+    assert abs(above_teacher - (sum(gdmd) / 2 - shapes(out / "teacher.json"))) < 6e-4
+    entries = json.loads((out / "scores.json").read_text())
+    assert len(entries) == 3 + 2 + 2 * 2 * 2  # teachers, starts, methods x seeds x points
+    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
+    assert compare(seeds=[0, 1]).endswith(report + f"\npage: {Path('runs/compare/index.html')}\n")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")} == checkpoints
+
+
+class Outside(HTMLParser):
+    """Collects what a page would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        values = [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        self.found += [value for value in values if not value.startswith(("data:", "#"))]
+
+
+def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_a_page(compare, tmp_path):
+    only = {"methods": {"DMD": {"configs": ["shapes.yaml", "shapes_dmd.yaml"]}}, "evaluations": 60, "points": 1}
+    compare(**only)
+    (tmp_path / "runs" / "compare").rename(tmp_path / "moved")
+    compare(**{**only, "evaluations": 120, "points": 2, "out": "moved"})
+    directory = tmp_path / "moved" / "seed0" / "dmd"
+    (checkpoint,) = (directory / "checkpoints").iterdir()
+    assert checkpoint.name == "last.ckpt"
+    (before,) = rows(directory / "scores_120.json")
+    assert read_checkpoint(str(checkpoint), in_memory=False)["global_step"] == before.training.updates == 3
+    # Interrupted between training and scoring, it scores what was trained and still knows the cost.
+    (directory / "scores_120.json").unlink()
+    compare(**{**only, "evaluations": 120, "points": 2, "out": "moved"})
+    (after,) = rows(directory / "scores_120.json")
+    assert (after.scores, after.watched, after.training) == (before.scores, before.watched, before.training)
+    page = Outside()
+    text = (tmp_path / "moved" / "index.html").read_text()
+    page.feed(text)
+    assert page.found == []
+    assert "script" not in page.tags
+    assert text.count("<svg") == 3
+    assert "DMD, graded reward: " in text
+
+
+@pytest.fixture
+def finished(tmp_path) -> None:
+    """A finished comparison in the default directory, scored on 1200 prompts."""
+    scores = {f"{name}/overall": Interval(0.5, 0.4, 0.6) for name in ("geneval", "shapes", "hps_like")}
+    row = Row("DMD", 4, 0.01, scores, {}, TrainingCost(2, 200, 1.0))
+    for place, evaluations in (("start", 40), ("dmd", 120)):
+        run = tmp_path / "runs" / "compare" / "seed0" / place
+        write_scorecard(Scorecard("shapes", 1200, (row,)), run / f"scores_{evaluations}.json")
+        (run / "checkpoints").mkdir()
+        provenance = {"updates": 2, "evaluations": 200}
+        torch.save({"state_dict": {}, "provenance": provenance}, run / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"points": 1, "evaluations": 60}, "last.ckpt: trained for 200 network evaluations; 60 requested"),
+        ({"start": {"evaluations": 50}}, "start from a start of another length"),
+        ({"count": 12}, "seed0/start/scores_40.json: scored with count 1200; count 12 requested"),
+    ],
+)
+def test_compare_refuses_a_directory_of_another_comparison(finished, complaint, tmp_path, changed, expected):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "count": 1200, **changed}))
+    line = complaint("compare", "--config", "compare_shapes.yaml", "--config", "small.yaml")
+    assert expected in line
+    assert "use another --out" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("--points=0", "points: it is 0; use at least 1"),
+        ("--evaluations=-5", "evaluations: it is -5"),
+        ("--start.evaluations=0", "start.evaluations: it is 0"),
+        ("--seeds=[1,1]", "seeds: they are [1, 1]; give each seed once"),
+        ("--control=GDDM", "control: 'GDDM' is not a method; use one of: DMD, GDMD"),
+        ("--task=cats", "task: unknown task 'cats'; use one of: shapes"),
+        ('--methods={"DMD":{"configs":["shapes.yaml"],"fit":{"model.lambda":1}}}', "DMD: "),
+        ('--methods={"DMD":{"configs":["shapes.yml"]}}', "no configuration 'shapes.yml'"),
+        ('--methods={"DMD":{"configs":["shapes.yaml"]},"dmd":{"configs":["shapes.yaml"]}}', "methods: 'dmd' has the"),
+        ('--methods={"Start":{"configs":["shapes.yaml"]}}', "control: 'DMD' is not a method"),
+        ("--methods={}", "methods: there are none"),
+        ("--count=7", "evaluation count: 7 prompts"),
+    ],
+)
+def test_compare_refuses_wrong_settings_before_training(complaint, setting, expected):
+    assert expected in complaint("compare", "--config", "compare_shapes.yaml", setting)
