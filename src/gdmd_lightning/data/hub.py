@@ -81,7 +81,7 @@ class HubDataset:
 
 
 def open_folder(folder: str, column: str, split: str) -> FolderFiles | HubDataset:
-    """The files that ``datasets`` assigns to a split, or the folder as ``datasets`` reads it if they are of other kinds.
+    """The files that ``datasets`` assigns to a split; the folder as ``datasets`` reads it if they are of other kinds.
 
     With our own readers the same file has the same rows, alone and in a folder: ``datasets`` takes a blank line of a
     text file for a row, and a byte order mark for text.

@@ -1,8 +1,8 @@
 """From a file to numbered lines: regular files only, plain or gzip, with lines of bounded length.
 
 Nothing here holds more than one line and one chunk in memory, whatever the file contains, so that neither a device,
-nor a compressed bomb, nor a file without line breaks can fill the memory. Lines end with a line feed, a carriage return,
-or both, as in Python's text files.
+nor a compressed bomb, nor a file without line breaks can fill the memory. Lines end with a line feed, a carriage
+return, or both, as in Python's text files.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from gdmd_lightning.errors import UserError
@@ -68,11 +69,12 @@ class Scorecard:
     rows: tuple[Row, ...]
 
 
-def score(contestants: Sequence[Contestant], task: Task, count: int, seed: int = 0) -> Scorecard:
-    """Score every contestant on the first ``count`` prompts of the task, from the same noise."""
+def score(contestants: Sequence[Contestant], task: Task, count: int, seed: int = 0, device: str = "cpu") -> Scorecard:
+    """Score every contestant on the first ``count`` prompts of the task, from the same noise, on their device."""
     prompts, scores, rows = task.read_prompts(count), task.scores(), []
     for contestant in tqdm(contestants, desc="scoring", unit="generator"):
-        seconds = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed)
+        place = torch.device(device)
+        seconds = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed, device=place)
         found = {f"{s.name}/{name}": interval for s in scores for name, interval in s.intervals().items()}
         rows.append(Row(contestant.name, contestant.evaluations, seconds, found))
     return Scorecard(task.prompts, count, tuple(rows))
