@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from gdmd_lightning.errors import LONGEST, UserError, listed, shortened
+from gdmd_lightning.locations import find_config
 
 WORDS = "some words about what is wrong "
 
@@ -55,6 +56,13 @@ def test_error_survives_the_way_from_a_process_that_reads():
     error = UserError("it is 'x'", where="data.source", remedy="use 'y'")
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.what, copy.where, copy.remedy) == (str(error), error.what, error.where, error.remedy)
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "\0", "a/" * 3_000])
+def test_impossible_name_of_a_configuration_is_an_error(name):
+    with pytest.raises(UserError, match=r"no configuration '.*; give a path, or one of: ") as caught:
+        find_config(name)
+    assert len(str(caught.value)) <= LONGEST
 
 
 def test_listed_names_are_cut():

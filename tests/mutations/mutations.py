@@ -669,7 +669,7 @@ MUTATIONS = [
         "data/hub.py",
         ("data/test_hostile_files.py", "data/test_readers.py"),
         ("start in every file", "start = max(start - rows, 0)", "pass"),
-        ("folder's files all skipped", "if start >= rows > 0:", "if start > rows > 0:"),
+        ("rows of skipped files not counted", "start = max(start - rows, 0)", "start = 0"),
     ),
     *errors(
         "families/truncation.py",

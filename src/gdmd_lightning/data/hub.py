@@ -28,11 +28,8 @@ class FolderFiles:
     def read(self, start: int = 0) -> Iterator[Prompt]:
         for file in self.files:
             rows = file.count() if start else 0
-            if start >= rows > 0:
-                start -= rows
-            else:
-                yield from file.read(start)
-                start = max(start - rows, 0)
+            yield from file.read(start)
+            start = max(start - rows, 0)
 
     def count(self) -> int:
         """Number of rows of all files."""
