@@ -222,7 +222,8 @@ def _read_chunks(path: Path) -> dict[str, str] | None:
     """Text chunks of a picture, with its actual size, or None if it is truncated or damaged."""
     try:
         with Image.open(path) as image:
-            chunks = {**image.info, "size": f"{image.width}x{image.height}"}
+            chunks = {str(key): value for key, value in image.info.items()}
+            chunks["size"] = f"{image.width}x{image.height}"
             image.verify()
     except (OSError, SyntaxError, ValueError):  # what PIL raises for a damaged file
         return None
