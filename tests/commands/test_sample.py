@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from gdmd_lightning.cli import main
 from gdmd_lightning.commands import sample
 from gdmd_lightning.configuration import training
+from gdmd_lightning.configuration.devices import usable_device
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import draw_noise
@@ -66,6 +68,11 @@ def greatest_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray]
 
 def times(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.png")}
+
+
+def listed(directory: Path) -> list[dict]:
+    """The rows of a directory's list."""
+    return [json.loads(line) for line in (directory / "pictures.jsonl").read_text("utf-8").splitlines()]
 
 
 # A picture depends on seed, row and number.
@@ -159,20 +166,22 @@ def test_sample_adds_more_pictures_per_prompt(checkpoint, prompts, tmp_path):
 
 
 def test_existing_pictures_leaves_out_truncated_or_damaged_ones(tmp_path):
-    origin = sampling.Origin(0, "last.ckpt", "0")
+    origin = sampling.Origin(0, "last.ckpt", "0", 16, 16)
     wanted = [sampling.Picture(0, 0, Prompt("a red circle"))]
     picture = torch.arange(16 * 16 * 3, dtype=torch.uint8).view(16, 16, 3)
     content = sampling.encode_png(picture, {"prompt": "a red circle", **origin.text_chunks()})
     place = tmp_path / "000000-0.png"
     place.write_bytes(content)
-    assert sampling.existing_pictures(tmp_path, wanted, origin) == {place.name}
+    complete = sampling.Existing({place.name}, wanted=1, missing=0)
+    nothing = sampling.Existing(set(), wanted=1, missing=1)
+    assert sampling.existing_pictures(tmp_path, wanted, origin) == complete
     # PIL does not notice if the checksum of the empty last chunk (four bytes) is missing.
     for length in range(len(content) - 4):
         place.write_bytes(content[:length])
-        assert sampling.existing_pictures(tmp_path, wanted, origin) == set(), length
+        assert sampling.existing_pictures(tmp_path, wanted, origin) == nothing, length
     middle = content.index(b"IDAT") + 10
     place.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    assert sampling.existing_pictures(tmp_path, wanted, origin) == set()
+    assert sampling.existing_pictures(tmp_path, wanted, origin) == nothing
 
 
 @pytest.mark.slow
@@ -191,7 +200,9 @@ def test_sample_continues_after_kill_9_and_keeps_complete_pictures(checkpoint, t
         process.kill()
     left = times(tmp_path / "out")
     assert 0 < len(left) < 100
-    assert not (tmp_path / "out" / "pictures.jsonl").exists()
+    named = {row["file"] for row in listed(tmp_path / "out")}
+    assert named <= set(left)
+    assert len(named) >= len(left) - 1  # killed between a picture and its line
     for name in left:
         Image.open(tmp_path / "out" / name).load()
     run(*arguments)
@@ -213,8 +224,107 @@ def test_sample_interrupted_keeps_finished_batches(checkpoint, prompts, tmp_path
     with pytest.raises(SystemExit) as stop:
         run(checkpoint, prompts, tmp_path / "out", "--batch_size", 3)
     assert stop.value.code == 128 + signal.SIGINT
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"00000{row}-0.png" for row in range(3)}
+    names = [f"00000{row}-0.png" for row in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "pictures.jsonl"]
+    assert [row["file"] for row in listed(tmp_path / "out")] == names
     assert "run the same command again to continue" in capsys.readouterr().out
+
+
+def test_sample_list_is_right_while_a_directory_is_completed(checkpoint, prompts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(checkpoint, prompts, out)
+    whole = (out / "pictures.jsonl").read_text("utf-8")
+    (out / "000000-0.png").unlink()
+    (out / "000002-0.png").unlink()
+    (out / "pictures.jsonl").write_text(whole + '{"file": "0000', "utf-8")  # as after a full disk
+    real, seen = sampling.generate, []
+
+    def watched(*arguments):
+        seen.append([row["file"] for row in listed(out)])
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "generate", watched)
+    run(checkpoint, prompts, out, "--batch_size", 1)
+    assert seen == [["000001-0.png", "000003-0.png"], ["000001-0.png", "000003-0.png", "000000-0.png"]]
+    assert (out / "pictures.jsonl").read_text("utf-8") == whole
+
+
+def test_sample_full_disk_leaves_only_whole_lines(checkpoint, prompts, tmp_path, monkeypatch, capsys):
+    real = sampling._line
+    monkeypatch.setattr(sampling, "_line", lambda picture, origin: Halved(real(picture, origin)))
+    with pytest.raises(SystemExit):
+        run(checkpoint, prompts, tmp_path / "out")
+    place = tmp_path / "out" / "pictures.jsonl"
+    assert f"{PREFIX}{place}: cannot be written: only " in capsys.readouterr().err
+    assert place.read_text() == ""
+
+
+class Halved(bytes):
+    """A line of which the disk takes less than its length."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+
+def test_wanted_pictures_are_streamed(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("".join(f"prompt number {i}\n" for i in range(5_000)))
+    wanted = sampling.wanted_pictures(str(path), "prompt", "train", None, 2)
+    origin = sampling.Origin(0, "last.ckpt", "0", 32, 32)
+    tracemalloc.start()
+    try:
+        existing = sampling.existing_pictures(tmp_path, wanted, origin)
+        sampling.write_list(wanted, origin, tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (existing.wanted, existing.missing) == (10_000, 10_000)
+    assert len(listed(tmp_path)) == 10_000
+    assert peak < 1e6
+
+
+# Sizes and devices.
+
+
+def test_sample_at_another_size(checkpoint, prompts, tmp_path, refused):
+    out = tmp_path / "out"
+    run(checkpoint, prompts, out, "--height", 16, "--width", 24, "--count", 2)
+    assert {picture.shape for picture in pixels(out).values()} == {(16, 24, 3)}
+    assert Image.open(out / "000000-0.png").text["size"] == "24x16"
+    assert {(row["height"], row["width"]) for row in listed(out)} == {(16, 24)}
+    module = load_module(str(checkpoint), size=(16, 24))
+    noise = draw_noise((1, *module.latent_shape), [sampling.Picture(1, 0, Prompt("")).rng(0)], module.device)
+    expected = (255 * module.generate(noise, TEXTS[1:2])).round()[0].permute(1, 2, 0).int().numpy()
+    assert np.abs(pixels(out)["000001-0.png"] - expected).max() <= ROUNDING
+    assert "000000-0.png: made with size '24x16', not '32x32'" in refused()
+    assert "000000-0.png: made with size '24x16', not '24x32'" in refused("--width", 24)
+    dated = times(out)
+    run(checkpoint, prompts, out, "--height", 16, "--width", 24)
+    assert len(times(out)) == 4
+    assert {name: times(out)[name] for name in dated} == dated
+
+
+def test_sample_reports_a_size_that_the_family_cannot_make(checkpoint, prompts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, prompts, tmp_path / "out", "--height", 18)
+    assert stop.value.code == 2
+    assert "18x32 is not a multiple of " in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_sample_reports_a_checkpoint_without_its_size(refused, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    for broken in ({}, {"configuration": "model: 3"}, {"configuration": "model: {init_args: {height: x, width: 1}}"}):
+        torch.save({**content, "provenance": broken}, tmp_path / "last.ckpt")
+        assert "does not say its size in pixels" in refused(checkpoint=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(("there", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_usable_device_is_chosen(monkeypatch, there, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    assert usable_device("auto") == chosen
+    assert usable_device("mps") == "mps"
 
 
 # Metadata of pictures.
@@ -240,9 +350,17 @@ def test_sample_lists_pictures_with_the_metadata_of_their_prompts(checkpoint, tm
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(checkpoint, tmp_path / "p.jsonl", tmp_path / "out", "--column", "caption", "--per_prompt", 2)
-    listed = [json.loads(line) for line in (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()]
-    assert listed == [
-        {"file": f"{row:06d}-{number}.png", "prompt": rows[row]["caption"], "seed": 0, "metadata": rows[row]}
+    assert listed(tmp_path / "out") == [
+        {
+            "file": f"{row:06d}-{number}.png",
+            "prompt": rows[row]["caption"],
+            "row": row,
+            "number": number,
+            "seed": 0,
+            "height": 32,
+            "width": 32,
+            "metadata": rows[row],
+        }
         for row in range(2)
         for number in range(2)
     ]
@@ -307,6 +425,8 @@ def test_sample_does_not_overwrite_other_pictures(refused, tmp_path):
         (["--count", 0], "--count: 0 is too small; use at least 1"),
         (["--teacher_steps", -1], "--teacher_steps: -1 is too small; use at least 0"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used: "),
+        (["--device", "meta"], "--device: 'meta' cannot be used: "),
+        (["--height", 0], "--height: 0 is too small; use at least 1"),
         (["--no_such_option", 1], "sample: unrecognized arguments: --no_such_option"),
         (["--seed", "many"], "seed: expected int, got 'many'"),
     ],
@@ -360,7 +480,9 @@ def test_sample_full_disk_leaves_no_incomplete_picture(checkpoint, prompts, tmp_
     assert stop.value.code == 2
     place = tmp_path / "out" / "000002-0.png"
     assert f"{PREFIX}{place}: cannot be written: No space left on device; free disk space" in capsys.readouterr().err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000000-0.png", "000001-0.png"}
+    assert set(pixels(tmp_path / "out")) == {"000000-0.png", "000001-0.png"}
+    assert [row["file"] for row in listed(tmp_path / "out")] == ["000000-0.png", "000001-0.png"]
+    assert len(list((tmp_path / "out").iterdir())) == 3
     run(checkpoint, prompts, tmp_path / "out")
     assert len(pixels(tmp_path / "out")) == 4
 

@@ -1,7 +1,9 @@
 """Every kind of prompt source can be read from any row, and errors name the broken place."""
 
 import csv
+import gzip
 import json
+import sys
 import tracemalloc
 from collections.abc import Callable
 from itertools import islice
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gdmd_lightning.data.readers import HubDataset, open_source
+from gdmd_lightning.data.readers import open_source
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.shapes.captions import TASK_WEIGHTS, prompts
 
@@ -37,7 +39,37 @@ def write_parquet(path: Path, texts: list[str]) -> None:
     parquet.write_table(table, path, row_group_size=2)
 
 
-WRITERS = {"txt": write_txt, "jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+def write_tsv(path: Path, texts: list[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, "excel-tab").writerows([["id", "prompt"], *([i, text] for i, text in enumerate(texts))])
+
+
+def write_json(path: Path, texts: list[str]) -> None:
+    path.write_text(json.dumps([{"prompt": text, "tag": "t"} for text in texts], indent=1), encoding="utf-8")
+
+
+def write_strings(path: Path, texts: list[str]) -> None:
+    path.write_text(json.dumps(texts), encoding="utf-8")
+
+
+def compressed(write: Callable[[Path, list[str]], None]) -> Callable[[Path, list[str]], None]:
+    def write_gz(path: Path, texts: list[str]) -> None:
+        write(path, texts)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return write_gz
+
+
+WRITERS = {
+    "txt": write_txt,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "tsv": write_tsv,
+    "json": write_json,
+    "strings.json": write_strings,
+    "parquet": write_parquet,
+}
+WRITERS |= {f"{name}.gz": compressed(write) for name, write in WRITERS.items() if name != "parquet"}
 
 
 @pytest.fixture(params=WRITERS)
@@ -134,7 +166,33 @@ def test_csv_record_can_span_lines(tmp_path: Path) -> None:
         ("p.csv", b'id,prompt\n1,a\n2,"b\n3,c\n', "p.csv:4: broken CSV: unexpected end of data"),
         ("p.csv", b"id,prompt\n1,a\n2,\xff\n", "p.csv:3: not UTF-8"),
         ("p.parquet", b"PAR1 no, it is not PAR1", "p.parquet: not a readable parquet file"),
-        ("p.tsv", b"prompt\na\n", "p.tsv: unknown kind of prompt source; give a .txt, .jsonl, .csv, .parquet file"),
+        (
+            "p.tsv",
+            b"id\tprompt\n1\ta\n2\tb\tc\n",
+            "p.tsv:3: 3 fields where the header has 2; put prompts that contain a tab",
+        ),
+        ("p.tsv", b'prompt\n"a\n', "p.tsv:2: broken TSV: unexpected end of data"),
+        (
+            "p.yml",
+            b"prompt\na\n",
+            "p.yml: unknown kind of prompt source; give a .txt, .jsonl, .json, .csv, .tsv, .parquet",
+        ),
+        ("p.parquet.gz", b"", "p.parquet.gz: unknown kind of prompt source"),
+        ("p.json", b" \n", "p.json: there is no prompt in it"),
+        ("p.json", b"[ ]\n", "p.json: there is no prompt in it"),
+        ("p.json", b'\n{"prompt": "a"}\n', "p.json:2: not a JSON list; the file must be one list"),
+        ("p.json", b'["a",\n"b"]\n["c"]', "p.json:3: more text after the list"),
+        ("p.json", b'["a",\n"b"\n"c"]', "p.json:3: broken JSON: expected ',' or ']', found '\"'"),
+        ("p.json", b'["a",\n"b"\n', "p.json:3: broken JSON: expected ',' or ']', found 'the end of the file'"),
+        ("p.json", b'["a",\n"b\n', "p.json:2: broken JSON: Invalid control character at"),
+        ("p.json", b'["a",\n"b', "p.json:2: broken JSON: Unterminated string starting at"),
+        ("p.json", b'["a",\n{"prompt": 1,,}]', "p.json:2: broken JSON: "),
+        ("p.json", b'["a",\n3]', "p.json:2: an item is not a string or an object"),
+        ("p.json", b'["a",\n]', "p.json:2: an item is not a string or an object"),
+        ("p.json", b'["a",\n\n{"text": "b"}]', "p.json:3: no column 'prompt'; it has 'text'"),
+        ("p.json", b'["a",\n""]', "p.json:2: the prompt is empty"),
+        ("p.json", b'["a",\n"Fu\xdf"]', "p.json:2: not UTF-8 (byte 0xdf)"),
+        ("p.json", b'["a",\n"Fu\xc3', "p.json:2: not UTF-8 (byte 0xc3)"),
     ],
 )
 def test_broken_file_is_an_error_that_names_the_place(tmp_path: Path, name: str, body: bytes, message: str) -> None:
@@ -166,12 +224,12 @@ def test_truncated_parquet_file_is_an_error(tmp_path: Path) -> None:
     assert error_of(path).startswith("p.parquet: not a readable parquet file")
 
 
-@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.tsv", "p.json", "p.parquet", "p.txt.gz"])
 def test_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
     assert error_of(tmp_path / name).startswith(f"{name}: no such file")
 
 
-@pytest.mark.parametrize("source", ["shape", "prompts", "data/prompts.tsv", "../data/prompts", "/data/prompts", ""])
+@pytest.mark.parametrize("source", ["shape", "prompts", "data/prompts.xlsx", "../data/prompts", "/data/prompts", ""])
 def test_typo_in_a_name_does_not_reach_the_network(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("used the network"))
     with pytest.raises(UserError, match="unknown kind of prompt source"):
@@ -253,7 +311,6 @@ def dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_hugging_face_folder_can_be_read_from_any_row(dataset_folder: Path) -> None:
     source = open_source(str(dataset_folder))
-    assert isinstance(source, HubDataset)
     assert [[prompt.text for prompt in source.read(start)] for start in range(7)] == [TEXTS[i:] for i in range(7)]
     assert source.count() == len(TEXTS)
 
@@ -273,10 +330,52 @@ def test_hugging_face_data_set_is_loaded_by_name_and_split(monkeypatch: pytest.M
 
 
 def test_hugging_face_errors_become_user_errors(dataset_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"prompts: no column 'caption'; it has 'prompt', 'tag'"):
+    with pytest.raises(UserError, match=r"prompts/train-0.jsonl:1: no column 'caption'; it has 'prompt', 'tag'"):
         open_source(str(dataset_folder), column="caption")
-    with pytest.raises(UserError, match=r"prompts: cannot be read as a Hugging Face data set: .*split 'nowhere'"):
+    with pytest.raises(UserError, match=r"prompts: no split 'nowhere'; its splits are 'train'"):
         open_source(str(dataset_folder), split="nowhere")
     write_jsonl(dataset_folder / "train-1.jsonl", ["a", " "])
-    with pytest.raises(UserError, match=r"prompts:row 4: the prompt is empty"):
+    with pytest.raises(UserError, match=r"prompts/train-1.jsonl:2: the prompt is empty"):
         list(open_source(str(dataset_folder)).read(0))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            "Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.",
+            "accept its license at https://huggingface.co/datasets/a/b, then run: hf auth login",
+        ),
+        (
+            "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.",
+            "check its name; if it is private, run: hf auth login",
+        ),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), "check the connection, or give a file"),
+        (RuntimeError("word " * 400), "give a readable organization/name with a split 'train', or a file"),
+    ],
+    ids=["gated", "absent", "offline", "another"],
+)
+def test_hub_error_is_one_line_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: str | Exception, expected: str
+) -> None:
+    from datasets.exceptions import DatasetNotFoundError
+
+    def load_dataset(*_: object, **__: object) -> None:
+        raise DatasetNotFoundError(error) if isinstance(error, str) else error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError) as caught:
+        open_source("a/b")
+    message = str(caught.value)
+    assert message.startswith("a/b: cannot be read as a Hugging Face data set: ")
+    assert message.endswith(f"; {expected}")
+    assert len(message) <= 500
+    if isinstance(error, RuntimeError):
+        assert " word ...; give" in message
+
+
+@pytest.mark.parametrize("source", ["a/b", "."])
+def test_missing_datasets_library_is_one_line(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"'datasets', which is not installed; run: pip install datasets$"):
+        open_source(source)

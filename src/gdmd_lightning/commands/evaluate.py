@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
@@ -27,14 +28,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--prompts", type=str, default=SHAPES.prompts, help="shapes, or a prompt file")
     parser.add_argument("--count", type=int, default=600, help="number of prompts")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parser.parse_args(arguments)
     task = replace(SHAPES, prompts=options.prompts)
-    modules = _load(options.checkpoint)
-    module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher)
+    device = usable_device(options.device)
+    modules = _load(options.checkpoint, device)
+    module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher, device)
     contestants = teachers(module, options.teacher_steps, options.guidance_scale)
     contestants += [student(name, each) for name, each in modules.items()]
-    card = score(contestants, task, options.count)
+    card = score(contestants, task, options.count, device=device)
     write_scorecard(card, options.out / "scores.json")
     draw(contestants, task.read_prompts(options.count), options.out / "pictures.png")
     print(score_table(card.rows))
@@ -42,11 +45,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _load(checkpoints: list[str]) -> dict[str, DistillationModule]:
+def _load(checkpoints: list[str], device: str) -> dict[str, DistillationModule]:
     modules = {}
     for given in checkpoints:
         name, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
-        modules[name] = load_module(path, role="ema")
+        modules[name] = load_module(path, device, role="ema")
     return modules

@@ -1,7 +1,7 @@
 """Sample a checkpoint: prompts in, pictures out.
 
 ``OUT/000000-0.png`` is the first picture of the first prompt. Run the same command again to complete a directory:
-a picture depends on its prompt's row, its number, the seed and the checkpoint only.
+a picture depends on its prompt's row, its number, the seed, its size and the checkpoint only.
 """
 
 from __future__ import annotations
@@ -10,51 +10,53 @@ import os
 import time
 from pathlib import Path
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.studies.sampling import (
+    LIST,
     Origin,
-    Picture,
-    checkpoint_digest,
     existing_pictures,
     make_directory,
-    read_prompts,
+    open_checkpoint,
+    wanted_pictures,
     write_list,
     write_pictures,
 )
 
-MINIMUM = {"batch_size": 1, "per_prompt": 1, "count": 1, "teacher_steps": 0}
+MINIMUM = {"batch_size": 1, "per_prompt": 1, "count": 1, "teacher_steps": 0, "height": 1, "width": 1}
 
 
 def main(arguments: list[str]) -> int:
     """``sample CHECKPOINT PROMPTS OUT``."""
     options = _parse(arguments)
-    out, device = options.out, _usable(options.device)
-    digest = checkpoint_digest(options.checkpoint)
+    out, device = options.out, usable_device(options.device)
+    digest, trained = open_checkpoint(options.checkpoint)
+    height, width = options.height or trained[0], options.width or trained[1]
     name = Path(options.checkpoint).name
-    origin = Origin(options.seed, name, digest, options.teacher_steps, options.guidance_scale)
-    prompts = read_prompts(options.prompts, options.column, options.split, options.count)
-    wanted = [Picture(row, n, prompt) for row, prompt in enumerate(prompts) for n in range(options.per_prompt)]
-    names = existing_pictures(out, wanted, origin)
-    missing = [picture for picture in wanted if picture.name not in names]
-    existing = len(wanted) - len(missing)
+    origin = Origin(options.seed, name, digest, height, width, options.teacher_steps, options.guidance_scale)
+    wanted = wanted_pictures(options.prompts, options.column, options.split, options.count, options.per_prompt)
+    existing = existing_pictures(out, wanted, origin)
     make_directory(out)
     seconds = 0.0
-    if missing:
-        module = load_module(options.checkpoint, device, role="ema")
+    if existing.missing:
+        module = load_module(options.checkpoint, device, role="ema", size=(height, width))
+        if existing.names or (out / LIST).exists():
+            write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
         began = time.perf_counter()
         try:
-            write_pictures(module, missing, origin, out, options.batch_size, existing)
+            write_pictures(module, wanted, existing, origin, out, options.batch_size)
         except KeyboardInterrupt:
             print("stopped by a signal; run the same command again to continue")
             return 130
-        seconds = (time.perf_counter() - began) / len(missing)
-    write_list(wanted, origin.seed, out / "pictures.jsonl")
-    print(f"pictures: {out} ({len(missing)} made, {existing} existed)")
-    print(f"seconds per picture: {seconds:.3f}" if missing else "all pictures existed")
+        seconds = (time.perf_counter() - began) / existing.missing
+    if existing.names:  # otherwise the list was written in the order of the prompts
+        write_list(wanted, origin, out)
+    print(f"pictures: {out} ({existing.missing} made, {existing.wanted - existing.missing} existed)")
+    print(f"seconds per picture: {seconds:.3f}" if existing.missing else "all pictures existed")
     return 0
 
 
@@ -62,11 +64,12 @@ def _parse(arguments: list[str]) -> Namespace:
     about = f"{__doc__}\nA pipeline directory written by export needs no command: sample it with diffusers."
     parser = ArgumentParser(prog="gdmd_lightning sample", description=about, exit_on_error=False)
     parser.add_argument("checkpoint", type=str, help="a .ckpt written by fit")
-    parser.add_argument(
-        "prompts", type=str, help="a .txt, .jsonl, .csv or .parquet file, a Hugging Face data set, or shapes"
-    )
+    kinds = f"a {FORMATS} file, a folder of them, a Hugging Face data set, or shapes"
+    parser.add_argument("prompts", type=str, help=kinds)
     parser.add_argument("out", type=Path, help="directory of the pictures; existing ones are kept")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--height", type=int | None, default=None, help="height in pixels; default: as trained")
+    parser.add_argument("--width", type=int | None, default=None, help="width in pixels; default: as trained")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures made at once")
     parser.add_argument("--per_prompt", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--count", type=int | None, default=None, help="use only the first COUNT prompts")
@@ -74,7 +77,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--split", type=str, default="train", help="split of a Hugging Face data set, or of shapes")
     parser.add_argument("--teacher_steps", type=int, default=0, help="sample the teacher instead, in this many steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
-    parser.add_argument("--device", type=str | None, default=None, help="default: cuda if available, else cpu")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     options = parser.parse_args(arguments)
     for name, least in MINIMUM.items():
         if options[name] is not None and options[name] < least:
@@ -83,14 +86,3 @@ def _parse(arguments: list[str]) -> Namespace:
     if os.path.exists(options.out) and not os.path.isdir(options.out):
         raise UserError("this is a file", where=str(options.out), remedy="give a directory")
     return options
-
-
-def _usable(device: str | None) -> str:
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    # torch's errors for an unknown name, and for missing CUDA.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{chosen!r} cannot be used: {reason}", where="--device", remedy="use cpu or cuda") from error
-    return chosen

@@ -33,13 +33,16 @@ def build_module(model: Any) -> DistillationModule:
     return module
 
 
-def load_module(path: str, device: str = "cpu", role: str | None = None) -> DistillationModule:
+def load_module(
+    path: str, device: str = "cpu", role: str | None = None, size: tuple[int, int] | None = None
+) -> DistillationModule:
     """Restore the module of a checkpoint, with its roles loaded, in evaluation mode.
 
     Args:
         path: A ``.ckpt`` written by ``fit``.
         device: Where the module is placed.
         role: Build only this role and the teacher; ``None`` for all. Sampling and export need one.
+        size: Height and width of the pictures; ``None`` for those of the training.
 
     Raises:
         UserError: If the checkpoint is unreadable, has no configuration, or does not fit the pipeline on disk.
@@ -57,6 +60,8 @@ def load_module(path: str, device: str = "cpu", role: str | None = None) -> Dist
     configured.model.init_args.start_from = None
     module: DistillationModule = parser.instantiate_classes(configured).model
     module.provenance, module.updates = provenance, provenance.updates
+    if size is not None:
+        module.height, module.width = size
     if role is not None:
         module.only_role(role)
     module.configure_model()

@@ -73,15 +73,16 @@ class PromptDataModule(LightningDataModule):
     no matter how far the loader had read ahead.
 
     Args:
-        source: A ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a Hugging Face data set as
-            ``organization/name``, or ``shapes``.
+        source: A ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file (all but the last also
+            compressed, ``.txt.gz``), a folder of them, a Hugging Face data set as ``organization/name``, or
+            ``shapes``.
         batch_size: Samples per update on one rank.
         group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``.
         shuffle_buffer: Number of rows that are read and shuffled together; 0 or 1 keeps the source's order.
         seed: Seed of the order, and of the prompts if the source is ``shapes``.
         num_workers: Number of processes that read ahead; it does not affect the order.
         column: Key or column that holds the prompt.
-        split: Split of a Hugging Face data set or of ``shapes``.
+        split: Split of a Hugging Face data set, a folder or ``shapes``.
 
     Raises:
         UserError: If a number is out of range, the source cannot be read, or it has no prompt.

@@ -5,33 +5,26 @@ A row that is not blank is never skipped: it is a prompt or an error. Messages c
 
 from __future__ import annotations
 
-import codecs
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.data.lines import numbered_lines
+from gdmd_lightning.errors import UserError, listed
 from gdmd_lightning.prompts import Prompt
 
+LONGEST_PROMPT = 10_000
+"""Characters of a prompt. No text encoder takes as many, and an unclosed quote soon reaches them."""
 
-def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Every line of a file with its number, including the line ending, without a byte order mark.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path) from error
+DEEPEST = 50
+"""Levels of lists and objects inside each other; beyond some hundreds JSON cannot be written again."""
 
 
 def numbered_rows(path: str) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without surrounding ASCII white space; blank lines are skipped.
 
     Raises:
-        UserError: If the file cannot be read.
+        UserError: As :func:`numbered_lines`.
     """
     for number, line in numbered_lines(path):
         line = line.strip()
@@ -48,24 +41,81 @@ def decoded(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1} of the line)",
-            where=where,
-            remedy="save the file as UTF-8",
-        ) from error
+        raise not_utf8(line[error.start], where, f" at position {error.start + 1} of the line") from error
+
+
+def not_utf8(byte: int, where: str, place: str = "") -> UserError:
+    """Error for a byte that is not UTF-8."""
+    return UserError(f"not UTF-8 (byte 0x{byte:02x}{place})", where=where, remedy="save the file as UTF-8")
+
+
+def parsed(line: bytes, where: str) -> Any:
+    """Parse a line of JSON.
+
+    Raises:
+        UserError: If it is not JSON, or is nested too deeply.
+    """
+    text = decoded(line, where)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise broken_json(error, where) from error
+    return checked_depth(value, where)
+
+
+def broken_json(error: ValueError | RecursionError, where: str) -> UserError:
+    """Error for text that Python's JSON parser refuses."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"broken JSON at column {error.colno}: {error.msg}", where=where)
+    if isinstance(error, RecursionError):
+        return _too_deep(where)
+    # Python refuses to convert integers of thousands of digits, since that takes quadratic time.
+    return UserError("a number has too many digits", where=where, remedy="write it as a string, or remove it")
+
+
+def checked_depth(value: Any, where: str) -> Any:
+    """The value itself.
+
+    Raises:
+        UserError: If it has more than :data:`DEEPEST` levels.
+    """
+    level, values = 0, [value]
+    while values := [inner for outer in values for inner in _inside(outer)]:
+        level += 1
+        if level > DEEPEST:
+            raise _too_deep(where)
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _too_deep(where: str) -> UserError:
+    what = f"more than {DEEPEST} lists or objects inside each other"
+    return UserError(what, where=where, remedy="write one object with the prompt and its metadata")
 
 
 def as_prompt(text: object, where: str, metadata: dict[str, Any] | None = None) -> Prompt:
     """Check a value that should be a prompt's text and make a prompt of it.
 
     Raises:
-        UserError: If the value is not a string, is blank, or cannot be encoded as UTF-8.
+        UserError: If the value is not a string, is blank, is longer than :data:`LONGEST_PROMPT`, has a NUL, or cannot
+            be encoded as UTF-8.
     """
     if not isinstance(text, str):
         kind = "missing (null)" if text is None else f"of type {type(text).__name__}"
         raise UserError(f"the prompt is {kind}", where=where, remedy="a prompt must be a non-empty string")
     if not text.strip():
         raise UserError("the prompt is empty", where=where, remedy="a prompt must be a non-empty string")
+    if len(text) > LONGEST_PROMPT:
+        most = f"a prompt may have {LONGEST_PROMPT:,}"
+        raise UserError(f"the prompt has {len(text):,} characters", where=where, remedy=most)
+    if "\0" in text:
+        what = f"a NUL at character {text.index(chr(0)) + 1} of the prompt"
+        raise UserError(what, where=where, remedy="save the file as UTF-8 text")
     try:
         # JSON can contain half a surrogate pair, which no tokenizer accepts. Fail early.
         text.encode("utf-8")
@@ -74,9 +124,18 @@ def as_prompt(text: object, where: str, metadata: dict[str, Any] | None = None) 
     return Prompt(text, {} if metadata is None else metadata)
 
 
+def object_as_prompt(row: dict[str, Any], column: str, where: str) -> Prompt:
+    """Make a prompt of a JSON object; the whole object becomes its metadata, as GenEval's files need.
+
+    Raises:
+        UserError: If it lacks the column, or as :func:`as_prompt`.
+    """
+    if column not in row:
+        raise no_column(column, row, where)
+    return as_prompt(row[column], where, row)
+
+
 def no_column(column: str, there: Iterable[object], where: str) -> UserError:
     """Error for a table or an object without the prompt's column."""
-    names = ", ".join(repr(name) for name in there) or "none"
-    return UserError(
-        f"no column {column!r}", where=where, remedy=f"it has {names}; set column to one of them, or rename it"
-    )
+    remedy = f"it has {listed(there)}; set column to one of them, or rename it"
+    return UserError(f"no column {column!r}", where=where, remedy=remedy)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.families.truncation import cut_notice, silence_length_warnings
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.locations import resolve
 
@@ -48,6 +50,7 @@ class ModelFamily(ABC):
     """Network evaluations per guided sample."""
 
     _encoders_freed = False
+    _cut_reported = False
 
     def __init__(self, path: str) -> None:
         self.path = resolve(str(path))
@@ -170,6 +173,8 @@ class ModelFamily(ABC):
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Embed prompts, one row each, on the text encoders' device. No gradient.
 
+        Reports once that long prompts are cut, with the first one as an example.
+
         Raises:
             UserError: If the text encoders have been freed.
         """
@@ -180,7 +185,20 @@ class ModelFamily(ABC):
                 remedy="set embedding_cache.free_encoders to false, or use only prompts of the run's source and "
                 "callbacks",
             )
+        if self.pipeline is not None and not self._cut_reported:
+            silence_length_warnings(self.pipeline)
+            if notice := cut_notice(texts, self.token_limits(), self.token_count):
+                self._cut_reported = True
+                rank_zero_info(notice)
         return self._encode(texts)
+
+    def token_limits(self) -> dict[str, int]:
+        """Tokens of a prompt that are kept, by tokenizer; by default none are known, and nothing is reported."""
+        return {}
+
+    def token_count(self, tokenizer: str, text: str) -> int:
+        """Number of tokens that a tokenizer of the pipeline makes of a text, including the special ones."""
+        return len(getattr(self.loaded, tokenizer)(text).input_ids)
 
     def predict_velocity(
         self,

@@ -95,6 +95,17 @@ class Flux2KleinFamily(ModelFamily):
         )
         return Conditioning(sequence, ids=ids)
 
+    def token_limits(self) -> dict[str, int]:
+        return {"tokenizer": self.max_sequence_length}
+
+    def token_count(self, tokenizer: str, text: str) -> int:
+        # As the pipeline does; it has no method for this step alone.
+        messages = [{"role": "user", "content": text}]
+        chat = self.loaded.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return len(self.loaded.tokenizer(chat).input_ids)
+
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self._call_transformer(network, x_sigma, sigma, conditioning, None)
 
@@ -230,6 +241,10 @@ class Flux2Family(Flux2KleinFamily):
         dtype: str = "float32",
     ) -> None:
         super().__init__(path, max_sequence_length, text_layers, dtype)
+
+    def token_limits(self) -> dict[str, int]:
+        # The processor's chat has images and a system message of the pipeline; not counted here.
+        return {}
 
     def predict_velocity(
         self,

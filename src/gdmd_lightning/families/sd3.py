@@ -74,6 +74,11 @@ class SD3Family(ModelFamily):
         )
         return Conditioning(sequence, pooled)
 
+    def token_limits(self) -> dict[str, int]:
+        clip = self.loaded.tokenizer_max_length
+        limits = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": self.max_sequence_length}
+        return {name: limit for name, limit in limits.items() if getattr(self.loaded, name) is not None}
+
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return network(
             hidden_states=x_sigma.to(conditioning.sequence.dtype),

@@ -81,6 +81,11 @@ class SDXLFamily(ModelFamily):
         )
         return Conditioning(sequence, pooled)
 
+    def token_limits(self) -> dict[str, int]:
+        names = ("tokenizer", "tokenizer_2")
+        parts = {name: getattr(self.loaded, name) for name in names}
+        return {name: part.model_max_length for name, part in parts.items() if part is not None}
+
     @property
     def empty(self) -> Conditioning:
         """Conditioning of the empty prompt; zeros if the pipeline is configured so, as base models are."""

@@ -67,6 +67,7 @@ def evaluate(
         noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
         began = time.perf_counter()
         images = generate(noise, [prompts[i].text for i in rows])
+        images[0, 0, 0, 0].item()  # wait for the device
         seconds += time.perf_counter() - began
         for score in scores:
             score.update(images, [prompts[i] for i in rows])

@@ -29,7 +29,7 @@ class Contestant:
         name: Its name in tables.
         evaluations: Network evaluations per picture.
         latent_shape: Shape of one latent, ``(C, H, W)``.
-        generate: Makes pictures from noise and texts.
+        generate: Makes pictures from noise on any device and texts.
         encode: The teacher's autoencoder: pictures to latents.
     """
 
@@ -53,7 +53,7 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
 
     def teacher(name: str, count: int, scale: float) -> Contestant:
         def generate(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
-            return module.generate_teacher(noise, texts, count, scale)
+            return module.generate_teacher(noise.to(module.device), texts, count, scale)
 
         passes = 1 if scale == 1 else module.family.guided_passes
         return Contestant(name, passes * count, module.latent_shape, generate, module.family.encode_images)
@@ -67,20 +67,27 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
 
 def student(name: str, module: DistillationModule) -> Contestant:
     """The averaged generator of a module."""
-    return Contestant(name, module.steps, module.latent_shape, module.generate, module.family.encode_images)
+
+    def generate(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return module.generate(noise.to(module.device), texts)
+
+    return Contestant(name, module.steps, module.latent_shape, generate, module.family.encode_images)
 
 
-def bare_teacher(task: Task, path: str | None = None) -> DistillationModule:
+def bare_teacher(task: Task, path: str | None = None, device: str = "cpu") -> DistillationModule:
     """A module with the task's teacher and an untrained student.
 
     Args:
         task: The task whose configuration describes the module.
         path: Pipeline directory of another teacher of the same family.
+        device: Where the module is placed.
     """
     place = resolve(path or task.teacher)
     settings = parse(["--config", task.config, f"--model.family.init_args.path={place}"], "evaluate")
     module = build_module(settings.model)
     module.configure_model()
+    module.to(torch.device(device)).eval()
+    module.family.to(module.device)
     return module
 
 

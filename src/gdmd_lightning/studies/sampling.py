@@ -1,37 +1,45 @@
 """Directories of sampled pictures: ``000000-0.png`` is the first picture of the first prompt.
 
-A picture depends on its row, its number, the seed and the checkpoint only, not on the batch or on existing
-pictures. So an incomplete directory is completed by sampling again.
+A picture depends on its row, its number, the seed, its size and the checkpoint only, not on the batch or on existing
+pictures. So an incomplete directory is completed by sampling again. Prompts are streamed: no more than one batch of
+them is in memory.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from gdmd_lightning.data.readers import ShapesPrompts, open_source
-from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import write_atomically
+from gdmd_lightning.data.readers import PromptSource, ShapesPrompts, open_source
+from gdmd_lightning.errors import UserError, without_middle
+from gdmd_lightning.files import atomic_file, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import draw_noise, stream
 
 FILE_NAME = re.compile(r"(\d{6,})-(\d+)\.png")
+LIST = "pictures.jsonl"
 QUOTED = 60  # characters of a prompt in a message
 ANOTHER_DIRECTORY = "give another directory, or remove the pictures in this one"
 
@@ -68,6 +76,7 @@ class Origin:
         seed: Determines a picture's noise, together with its row and number.
         checkpoint: The checkpoint's file name.
         digest: Digest of the checkpoint's content, since every run has a ``last.ckpt``.
+        height, width: Size in pixels.
         teacher_steps: Steps of the teacher, or 0 for the averaged generator.
         guidance_scale: The teacher's guidance scale.
     """
@@ -75,6 +84,8 @@ class Origin:
     seed: int
     checkpoint: str
     digest: str
+    height: int
+    width: int
     teacher_steps: int = 0
     guidance_scale: float = 1.0
 
@@ -85,80 +96,146 @@ class Origin:
             "seed": str(self.seed),
             "checkpoint": self.checkpoint,
             "checkpoint_digest": self.digest,
+            "size": f"{self.width}x{self.height}",
             "sampled": guided if self.teacher_steps else "averaged generator",
         }
 
 
-def checkpoint_digest(path: str) -> str:
-    """Digest of a checkpoint's content, from the checksums in its zip directory; reads no tensors.
+@dataclass(frozen=True)
+class Wanted:
+    """The requested pictures, streamed from the source of their prompts whenever they are iterated over.
+
+    Args:
+        source: Where the prompts come from.
+        per_prompt: Pictures per prompt.
+        count: Number of prompts; None for all.
+    """
+
+    source: PromptSource
+    per_prompt: int = 1
+    count: int | None = None
+
+    def __iter__(self) -> Iterator[Picture]:
+        for row, prompt in enumerate(islice(self.source.read(), self.count)):
+            for number in range(self.per_prompt):
+                yield Picture(row, number, prompt)
+
+
+def wanted_pictures(source: str, column: str, split: str, count: int | None, per_prompt: int) -> Wanted:
+    """Pictures of the first ``count`` prompts of a source, or of all.
 
     Raises:
-        UserError: If the file does not exist or is not a checkpoint.
+        UserError: If the source cannot be read, or if it is endless and ``count`` is None.
     """
-    if Path(path).is_dir():
+    opened = open_source(source, column=column, split=split)
+    if count is None and isinstance(opened, ShapesPrompts):
+        raise UserError("this source is endless", where=source, remedy="give the number of prompts with --count")
+    return Wanted(opened, per_prompt, count)
+
+
+def open_checkpoint(path: str) -> tuple[str, tuple[int, int]]:
+    """Digest of a checkpoint's content, and the height and width that it was trained at; reads no tensors.
+
+    The digest is made of the checksums in the file's zip directory.
+
+    Raises:
+        UserError: If the file does not exist or is not a checkpoint of this project.
+    """
+    if os.path.isdir(path):
         raise UserError(
             f"{path!r} is a directory",
             where="checkpoint",
             remedy="give a .ckpt written by fit; sample an exported pipeline with diffusers itself",
         )
-    read_checkpoint(path, in_memory=False)
+    content = read_checkpoint(path, in_memory=False)
     with zipfile.ZipFile(path) as archive:
         parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest(), _trained_size(content, path)
 
 
-def read_prompts(source: str, column: str, split: str, count: int | None) -> list[Prompt]:
-    """The first ``count`` prompts of a source, or all of them.
+def _trained_size(content: dict[str, Any], path: str) -> tuple[int, int]:
+    try:
+        arguments = yaml.safe_load(content["provenance"]["configuration"])["model"]["init_args"]
+        return int(arguments["height"]), int(arguments["width"])
+    except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        remedy = "use a .ckpt written by fit"
+        raise UserError(f"{path!r} does not say its size in pixels", where="checkpoint", remedy=remedy) from error
+
+
+@dataclass(frozen=True)
+class Existing:
+    """What a directory already has.
+
+    Args:
+        names: Readable pictures, whether wanted or not.
+        wanted: Number of wanted pictures.
+        missing: Number of wanted pictures that are absent or unreadable.
+    """
+
+    names: set[str]
+    wanted: int
+    missing: int
+
+
+def existing_pictures(out: Path, wanted: Iterable[Picture], origin: Origin) -> Existing:
+    """Compare a directory with all wanted pictures, before anything is made.
 
     Raises:
-        UserError: If a row is not a prompt, or if the source is endless and ``count`` is None.
+        UserError: If a row is not a prompt, or a picture has another origin or prompt than ``origin`` and ``wanted``
+            give it.
     """
-    opened = open_source(source, column=column, split=split)
-    if count is None and isinstance(opened, ShapesPrompts):
-        raise UserError("this source is endless", where=source, remedy="give the number of prompts with --count")
-    return list(islice(opened.read(), count))
+    here: dict[int, list[Path]] = defaultdict(list)
+    for path in _listed(out):
+        if match := FILE_NAME.fullmatch(path.name):
+            here[int(match[1])].append(path)
+    names: set[str] = set()
+    total = missing = 0
+    for picture in wanted:
+        for path in here.pop(picture.row, ()):
+            names |= _known(path, {**origin.text_chunks(), "prompt": picture.prompt.text})
+        total += 1
+        missing += picture.name not in names
+    for path in (path for rest in here.values() for path in rest):
+        names |= _known(path, origin.text_chunks())
+    return Existing(names, total, missing)
 
 
-def existing_pictures(out: Path, wanted: Sequence[Picture], origin: Origin) -> set[str]:
-    """Names of the readable pictures in ``out``; unreadable ones are left out, to be made again.
-
-    Raises:
-        UserError: If a picture has another origin or prompt than ``origin`` and ``wanted`` give it.
-    """
-    prompts = {picture.row: picture.prompt.text for picture in wanted}
-    found = set()
-    for path in sorted(out.glob("*.png")):
-        match = FILE_NAME.fullmatch(path.name)
-        chunks = None if match is None else _read_chunks(path)
-        if match is None or chunks is None:
-            continue
-        expected = origin.text_chunks()
-        if int(match[1]) in prompts:
-            expected["prompt"] = prompts[int(match[1])]
-        for key, value in expected.items():
-            if chunks.get(key) != value:
-                raise _foreign(path, key, chunks.get(key), value)
-        found.add(path.name)
-    return found
+def _listed(out: Path) -> list[Path]:
+    try:
+        return sorted(out.iterdir())
+    except OSError:  # make_directory says why
+        return []
 
 
-def _read_chunks(path: Path) -> dict[str | tuple[int, int], str] | None:
-    """Text chunks of a picture, or None if it is truncated or damaged."""
+def _known(path: Path, expected: dict[str, str]) -> set[str]:
+    """The name of a picture, or nothing if it is unreadable; an error if it is not as expected."""
+    chunks = _read_chunks(path)
+    if chunks is None:
+        return set()
+    for key, value in expected.items():
+        if chunks.get(key) != value:
+            raise _foreign(path, key, chunks, value)
+    return {path.name}
+
+
+def _read_chunks(path: Path) -> dict[str, str] | None:
+    """Text chunks of a picture, with its actual size, or None if it is truncated or damaged."""
     try:
         with Image.open(path) as image:
-            chunks = dict(image.info)
+            chunks = {str(key): value for key, value in image.info.items()}
+            chunks["size"] = f"{image.width}x{image.height}"
             image.verify()
     except (OSError, SyntaxError, ValueError):  # what PIL raises for a damaged file
         return None
     return chunks
 
 
-def _foreign(path: Path, key: str, there: str | None, here: str) -> UserError:
-    if there is None:
+def _foreign(path: Path, key: str, chunks: dict[str, str], here: str) -> UserError:
+    if chunks.get(key) is None or "checkpoint" not in chunks:
         return UserError("not written by sample", where=str(path), remedy=ANOTHER_DIRECTORY)
     if key == "checkpoint_digest":
         return UserError("made with another checkpoint of the same name", where=str(path), remedy=ANOTHER_DIRECTORY)
-    there, here = (repr(text if len(text) <= QUOTED else f"{text[:QUOTED]}...") for text in (there, here))
+    there, here = (repr(without_middle(text, QUOTED)) for text in (chunks[key], here))
     return UserError(f"made with {key} {there}, not {here}", where=str(path), remedy=ANOTHER_DIRECTORY)
 
 
@@ -187,26 +264,31 @@ def generate(module: DistillationModule, wanted: Sequence[Picture], origin: Orig
 
 
 def write_pictures(
-    module: DistillationModule, missing: Sequence[Picture], origin: Origin, out: Path, batch_size: int, existing: int
+    module: DistillationModule, wanted: Iterable[Picture], existing: Existing, origin: Origin, out: Path, batch: int
 ) -> None:
-    """Make pictures and write each complete or not at all.
+    """Make the missing pictures; write each complete or not at all, then add it to the list.
 
     Args:
         module: A module with its roles loaded.
-        missing: The pictures to make, in this order.
-        origin: Seed and checkpoint.
+        wanted: The requested pictures.
+        existing: What ``out`` already has.
+        origin: What the pictures have in common.
         out: An existing directory.
-        batch_size: Pictures made at once; a killed process loses at most one batch.
-        existing: Pictures that exist already, for the progress bar.
+        batch: Pictures made at once; a killed process loses at most as many.
     """
-    with tqdm(desc="sampling", unit="picture", total=existing + len(missing), initial=existing) as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            pixels = (255 * generate(module, batch, origin)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-            for picture, one in zip(batch, pixels, strict=True):
+    absent = (picture for picture in wanted if picture.name not in existing.names)
+    done = existing.wanted - existing.missing
+    with tqdm(desc="sampling", unit="picture", total=existing.wanted, initial=done) as bar:
+        while pictures := list(islice(absent, batch)):
+            pixels = (255 * generate(module, pictures, origin)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            for picture, one in zip(pictures, pixels, strict=True):
                 chunks = {"prompt": picture.prompt.text, "method": type(module).__name__, **origin.text_chunks()}
-                _write(out / picture.name, encode_png(one, chunks))
-            bar.update(len(batch))
+                chunks |= {"row": str(picture.row), "number": str(picture.number)}
+                with _explained(out / picture.name):
+                    write_atomically(out / picture.name, encode_png(one, chunks))
+                with _explained(out / LIST):
+                    _append(out / LIST, _line(picture, origin))
+            bar.update(len(pictures))
 
 
 def encode_png(pixels: Tensor, chunks: dict[str, str]) -> bytes:
@@ -223,23 +305,48 @@ def encode_png(pixels: Tensor, chunks: dict[str, str]) -> bytes:
     return file.getvalue()
 
 
-def write_list(pictures: Sequence[Picture], seed: int, path: Path) -> None:
-    """List pictures as JSON lines: file, prompt, seed, and the prompt's metadata if it has any.
+def write_list(pictures: Iterable[Picture], origin: Origin, out: Path) -> None:
+    """List pictures in ``out`` as JSON lines: file, prompt, row, number, seed, size, and the prompt's metadata.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    lines = []
-    for picture in pictures:
-        metadata = {"metadata": picture.prompt.metadata} if picture.prompt.metadata else {}
-        row = {"file": picture.name, "prompt": picture.prompt.text, "seed": seed, **metadata}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    _write(path, "".join(lines))
+    with _explained(out / LIST), atomic_file(out / LIST) as part:
+        with part.open("wb") as file:
+            for picture in pictures:
+                file.write(_line(picture, origin))
 
 
-def _write(path: Path, content: bytes | str) -> None:
+def _line(picture: Picture, origin: Origin) -> bytes:
+    row = {
+        "file": picture.name,
+        "prompt": picture.prompt.text,
+        "row": picture.row,
+        "number": picture.number,
+        "seed": origin.seed,
+        "height": origin.height,
+        "width": origin.width,
+    }
+    metadata = {"metadata": picture.prompt.metadata} if picture.prompt.metadata else {}
+    return json.dumps({**row, **metadata}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line to a file, whole or not at all."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if (written := file.write(line)) != len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes fit")
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        write_atomically(path, content)
+        yield
     except OSError as error:
         remedy = "free disk space and run the same command again; it continues where it stopped"
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from error

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from gdmd_lightning.errors import UserError
@@ -74,7 +75,12 @@ class Scorecard:
 
 
 def score(
-    contestants: Sequence[Contestant], task: Task, count: int, seed: int = 0, watch: Watch | None = None
+    contestants: Sequence[Contestant],
+    task: Task,
+    count: int,
+    seed: int = 0,
+    device: str = "cpu",
+    watch: Watch | None = None,
 ) -> Scorecard:
     """Score every contestant on the first ``count`` prompts of the task, from the same noise.
 
@@ -83,11 +89,13 @@ def score(
         task: Prompts and scores.
         count: Number of prompts.
         seed: Seed of the noise.
+        device: Where the contestants are.
         watch: What to measure besides.
     """
     prompts, scores, rows = task.read_prompts(count), task.scores(), []
     for contestant in tqdm(contestants, desc="scoring", unit="generator"):
-        seconds = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed)
+        place = torch.device(device)
+        seconds = evaluate(contestant.generate, prompts, scores, contestant.latent_shape, seed=seed, device=place)
         found = {f"{s.name}/{name}": interval for s in scores for name, interval in s.intervals().items()}
         figures = {} if watch is None else watch(contestant)
         rows.append(Row(contestant.name, contestant.evaluations, seconds, found, figures))

@@ -52,11 +52,11 @@ class Watch:
             noise = torch.stack([fixed_noise(i, contestant.latent_shape, self.seed) for i in rows])
             parts.append(contestant.generate(noise, [prompts[i].text for i in rows]))
         images = torch.cat(parts)
-        distances = pairwise_distance(images.unflatten(0, (-1, self.samples)))
+        distances = pairwise_distance(images.unflatten(0, (-1, self.samples))).cpu()
         return {
             "diversity": bootstrap_mean([distances.numpy()]),
             "color_bias": _interval(free_colors(images, prompts, ShapesDetector(), COLORS)),
-            "latent_std": bootstrap_mean([contestant.encode(images).flatten(1).std(1).double().numpy()]),
+            "latent_std": bootstrap_mean([contestant.encode(images).flatten(1).std(1).double().cpu().numpy()]),
         }
 
 
