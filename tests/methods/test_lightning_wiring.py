@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from world import GaussianFamily, Liking, PlainEngine, World
 
+from gdmd_lightning.callbacks.evaluation_budget import EvaluationBudget
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
@@ -56,6 +57,11 @@ def fit(module, updates: int, **options) -> Weights:
         trainer = tiny.trainer(updates, callbacks=[seen, *options.pop("callbacks", [])], **options)
         trainer.fit(module, datamodule=data(Path(place)))
     return seen
+
+
+def evaluations_of_an_update(module) -> int:
+    fit(module, 1)
+    return module.roles.evaluations.total()
 
 
 def change(before, after, role: str) -> float:
@@ -209,6 +215,35 @@ def test_checkpoint_has_no_teacher_and_its_own_count(tmp_path):
     content = torch.load(tmp_path / "one.ckpt", weights_only=True)
     assert content["provenance"]["updates"] == 2
     assert {name.split(".")[1] for name in content["state_dict"]} == {"generator", "ema", "fake_score"}
+
+
+def test_evaluations_are_those_of_the_updates_and_stay_in_the_checkpoint(tmp_path):
+    class Sampling(Callback):
+        """Evaluates networks outside the updates, as an evaluation does."""
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+            module.generate(torch.zeros(2, *module.latent_shape), list(TEXTS[:2]))
+
+    module = module_of(matching=Matching(fake_score_updates=1))
+    fit(module, 3, callbacks=[Sampling()])
+    per_update = evaluations_of_an_update(module_of(matching=Matching(fake_score_updates=1)))
+    assert module.evaluations == 3 * per_update
+    path = tmp_path / "one.ckpt"
+    trainer = tiny.trainer(2, callbacks=[])
+    trainer.fit(first := module_of(matching=Matching(fake_score_updates=1)), datamodule=data(tmp_path))
+    trainer.save_checkpoint(path)
+    second = module_of(matching=Matching(fake_score_updates=1))
+    tiny.trainer(3, callbacks=[]).fit(second, datamodule=data(tmp_path), ckpt_path=str(path), weights_only=True)
+    assert first.evaluations == 2 * per_update
+    assert second.evaluations == 3 * per_update
+
+
+def test_budget_of_evaluations_ends_the_training_with_the_update_that_reaches_it(tmp_path):
+    per_update = evaluations_of_an_update(module_of(matching=Matching(fake_score_updates=1)))
+    for budget, updates in ((2 * per_update, 2), (2 * per_update + 1, 3)):
+        module = module_of(matching=Matching(fake_score_updates=1))
+        fit(module, 9, callbacks=[EvaluationBudget(budget)])
+        assert module.updates == updates
 
 
 def test_start_from_takes_every_role_over(tmp_path):

@@ -521,6 +521,12 @@ MUTATIONS = [
         WIRING,
         ("updates not counted", "self.updates += 1", "self.updates += 0"),
         ("schedules not stepped", "            schedule.step()", "            pass"),
+        ("evaluations not counted", "self.evaluations += self.roles", "self.evaluations = self.roles"),
+        (
+            "evaluations of the evaluation counted",
+            "self.roles.evaluations.total() - before",
+            "self.roles.evaluations.total()",
+        ),
         (
             "same noise in every update",
             "self.global_rank, self.updates, purpose, turn)",

@@ -16,7 +16,7 @@ _REPEATED = (
 
 def silence_length_warnings(pipeline: Any) -> None:
     """Keep the libraries from warning about each long prompt; their other messages stay."""
-    for name in (type(pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base"):
+    for name in (type(pipeline).__module__, "transformers.tokenization_utils_base"):
         logging.getLogger(name).addFilter(_is_other_message)  # added once, however often this is called
 
 
