@@ -201,8 +201,8 @@ MUTATIONS = [
         ("snapshot groups have many levels", 'share_sigma=over == "snapshot"', "share_sigma=False"),
         (
             "snapshots in renoise groups",
-            'past = 0 if targets.over == "renoise" else targets.snapshots',
-            "past = targets.snapshots",
+            "range(1, targets.past + 1)",
+            "range(1, targets.snapshots + 1)",
         ),
         (
             "record of the wrong snapshot",
@@ -241,6 +241,11 @@ MUTATIONS = [
         "methods/advantages.py",
         GDMD,
         ("strata not centered", "if self.center_strata:", "if False:"),
+        (
+            "share of groups with spread",
+            "(group_mean(advantages.flatten().abs(), members) == 0)",
+            "(group_mean(advantages.flatten().abs(), members) > 0)",
+        ),
         ("strata always centered", "if self.center_strata:", "if True:"),
         (
             "strata are samples",
@@ -249,13 +254,13 @@ MUTATIONS = [
         ),
         (
             "state groups across samples",
-            "torch.arange(batch, device=rewards.device).repeat_interleave(size)",
-            "torch.arange(batch, device=rewards.device).repeat(size)",
+            "torch.arange(len(groups), device=groups.device).repeat_interleave(size)",
+            "torch.arange(len(groups), device=groups.device).repeat(size)",
         ),
         (
             "prompt groups in the wrong order",
-            "members = groups.repeat_interleave(size)",
-            "members = groups.repeat(size)",
+            "return groups.repeat_interleave(size)",
+            "return groups.repeat(size)",
         ),
         ("targets minus another sample", "sample_reward.repeat_interleave(size)", "sample_reward.repeat(size)"),
         (

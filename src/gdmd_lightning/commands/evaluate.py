@@ -7,9 +7,11 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.ranges import Count, NonNegative, Steps
 from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
 from gdmd_lightning.studies.scorecards import score, write_scorecard
 from gdmd_lightning.studies.tables import score_table
@@ -29,6 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--count", type=int, default=600, help="number of prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parser.parse_args(arguments)
+    check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count)
     task = replace(SHAPES, prompts=options.prompts)
     modules = _load(options.checkpoint)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher)

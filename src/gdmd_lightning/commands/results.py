@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from gdmd_lightning.configuration.numbers import check_options
+from gdmd_lightning.ranges import Count, Seed
 from gdmd_lightning.studies.arms import ARMS
 from gdmd_lightning.studies.comparison import Comparison, named_arms
 from gdmd_lightning.studies.tasks import SHAPES
@@ -24,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--count", type=int, default=1200, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of all trainings")
     options = parser.parse_args(arguments)
+    check_options(options, seeds=list[Seed], cold_start=Count, updates=Count, count=Count)
     comparison = Comparison(
         task=SHAPES,
         out=options.out,

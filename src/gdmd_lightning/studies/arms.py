@@ -192,8 +192,6 @@ def _train(run: Run, before: int) -> TrainingCost:
     """Continue the training from update ``before`` to the end."""
     settings: dict[str, Any] = {
         "trainer.max_steps": run.updates,
-        "model.seed": run.seed,
-        "data.seed": run.seed,
         "seed_everything": run.seed,
         **UNOBSERVED,
     }
