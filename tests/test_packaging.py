@@ -54,6 +54,7 @@ SIDEWAYS = {
     ("schedules", "errors"),  # a lowest level above the highest
     ("rewards", "families"),  # latents are decoded before they are scored
     ("shapes", "geneval"),  # the Shapes detector is judged by GenEval's rules
+    ("rewards", "geneval"),  # the metadata that the Shapes detector needs
     ("rewards", "shapes"),  # the Shapes detector as a reward
 }
 LONGEST_FUNCTION = 60

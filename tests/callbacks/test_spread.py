@@ -70,7 +70,9 @@ def test_plan_refuses_it_too(fast_fit):
 def test_fit_checks_the_first_prompts_before_loading(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(SD3Family, "load", loading)
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "include": []}\n' * 9 + '{"prompt": "a red circle"}\n')
+    path.write_text(
+        '{"prompt": "a", "include": [{"class": "circle", "count": 1}]}\n' * 9 + '{"prompt": "a red circle"}\n'
+    )
     trainer = tiny.trainer(1)
     with pytest.raises(UserError, match="prompt 'a red circle' has no GenEval metadata"):
         trainer.fit(tiny.module(tiny_pipeline, GDMD, reward=ShapesReward()), datamodule=PromptDataModule(str(path)))

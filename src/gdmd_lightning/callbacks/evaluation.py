@@ -51,6 +51,8 @@ class GenerationEvaluation(pl.Callback):
     ) -> None:
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.prompts = read_evaluation_prompts(prompts, count)
+        for score in scores:
+            score.check(self.prompts)
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None

@@ -8,14 +8,14 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from gdmd_lightning.configuration.numbers import check_options
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import load_module, picture_size
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, NonNegative, Steps
 from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
 from gdmd_lightning.studies.scorecards import score, write_scorecard
 from gdmd_lightning.studies.tables import score_table
-from gdmd_lightning.studies.tasks import SHAPES
+from gdmd_lightning.studies.tasks import SHAPES, Task
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count)
     task = replace(SHAPES, prompts=options.prompts)
-    modules = _load(options.checkpoint)
+    task.check(options.count)
+    modules = _load(options.checkpoint, task)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher)
     contestants = teachers(module, options.teacher_steps, options.guidance_scale)
     contestants += [student(name, each) for name, each in modules.items()]
@@ -45,11 +46,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _load(checkpoints: list[str]) -> dict[str, DistillationModule]:
-    modules = {}
+def _load(checkpoints: list[str], task: Task) -> dict[str, DistillationModule]:
+    named = []
     for given in checkpoints:
         name, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
-        modules[name] = load_module(path, role="ema")
-    return modules
+        task.check_size(path, *picture_size(path))
+        named.append((name, path))
+    return {name: load_module(path, role="ema") for name, path in named}
