@@ -33,7 +33,7 @@ class Range:
     above: bool = False
     below: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
         return math.isfinite(value) and low and high
@@ -100,11 +100,11 @@ def ranged(kind: type[T]) -> type[T]:
     @functools.wraps(build)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         for name, value in {**dict(zip(names, args)), **kwargs}.items():
-            check_number(f"{type(self).__name__}.{name}", ranges_of(kind).get(name), value)
+            check_number(f"{type(self).__name__}.{name}", ranges_of(type(self)).get(name), value)
         build(self, *args, **kwargs)
 
     checked.__ranged__ = True  # type: ignore[attr-defined]
-    kind.__init__ = checked  # type: ignore[misc]
+    kind.__init__ = checked  # type: ignore[method-assign]
     return kind
 
 

@@ -62,8 +62,13 @@ def _check_clause(
     position = clause.get("position")
     if position is None and "position" not in clause:
         return
-    placed = isinstance(position, list | tuple) and len(position) == 2 and position[0] in RELATIONS
-    if not placed or not isinstance(position[1], int) or not 0 <= position[1] < clauses:
+    if not (
+        isinstance(position, list | tuple)
+        and len(position) == 2
+        and position[0] in RELATIONS
+        and isinstance(position[1], int)
+        and 0 <= position[1] < clauses
+    ):
         right = f"use [relation, index of a clause], a relation being {', '.join(RELATIONS)}"
         raise _wrong(prompt, where, f"position is {position!r}", right)
 
