@@ -174,8 +174,8 @@ MUTATIONS = [
         ),
         (
             "all prompts in one group",
-            "self.advantages(rewards, sample_reward, batch.groups.to(x.device))",
-            "self.advantages(rewards, sample_reward, 0 * batch.groups.to(x.device))",
+            "self.advantages(rewards, sample_reward, batch.groups)",
+            "self.advantages(rewards, sample_reward, 0 * batch.groups)",
         ),
         ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
         (
@@ -258,11 +258,7 @@ MUTATIONS = [
     *errors(
         "schedules.py",
         RANGES,
-        (
-            "order of levels reversed",
-            "getattr(settings, low) > getattr(settings, high)",
-            "getattr(settings, low) < getattr(settings, high)",
-        ),
+        ("order of levels reversed", "getattr(settings, low) > ", "getattr(settings, low) < "),
     ),
     *errors(
         "configuration/seeds.py",
@@ -280,20 +276,12 @@ MUTATIONS = [
     *errors(
         "studies/export.py",
         ("studies/test_export.py",),
-        (
-            "snippet with sides exchanged",
-            "height={module.height}, width={module.width}",
-            "height={module.width}, width={module.height}",
-        ),
+        ("snippet with sides exchanged", "width={module.width}", "width={module.height}"),
     ),
     *errors(
         "callbacks/spread.py",
         ("callbacks/test_spread.py",),
-        (
-            "flat updates not in a row",
-            "judged.without_spread == 1, before + 1, 0)",
-            "judged.without_spread == 1, before + 1, before)",
-        ),
+        ("flat updates not in a row", "before + 1, 0)", "before + 1, before)"),
         ("warning repeated", "self._warned = True", "self._warned = False"),
         ("warned although switched off", "or judged.lambda_policy == 0", ""),
     ),
@@ -313,11 +301,7 @@ MUTATIONS = [
         "methods/advantages.py",
         ("methods/test_target_advantages.py",),
         ("group of a prompt without its samples", '"prompt": group_size * targets', '"prompt": targets'),
-        (
-            "center_strata refused for one prompt",
-            "if self.center_strata and batch_size == 1",
-            "if self.center_strata and batch_size <= 2",
-        ),
+        ("center_strata refused for one prompt", "self.center_strata and batch_size == 1", "batch_size <= 2"),
         ("one sample accepted with center_strata", "if self.center_strata and batch_size == 1", "if False"),
     ),
     *errors(
@@ -351,7 +335,7 @@ MUTATIONS = [
             "values = values - sample_reward",
             "values = sample_reward.repeat_interleave(size) - values + 0 * sample_reward",
         ),
-        ("spread ignored", "group_advantages(values, members, self.spread)", "group_advantages(values, members)"),
+        ("spread ignored", ", self.spread).view(", ").view("),
     ),
     *errors(
         "objectives/advantages.py",
