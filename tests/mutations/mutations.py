@@ -258,7 +258,7 @@ MUTATIONS = [
     *errors(
         "schedules.py",
         RANGES,
-        ("order of levels reversed", "getattr(settings, low) > ", "getattr(settings, low) < "),
+        ("order of levels unchecked", "getattr(settings, low) > ", "getattr(settings, low) > 1 + "),
     ),
     *errors(
         "configuration/seeds.py",
