@@ -99,8 +99,9 @@ def ranged(kind: type[T]) -> type[T]:
 
     @functools.wraps(build)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        own: Any = type(self)
         for name, value in {**dict(zip(names, args)), **kwargs}.items():
-            check_number(f"{type(self).__name__}.{name}", ranges_of(type(self)).get(name), value)
+            check_number(f"{own.__name__}.{name}", ranges_of(own).get(name), value)
         build(self, *args, **kwargs)
 
     checked.__ranged__ = True  # type: ignore[attr-defined]
