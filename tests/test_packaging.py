@@ -22,6 +22,7 @@ FLOORS = {
     "locations": 0,
     "phases": 0,
     "prompts": 0,
+    "ranges": 0,
     "schedules": 0,
     "streams": 0,
     "latents": 1,
@@ -48,8 +49,12 @@ FLOORS = {
 # Imports between packages of one floor, with the reason for each.
 SIDEWAYS = {
     ("locations", "errors"),  # a configuration that is not found
+    ("ranges", "errors"),  # a number out of range
+    ("schedules", "ranges"),  # levels are numbers in [0, 1]
+    ("schedules", "errors"),  # a lowest level above the highest
     ("rewards", "families"),  # latents are decoded before they are scored
     ("shapes", "geneval"),  # the Shapes detector is judged by GenEval's rules
+    ("rewards", "geneval"),  # the metadata that the Shapes detector needs
     ("rewards", "shapes"),  # the Shapes detector as a reward
 }
 LONGEST_FUNCTION = 60

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.ranges import Fraction, Positive, ranged
 from gdmd_lightning.schedules import per_sample
 from gdmd_lightning.streams import Streams, draw_noise
 
@@ -147,26 +147,20 @@ class Renoise(Sampler):
         return step_renoise(x, v, sigma, sigma_next, noise)
 
 
+@ranged
 @dataclass(frozen=True)
 class CPS(Sampler):
     """Coefficient-preserving steps.
 
     Args:
-        eta: Share of fresh noise, in [0, 1].
-
-    Raises:
-        UserError: If ``eta`` is out of range.
+        eta: Share of fresh noise.
 
     Source: RTDMD (2605.26108), which uses 0.9.
     """
 
-    eta: float = 0.9
+    eta: Fraction = 0.9
 
     stochastic = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"eta is {self.eta}", where="model.sampler.eta", remedy="it must be in [0, 1]")
 
     def step(
         self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float
@@ -174,28 +168,20 @@ class CPS(Sampler):
         return step_cps(x, v, sigma, sigma_next, self.eta, noise)
 
 
+@ranged
 @dataclass(frozen=True)
 class SDE(Sampler):
     """Euler-Maruyama steps of the reverse SDE; the step to 0 is an Euler step.
 
     Args:
-        noise_level: Factor on the noise, above 0.
-
-    Raises:
-        UserError: If ``noise_level`` is not positive.
+        noise_level: Factor on the noise.
 
     Source: Flow-GRPO (2505.05470), which uses 0.7.
     """
 
-    noise_level: float = 0.7
+    noise_level: Positive = 0.7
 
     stochastic = True
-
-    def __post_init__(self) -> None:
-        if not self.noise_level > 0:
-            raise UserError(
-                f"noise_level is {self.noise_level}", where="model.sampler.noise_level", remedy="it must be above 0"
-            )
 
     def step(
         self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor, sigma_max: float

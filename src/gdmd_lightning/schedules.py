@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.ranges import Count, Finite, Fraction, OpenFraction, Positive, ranged
+
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
     """Reshape ``sigma`` ``[B]`` so that it broadcasts against ``like`` ``[B, ...]``, in its dtype."""
@@ -84,18 +87,23 @@ class RenoiseDistribution(ABC):
         return self.quantile(start + (1 - start) * u)
 
 
+@ranged
 @dataclass(frozen=True)
 class Uniform(RenoiseDistribution):
     """Uniform in ``[low, high]``, then shifted. Source: DMD2's ``[0.02, 0.98]``."""
 
-    low: float = 0.02
-    high: float = 0.98
-    shift: float = 1.0
+    low: Fraction = 0.02
+    high: Fraction = 0.98
+    shift: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        _check_order(self, "low", "high")
 
     def quantile(self, u: Tensor) -> Tensor:
         return shift_sigma(self.low + (self.high - self.low) * u, self.shift)
 
 
+@ranged
 @dataclass(frozen=True)
 class UniformTimestep(RenoiseDistribution):
     """Uniform over timesteps of a variance-preserving network, converted to flow levels.
@@ -106,11 +114,15 @@ class UniformTimestep(RenoiseDistribution):
         beta_start, beta_end: Its first and last beta; their square roots are evenly spaced (``scaled_linear``).
     """
 
-    low: float = 0.02
-    high: float = 0.98
-    timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    low: Fraction = 0.02
+    high: Fraction = 0.98
+    timesteps: Count = 1000
+    beta_start: OpenFraction = 0.00085
+    beta_end: OpenFraction = 0.012
+
+    def __post_init__(self) -> None:
+        _check_order(self, "low", "high")
+        _check_order(self, "beta_start", "beta_end")
 
     def quantile(self, u: Tensor) -> Tensor:
         roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, dtype=torch.float64)
@@ -120,19 +132,32 @@ class UniformTimestep(RenoiseDistribution):
         return sigmas[t.long().clamp(0, self.timesteps - 1)].to(u.dtype)
 
 
+@ranged
 @dataclass(frozen=True)
 class LogitNormal(RenoiseDistribution):
     """``sigmoid(mean + std z)``, then shifted and clamped to ``[low, high]``. Source: SD3 (2403.03206), 3.1."""
 
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-    low: float = 0.02
-    high: float = 0.98
+    mean: Finite = 0.0
+    std: Positive = 1.0
+    shift: Positive = 1.0
+    low: Fraction = 0.02
+    high: Fraction = 0.98
+
+    def __post_init__(self) -> None:
+        _check_order(self, "low", "high")
 
     def quantile(self, u: Tensor) -> Tensor:
         z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
         return shift_sigma(torch.sigmoid(self.mean + self.std * z), self.shift).clamp(self.low, self.high)
+
+
+def _check_order(settings: RenoiseDistribution, low: str, high: str) -> None:
+    if getattr(settings, low) > getattr(settings, high):
+        raise UserError(
+            f"{low} {getattr(settings, low)} is above {high} {getattr(settings, high)}",
+            where=type(settings).__name__,
+            remedy="exchange them",
+        )
 
 
 def draw_renoise_sigmas(

@@ -8,6 +8,7 @@ import torch
 from matplotlib.image import imread
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.metrics.evaluation import evaluate
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.shapes.captions import TASKS
@@ -87,3 +88,10 @@ def test_monitored_score_chooses_the_best_checkpoint(tiny_pipeline, tmp_path):
     options = {"callbacks": [scores, keeper], "default_root_dir": tmp_path, "enable_checkpointing": True}
     tiny.train(tiny.module(tiny_pipeline), 2, **options)
     assert len(list((tmp_path / "best").iterdir())) == 1
+
+
+def test_prompts_that_a_score_cannot_judge_are_refused_at_the_start(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a red circle\n")
+    with pytest.raises(UserError, match=r"^score 'geneval': prompt 'a red circle' has no GenEval metadata; "):
+        GenerationEvaluation([GenEvalScore()], prompts=str(path), count=1)

@@ -142,9 +142,9 @@ def test_compare_refuses_a_directory_of_another_comparison(finished, complaint, 
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("--points=0", "points: it is 0; use at least 1"),
-        ("--evaluations=-5", "evaluations: it is -5"),
-        ("--start.evaluations=0", "start.evaluations: it is 0"),
+        ("--points=0", "--points: it is 0; use an integer of at least 1"),
+        ("--evaluations=-5", "--evaluations: it is -5"),
+        ("--start.evaluations=0", "--start.evaluations: it is 0"),
         ("--seeds=[1,1]", "seeds: they are [1, 1]; give each seed once"),
         ("--control=GDDM", "control: 'GDDM' is not a method; use one of: DMD, GDMD"),
         ("--task=cats", "task: unknown task 'cats'; use one of: shapes"),

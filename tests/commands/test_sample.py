@@ -420,10 +420,10 @@ def test_sample_does_not_overwrite_other_pictures(refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--batch_size", 0], "--batch_size: 0 is too small; use at least 1"),
-        (["--per_prompt", 0], "--per_prompt: 0 is too small; use at least 1"),
-        (["--count", 0], "--count: 0 is too small; use at least 1"),
-        (["--teacher_steps", -1], "--teacher_steps: -1 is too small; use at least 0"),
+        (["--batch_size", 0], "--batch_size: it is 0; use an integer of at least 1"),
+        (["--per_prompt", 0], "--per_prompt: it is 0; use an integer of at least 1"),
+        (["--count", 0], "--count: it is 0; use an integer of at least 1"),
+        (["--teacher_steps", -1], "--teacher_steps: it is -1; use an integer of at least 0"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used: "),
         (["--device", "meta"], "--device: 'meta' cannot be used: "),
         (["--height", 0], "--height: 0 is too small; use at least 1"),

@@ -316,5 +316,5 @@ def test_store_refuses_a_directory_of_model_weights(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_size": 0}, {"most": -1}, {"directory": " "}])
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match=f"embedding_cache.{next(iter(wrong))}"):
+    with pytest.raises(UserError, match=rf"(embedding_cache|EmbeddingCache)\.{next(iter(wrong))}: "):
         EmbeddingCache(**{"directory": "cache", **wrong})

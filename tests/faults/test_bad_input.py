@@ -64,7 +64,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
         ),
         (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
         (["--model.steps", "0"], "model.steps: it is 0"),
-        (["--model.policy.beta", "0"], "model.policy.beta: beta is 0"),
+        (["--model.policy.beta", "0"], "model.policy.beta: it is 0.0; use a number above 0"),
         (["--model.family.init_args.dtype", "float31"], "family.dtype: unknown dtype 'float31'; "),
         (["--model.height", "33"], "resolution: 33x32 is not a multiple of "),
     ],

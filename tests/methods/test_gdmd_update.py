@@ -388,6 +388,7 @@ def test_logs_are_the_closed_form_figures(score_samples):
         "weight_negative": (weight < 0).double().mean(),
         "advantage_level_correlation": torch.corrcoef(torch.stack([j.advantages(), j.teacher.sigma]))[0, 1],
         "sample_std": j.x.std(),
+        "groups_without_spread": torch.tensor(0.0),
         "fake_score_loss": (steps[1].losses[0] + steps[2].losses[0]) / 2,
     }
     if score_samples:

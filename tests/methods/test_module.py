@@ -25,7 +25,7 @@ def batch(module) -> Batch:
 
 
 def test_module_refuses_no_steps(tiny_pipeline):
-    with pytest.raises(UserError, match=r"model\.steps: it is 0"):
+    with pytest.raises(UserError, match=r"DMD\.steps: it is 0; use an integer in \[1, 1000\]"):
         tiny.module(tiny_pipeline, DMD, steps=0)
 
 

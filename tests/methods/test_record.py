@@ -22,6 +22,7 @@ def judged(sample_reward: Tensor | None = None) -> JudgedTargets:
         rewards=o,
         sample_reward=sample_reward,
         advantages=o - 0.5,
+        without_spread=torch.tensor(0.25),
         optimality=o,
         lambda_policy=1.5,
     )

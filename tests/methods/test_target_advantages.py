@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.advantages import TargetAdvantages
 from gdmd_lightning.objectives.advantages import Spread
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
@@ -134,3 +135,64 @@ def test_comparing_targets_needs_no_scored_samples(compare: str) -> None:
 def test_samples_are_scored_where_requested_or_needed() -> None:
     assert TargetAdvantages("state", score_samples=True).needs_samples
     assert TargetAdvantages("sample").needs_samples
+
+
+SHAPES = list(product((1, 2, 3), (1, 2, 3), (1, 2, 3)))
+"""Prompts, samples per prompt, targets per sample."""
+
+
+@every
+def test_check_refuses_exactly_the_shapes_in_which_every_advantage_is_0(advantages: TargetAdvantages) -> None:
+    for prompts, group, size in SHAPES:
+        stream = torch.Generator().manual_seed(prompts + 10 * group + 100 * size)
+        groups = torch.arange(prompts).repeat_interleave(group)
+        found = [
+            advantages(
+                torch.randn(prompts * group, size, generator=stream, dtype=torch.float64),
+                torch.randn(prompts * group, generator=stream, dtype=torch.float64),
+                groups,
+            )
+            for _ in range(5)
+        ]
+        always_zero = all((each == 0).all() for each in found)
+        try:
+            advantages.check(prompts * group, group, size)
+            refused = False
+        except UserError:
+            refused = True
+        assert refused == always_zero, (prompts, group, size)
+
+
+def test_check_says_why_and_what_to_change() -> None:
+    start = "the reward would have no effect: all advantages would be 0, because "
+    for advantages, shape, expected in (
+        (
+            TargetAdvantages("prompt"),
+            (8, 1, 1),
+            f"model.advantages.compare: {start}each prompt has one target, which is compared with itself; "
+            "use a larger model.targets.size or data.group_size, or model.lambda_policy 0",
+        ),
+        (
+            TargetAdvantages("state"),
+            (8, 4, 1),
+            f"model.advantages.compare: {start}each state has one target, which is compared with itself; "
+            "use a larger model.targets.size, or model.lambda_policy 0",
+        ),
+        (
+            TargetAdvantages("prompt", center_strata=True),
+            (1, 1, 4),
+            f"model.advantages.center_strata: {start}the mean over the only sample of a batch is subtracted from it; "
+            "use a larger data.batch_size, or set it to false",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            advantages.check(*shape)
+        assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(("compare", "expected"), [("state", 0.5), ("prompt", 0.25), ("sample", 0.5)])
+def test_without_spread_is_the_share_of_groups_whose_advantages_are_all_0(compare, expected) -> None:
+    """Of the four prompts one is flat; of its samples and those of the others four of eight are."""
+    groups = torch.arange(4).repeat_interleave(2)
+    advantage = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 0], [-1, 1], [0, 0], [0, 2], [1, -3]])
+    assert TargetAdvantages(compare).without_spread(advantage, groups) == expected  # type: ignore[arg-type]

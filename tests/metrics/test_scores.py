@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from torchmetrics.utilities import dim_zero_cat
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.rules import Detection, Rules
 from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
 from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.shapes.captions import TASKS, evaluation_prompts
 from gdmd_lightning.shapes.detector import ShapesDetector
 from gdmd_lightning.shapes.scenes import render, sample_scenes
@@ -144,3 +147,38 @@ def test_shown_pictures_cover_every_task():
     by_text = {p.text: p.metadata["tag"] for p in prompts}
     assert {by_text[text] for text in texts} == set(TASKS)
     assert len(noise) == 9
+
+
+def test_a_rank_without_prompts_gathers_as_many_tensors_as_the_others():
+    """Otherwise an evaluation with fewer prompts than ranks would wait forever, or stop with an error."""
+    prompts = [with_task("a")]
+    busy, idle = RewardScore(Brightness()), RewardScore(Brightness())
+    for score in (busy, idle):
+        score.begin(prompts)
+    busy.update(torch.full((1, 3, 2, 2), 0.25), prompts)
+    sent: dict[str, list[torch.Tensor]] = {}
+    for name, score in (("busy", busy), ("idle", idle)):
+        sent[name] = []
+
+        def note(tensor, group, to=name):
+            sent[to].append(tensor)
+            return [tensor]
+
+        score.sync(dist_sync_fn=note, distributed_available=lambda: True)
+        score.unsync()
+    assert [len(tensor) for tensor in sent["busy"]] == [1, 1]
+    assert [len(tensor) for tensor in sent["idle"]] == [0, 0]
+    assert [t.dtype for t in sent["idle"]] == [t.dtype for t in sent["busy"]]
+    others = iter(sent["busy"])
+    idle.sync(dist_sync_fn=lambda tensor, group: [tensor, next(others)], distributed_available=lambda: True)
+    assert float(dim_zero_cat(idle.values)) == 0.25
+    assert dim_zero_cat(idle.tasks).tolist() == [0]
+
+
+def test_scores_refuse_prompts_that_they_cannot_judge_before_any_picture():
+    bare = [Prompt("a red circle")]
+    for score, where in ((GenEvalScore(), "score 'geneval'"), (RewardScore(ShapesReward()), "reward 'shapes'")):
+        for ask in (score.check, score.begin):
+            with pytest.raises(UserError, match=f"^{where}: prompt 'a red circle' has no GenEval metadata; "):
+                ask(bare)
+    RewardScore(Brightness()).check(bare)

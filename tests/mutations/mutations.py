@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 DMD, GDMD, REFL = ("methods/test_dmd_update.py",), ("methods/test_gdmd_update.py",), ("methods/test_refl_update.py",)
 PARTS, WIRING = ("methods/test_micro_batches.py",), ("methods/test_lightning_wiring.py",)
+RANGES = ("test_ranges.py",)
 ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.py",)
 
 
@@ -173,8 +174,8 @@ MUTATIONS = [
         ),
         (
             "all prompts in one group",
-            "self.advantages(rewards, sample_reward, batch.groups.to(x.device))",
-            "self.advantages(rewards, sample_reward, 0 * batch.groups.to(x.device))",
+            "self.advantages(rewards, sample_reward, batch.groups)",
+            "self.advantages(rewards, sample_reward, 0 * batch.groups)",
         ),
         ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
         (
@@ -201,8 +202,8 @@ MUTATIONS = [
         ("snapshot groups have many levels", 'share_sigma=over == "snapshot"', "share_sigma=False"),
         (
             "snapshots in renoise groups",
-            'past = 0 if targets.over == "renoise" else targets.snapshots',
-            "past = targets.snapshots",
+            "range(1, targets.past + 1)",
+            "range(1, targets.snapshots + 1)",
         ),
         (
             "record of the wrong snapshot",
@@ -238,9 +239,80 @@ MUTATIONS = [
         ("snapshots of the generator", 'self.roles.copy("fake_score", ', 'self.roles.copy("generator", '),
     ),
     *errors(
+        "ranges.py",
+        RANGES,
+        ("range without its open low end", "value > self.low if self.above", "value >= self.low if self.above"),
+        ("range without its open high end", "value < self.high if self.below", "value <= self.high if self.below"),
+        ("infinity is in range", "return math.isfinite(value) and low and high", "return low and high"),
+        ("true is a number", "if isinstance(value, bool) or not", "if not"),
+        ("one range for all of a tuple", "arguments[:1] * len(value) if alike else arguments", "arguments[:1]"),
+        ("ranges of a base forgotten", "reversed(kind.__mro__)", "[kind]"),
+        ("positional arguments unchecked", "{**dict(zip(names, args)), **kwargs}", "{**kwargs}"),
+    ),
+    *errors(
+        "configuration/numbers.py",
+        RANGES,
+        ("numbers of data unchecked", 'check_numbers("data", PromptDataModule, settings.data)', "pass"),
+        ("numbers of callbacks unchecked", 'check_numbers("trainer", None, settings.trainer)', "pass"),
+    ),
+    *errors(
+        "schedules.py",
+        RANGES,
+        ("order of levels unchecked", "getattr(settings, low) > ", "getattr(settings, low) > 1 + "),
+    ),
+    *errors(
+        "configuration/seeds.py",
+        ("configuration/test_seeds.py",),
+        ("own seed overwritten", "if arguments.seed is not None:", "if arguments.seed:"),
+        ("no seed is accepted", "if settings.seed_everything is False:", "if False:"),
+    ),
+    *errors(
+        "families/resolution.py",
+        ("families/test_resolution.py",),
+        ("width unchecked", "height % unit or width % unit", "height % unit"),
+        ("positions of the height only", "max(height, width) > self.most", "height > self.most"),
+        ("positions counted in latents", "> self.most * unit:", "> self.most * self.autoencoder:"),
+    ),
+    *errors(
+        "studies/export.py",
+        ("studies/test_export.py",),
+        ("snippet with sides exchanged", "width={module.width}", "width={module.height}"),
+    ),
+    *errors(
+        "callbacks/spread.py",
+        ("callbacks/test_spread.py",),
+        ("flat updates not in a row", "before + 1, 0)", "before + 1, before)"),
+        ("warning repeated", "self._warned = True", "self._warned = False"),
+        ("warned although switched off", "or judged.lambda_policy == 0", ""),
+    ),
+    *errors(
+        "geneval/metadata.py",
+        ("geneval/test_metadata.py",),
+        ("excluded clauses unchecked", 'prompt.metadata.get("exclude", [])', "[]"),
+        ("landmark out of range", "and 0 <= position[1] < clauses", "and 0 <= position[1]"),
+    ),
+    *errors(
+        "metrics/scores.py",
+        ("metrics/test_scores.py",),
+        ("rank without values", "self.values.append(torch.zeros(0, device=self.device))", "pass"),
+        ("prompts of a reward's score unchecked", "self.reward.check(prompts)", "pass"),
+    ),
+    *errors(
+        "methods/advantages.py",
+        ("methods/test_target_advantages.py",),
+        ("group of a prompt without its samples", '"prompt": group_size * targets', '"prompt": targets'),
+        ("center_strata refused for one prompt", "self.center_strata and batch_size == 1", "batch_size <= 2"),
+        ("one sample accepted with center_strata", "if self.center_strata and batch_size == 1", "if False"),
+    ),
+    *errors(
         "methods/advantages.py",
         GDMD,
         ("strata not centered", "if self.center_strata:", "if False:"),
+        (
+            "share of groups with spread",
+            "(group_mean(advantages.flatten().abs(), members) == 0)",
+            "(group_mean(advantages.flatten().abs(), members) > 0)",
+        ),
         ("strata always centered", "if self.center_strata:", "if True:"),
         (
             "strata are samples",
@@ -249,13 +321,13 @@ MUTATIONS = [
         ),
         (
             "state groups across samples",
-            "torch.arange(batch, device=rewards.device).repeat_interleave(size)",
-            "torch.arange(batch, device=rewards.device).repeat(size)",
+            "torch.arange(len(groups), device=groups.device).repeat_interleave(size)",
+            "torch.arange(len(groups), device=groups.device).repeat(size)",
         ),
         (
             "prompt groups in the wrong order",
-            "members = groups.repeat_interleave(size)",
-            "members = groups.repeat(size)",
+            "return groups.repeat_interleave(size)",
+            "return groups.repeat(size)",
         ),
         ("targets minus another sample", "sample_reward.repeat_interleave(size)", "sample_reward.repeat(size)"),
         (
@@ -263,7 +335,7 @@ MUTATIONS = [
             "values = values - sample_reward",
             "values = sample_reward.repeat_interleave(size) - values + 0 * sample_reward",
         ),
-        ("spread ignored", "group_advantages(values, members, self.spread)", "group_advantages(values, members)"),
+        ("spread ignored", ", self.spread).view(", ").view("),
     ),
     *errors(
         "objectives/advantages.py",

@@ -98,7 +98,7 @@ def test_plan_of_copies_follows_from_their_numbers(tiny_pipeline):
 
 
 def test_plan_of_adapters_is_a_small_part_of_that_of_copies(tiny_pipeline):
-    full, lora = (sizes(plan(tiny.module(tiny_pipeline, GDMD, lora=lora), 4)) for lora in (None, LoRA(2, 4.0)))
+    full, lora = (sizes(plan(tiny.module(tiny_pipeline, GDMD, lora=lora), 4)) for lora in (None, LoRA(2, 4)))
     assert lora["teacher"] == full["teacher"]
     for name in ("generator", "fake_score", "ema", "old", "generator: gradients"):
         assert 0 < lora[name] < full[name] / 5

@@ -245,7 +245,7 @@ def test_adapters_are_float32_on_a_bfloat16_base(family):
 def test_lora_refuses_an_unknown_target_and_rank_zero(family):
     with pytest.raises(UserError, match="LoRA target 'to_qq' matches no module"):
         AdapterRoles(family, network_of(family), FEW, lora=LoRA(targets=("to_q", "to_qq")))
-    with pytest.raises(UserError, match="rank is 0"):
+    with pytest.raises(UserError, match=r"LoRA\.rank: it is 0"):
         LoRA(rank=0)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from worlds import asking, blend, content_of, drawn, otherwise, picture
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.rules import RELATIONS, verdict
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.shapes.captions import COLORS, SHAPES, TASKS, contents
@@ -196,3 +197,9 @@ def test_grade_rises_as_a_surplus_object_fades_out(shape: str) -> None:
     path = blend(picture(*three(shape)), picture(*three(shape)[:2]), torch.linspace(0, 1, 21))
     prompt = asking(content_of("counting", f"two {shape}s"))
     assert_rises(grade(path, [prompt] * len(path)), jitter=0.001)
+
+
+def test_detector_refuses_pictures_of_another_size():
+    for height, width in ((64, 32), (32, 64)):
+        with pytest.raises(UserError, match=f"^Shapes detector: it cannot read pictures of {height}x{width}; "):
+            ShapesDetector().detect(torch.zeros(1, 3, height, width), [Prompt("")])

@@ -1,8 +1,10 @@
 """An exported generator is a plain diffusers pipeline that makes the same pictures from the same noise."""
 
 import pytest
+import tiny
 import torch
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
@@ -85,3 +87,15 @@ def test_export_that_fails_leaves_no_directory(module, tmp_path, monkeypatch):
 
 def test_snippet_has_two_lines(module, tmp_path):
     assert len(snippet(module, tmp_path).splitlines()) == 2
+
+
+def test_snippet_makes_pictures_of_the_trained_size(tiny_pipeline, tmp_path, monkeypatch):
+    module = tiny.module(tiny_pipeline)
+    module.height, module.width = 16, 32
+    module.configure_model()
+    path = export(module, tmp_path / "pipeline")
+    assert "height=16, width=32" in (path / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(f"import diffusers\n{snippet(module, path)}")
+    with Image.open("picture.png") as picture:
+        assert (picture.height, picture.width) == (16, 32)

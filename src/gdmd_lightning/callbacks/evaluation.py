@@ -12,13 +12,14 @@ from torch import Tensor
 
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
+from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
 
 
+@ranged
 class GenerationEvaluation(pl.Callback):
     """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
 
@@ -40,21 +41,18 @@ class GenerationEvaluation(pl.Callback):
         self,
         scores: list[TaskScore],
         prompts: str = "shapes",
-        count: int = 600,
-        every_n_updates: int = 100,
-        batch_size: int = 100,
-        columns: int = 8,
-        teacher_steps: int = 30,
-        teacher_guidance: float = 3.0,
-        seed: int = 0,
+        count: Count = 600,
+        every_n_updates: Count = 100,
+        batch_size: Count = 100,
+        columns: Whole = 8,
+        teacher_steps: Steps = 30,
+        teacher_guidance: NonNegative = 3.0,
+        seed: Seed = 0,
     ) -> None:
-        if min(count, every_n_updates, batch_size) < 1:
-            raise UserError(
-                f"count {count}, every_n_updates {every_n_updates} and batch_size {batch_size} must be at least 1",
-                where="GenerationEvaluation",
-            )
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.prompts = read_evaluation_prompts(prompts, count)
+        for score in scores:
+            score.check(self.prompts)
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None

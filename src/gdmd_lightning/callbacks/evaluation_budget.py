@@ -6,8 +6,10 @@ import lightning.pytorch as pl
 
 from gdmd_lightning.methods.lightning import RoleModule
 from gdmd_lightning.prompts import PromptBatch
+from gdmd_lightning.ranges import Count, ranged
 
 
+@ranged
 class EvaluationBudget(pl.Callback):
     """Ends the training with the first update that reaches the budget.
 
@@ -16,7 +18,7 @@ class EvaluationBudget(pl.Callback):
             continues to count.
     """
 
-    def __init__(self, evaluations: int) -> None:
+    def __init__(self, evaluations: Count) -> None:
         self.evaluations = evaluations
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

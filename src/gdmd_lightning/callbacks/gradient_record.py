@@ -13,6 +13,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.record import JudgedTargets
+from gdmd_lightning.ranges import Count, Whole, ranged
 
 COLUMNS = {
     "step": "int64", "rank": "int32", "state": "int32", "target": "int32", "prompt": "string", "sigma": "float32",
@@ -21,6 +22,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
+@ranged
 class GradientRewardRecord(pl.Callback):
     """Writes the judged targets that each update reports.
 
@@ -34,18 +36,13 @@ class GradientRewardRecord(pl.Callback):
     (signed, first order) and ``gradient`` (mean ``|g|``).
 
     Args:
-        flush_every: Updates per part, at least 1.
+        flush_every: Updates per part.
         pictures_every: Updates between two files of images, ``pictures-<step>.safetensors`` with ``samples``
             ``[N, 3, H, W]`` and ``targets`` ``[N, M, 3, H, W]`` of the first ``pictures`` states; 0 for none.
         pictures: Number of states per file, ``N``.
-
-    Raises:
-        UserError: If ``flush_every`` is out of range.
     """
 
-    def __init__(self, flush_every: int = 50, pictures_every: int = 0, pictures: int = 6) -> None:
-        if flush_every < 1:
-            raise UserError(f"flush_every is {flush_every}", where="GradientRewardRecord", remedy="use at least 1")
+    def __init__(self, flush_every: Count = 50, pictures_every: Whole = 0, pictures: Count = 6) -> None:
         self.flush_every, self.pictures_every, self.pictures = flush_every, pictures_every, pictures
         self._waiting: list[tuple[int, JudgedTargets]] = []
         self._place = Path()

@@ -7,6 +7,8 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.configuration.numbers import check_options
+from gdmd_lightning.ranges import ranges_of
 from gdmd_lightning.studies.comparison import Comparison
 
 
@@ -15,7 +17,9 @@ def main(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="gdmd_lightning compare", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a configuration, by path or name")
     parser.add_class_arguments(Comparison, as_group=False)
-    values = parser.instantiate_classes(parser.parse_args(with_found_configs(arguments)))
+    options = parser.parse_args(with_found_configs(arguments))
+    check_options(options, **ranges_of(Comparison))
+    values = parser.instantiate_classes(options)
     comparison = Comparison(**{field.name: values[field.name] for field in fields(Comparison)})
     comparison.check()
     for line in comparison.train_and_score():

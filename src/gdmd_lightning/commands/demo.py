@@ -8,7 +8,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.ranges import Count
 from gdmd_lightning.studies.arms import DMD, GDMD, last_checkpoint, option, train
 from gdmd_lightning.studies.contestants import draw, student, teachers
 from gdmd_lightning.studies.export import export, snippet
@@ -63,6 +65,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of both trainings")
     options = parser.parse_args(arguments)
+    check_options(options, cold_start=Count, updates=Count, count=Count)
     try:
         demo(options.out, options.cold_start, options.updates, options.count, options.fit)
     except KeyboardInterrupt:

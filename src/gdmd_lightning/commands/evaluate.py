@@ -8,13 +8,15 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.numbers import check_options
+from gdmd_lightning.configuration.restore import load_module, picture_size
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.ranges import Count, NonNegative, Steps
 from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
 from gdmd_lightning.studies.scorecards import score, write_scorecard
 from gdmd_lightning.studies.tables import score_table
-from gdmd_lightning.studies.tasks import SHAPES
+from gdmd_lightning.studies.tasks import SHAPES, Task
 
 
 def main(arguments: list[str]) -> int:
@@ -31,9 +33,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parser.parse_args(arguments)
+    check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count)
     task = replace(SHAPES, prompts=options.prompts)
+    task.check(options.count)
     device = usable_device(options.device)
-    modules = _load(options.checkpoint, device)
+    modules = _load(options.checkpoint, task, device)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher, device)
     contestants = teachers(module, options.teacher_steps, options.guidance_scale)
     contestants += [student(name, each) for name, each in modules.items()]
@@ -45,11 +49,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _load(checkpoints: list[str], device: str) -> dict[str, DistillationModule]:
-    modules = {}
+def _load(checkpoints: list[str], task: Task, device: str) -> dict[str, DistillationModule]:
+    named = []
     for given in checkpoints:
         name, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
-        modules[name] = load_module(path, device, role="ema")
-    return modules
+        task.check_size(path, *picture_size(path))
+        named.append((name, path))
+    return {name: load_module(path, device, role="ema") for name, path in named}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 
+from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.planning.report import GIB, batch_line, plan_of, savings, table
+from gdmd_lightning.ranges import Positive
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +23,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gpu_memory", type=float, default=24.0, metavar="GIB", help="memory of one GPU (24)")
     options, rest = parser.parse_known_args(arguments)
+    check_options(options, gpu_memory=Positive)
     if not rest:
         raise UserError("no configuration to plan", remedy="plan --config shapes.yaml")
     found = plan_of(rest)

@@ -17,7 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.configuration.numbers import check_options
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_directory
+from gdmd_lightning.ranges import Count, Decay, Fraction, Positive, Seed, Whole, ranged, ranges_of
 from gdmd_lightning.schedules import LogitNormal
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (
@@ -29,6 +32,7 @@ from gdmd_lightning.shapes.pretraining import (
 )
 
 
+@ranged
 @dataclass(frozen=True)
 class Stage:
     """Training of one part.
@@ -39,11 +43,12 @@ class Stage:
         learning_rate: Largest learning rate of the one-cycle schedule.
     """
 
-    steps: int
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    steps: Count
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
 
 
+@ranged
 @dataclass(frozen=True)
 class PretrainSettings:
     """Settings of ``pretrain``.
@@ -62,21 +67,32 @@ class PretrainSettings:
         threads: Number of CPU threads; 0 keeps torch's default.
         seed: Seed of pictures, weights and noise.
         start_from: Directory of an earlier pipeline whose transformer and text encoders get another cycle.
+
+    Raises:
+        UserError: If a batch needs more pictures than there are.
     """
 
     out: Path = Path("runs/shapes_teacher")
     autoencoder: Stage = Stage(steps=2000, batch_size=32, learning_rate=3e-3)
     scorer: Stage = Stage(steps=3000, batch_size=128)
     teacher: Stage = Stage(steps=8000, batch_size=64, learning_rate=1.5e-3)
-    pictures: int = 60_000
-    caption_noise: float = 0.3
-    noise_from: float = 0.8
-    num_layers: int = 6
-    num_heads: int = 4
-    ema_decay: float = 0.999
-    threads: int = 0
-    seed: int = 0
+    pictures: Count = 60_000
+    caption_noise: Fraction = 0.3
+    noise_from: Fraction = 0.8
+    num_layers: Count = 6
+    num_heads: Count = 4
+    ema_decay: Decay = 0.999
+    threads: Whole = 0
+    seed: Seed = 0
     start_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, there in (("autoencoder", self.pictures // 3), ("scorer", self.pictures), ("teacher", self.pictures)):
+            size = getattr(self, name).batch_size
+            if size > there:
+                raise UserError(
+                    f"it is {size}", where=f"--{name}.batch_size", remedy=f"at most {there} of the pictures are used"
+                )
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -219,6 +235,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", action="config", help="settings; a bare name means a shipped file")
     parser.add_class_arguments(PretrainSettings, as_group=False)
     options = parser.parse_args(with_found_configs(arguments))
+    check_options(options, **ranges_of(PretrainSettings))
     values = parser.instantiate_classes(options)
     settings = PretrainSettings(**{field.name: values[field.name] for field in fields(PretrainSettings)})
     print(f"the pipeline is in {pretrain(settings)}")

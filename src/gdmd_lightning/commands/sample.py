@@ -13,9 +13,11 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
+from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.ranges import Count, NonNegative, Seed, Whole
 from gdmd_lightning.studies.sampling import (
     LIST,
     Origin,
@@ -26,8 +28,6 @@ from gdmd_lightning.studies.sampling import (
     write_list,
     write_pictures,
 )
-
-MINIMUM = {"batch_size": 1, "per_prompt": 1, "count": 1, "teacher_steps": 0, "height": 1, "width": 1}
 
 
 def main(arguments: list[str]) -> int:
@@ -79,9 +79,8 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     options = parser.parse_args(arguments)
-    for name, least in MINIMUM.items():
-        if options[name] is not None and options[name] < least:
-            raise UserError(f"{options[name]} is too small", where=f"--{name}", remedy=f"use at least {least}")
+    check_options(options, batch_size=Count, per_prompt=Count, count=Count, seed=Seed)
+    check_options(options, teacher_steps=Whole, guidance_scale=NonNegative)
     # os.path, unlike Path, raises no error if a parent directory may not be searched.
     if os.path.exists(options.out) and not os.path.isdir(options.out):
         raise UserError("this is a file", where=str(options.out), remedy="give a directory")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
@@ -31,6 +32,22 @@ def build_module(model: Any) -> DistillationModule:
     parser = module_parser()
     module: DistillationModule = parser.instantiate_classes(parser.parse_object({"model": model})).model
     return module
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """Height and width in pixels of the pictures of a checkpoint's generator; nothing else of it is loaded.
+
+    Raises:
+        UserError: If the checkpoint is unreadable or has no configuration.
+    """
+    provenance = read_checkpoint(path, in_memory=False).get("provenance", {})
+    try:
+        arguments = yaml.safe_load(provenance["configuration"])["model"]["init_args"]
+        return int(arguments["height"]), int(arguments["width"])
+    except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path!r} has no configuration", where="checkpoint", remedy="use a .ckpt written by fit"
+        ) from error
 
 
 def load_module(

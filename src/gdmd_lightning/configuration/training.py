@@ -11,16 +11,19 @@ from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
+from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.numbers import check_configuration
 from gdmd_lightning.configuration.restore import describe_module
+from gdmd_lightning.configuration.seeds import share_seed
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
@@ -42,6 +45,16 @@ class DistillationCLI(LightningCLI):
         path = self.config.fit.ckpt_path if "subcommand" in self.config else None
         if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
             read_checkpoint(str(path), in_memory=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check all numbers."""
+        super().parse_arguments(parser, args)
+        check_configuration(self.config.fit)
+
+    def _set_seed(self) -> None:
+        """Seed everything, and let that number be the seed of model and data, unless they have their own."""
+        super()._set_seed()
+        share_seed(self.config.fit)
 
     def instantiate_classes(self) -> None:
         """Build everything; report what a constructor refuses as an error in the configuration."""
@@ -105,7 +118,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=PARSER,
-            trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate()]},
+            trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
             auto_configure_optimizers=False,
         )
     except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:

@@ -25,12 +25,14 @@ import torch
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Conditioning
+from gdmd_lightning.ranges import Count, ranged
 
 FIELDS = ("sequence", "pooled", "ids")
 FINGERPRINT = "text_fingerprint"
 DAY = 24 * 3600
 
 
+@ranged
 @dataclass(frozen=True)
 class EmbeddingCache:
     """Settings for embedding all prompts of a run before training starts.
@@ -44,23 +46,18 @@ class EmbeddingCache:
         free_encoders: Free the text encoders after all prompts are embedded.
 
     Raises:
-        UserError: If the directory is empty, or a number is below 1.
+        UserError: If the directory is empty.
     """
 
     directory: str
-    batch_size: int = 16
-    shard_size: int = 64
-    most: int = 100_000
+    batch_size: Count = 16
+    shard_size: Count = 64
+    most: Count = 100_000
     free_encoders: bool = True
 
     def __post_init__(self) -> None:
         if not str(self.directory).strip():
             raise UserError("no directory", where="embedding_cache.directory", remedy="name a writable directory")
-        for name in ("batch_size", "shard_size", "most"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}", where=f"embedding_cache.{name}", remedy="it must be at least 1"
-                )
 
 
 class EmbeddingStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from gdmd_lightning.data.readers import ShapesPrompts, open_source
 from gdmd_lightning.data.stream import PromptStream
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.prompts import PromptBatch
+from gdmd_lightning.prompts import Prompt, PromptBatch
+from gdmd_lightning.ranges import Count, Seed, Whole, ranged
 from gdmd_lightning.shapes.captions import TASK_WEIGHTS, prompts
 
 
@@ -66,6 +68,7 @@ class InTransitLoader:
         return map(InTransit, self.loader)
 
 
+@ranged
 class PromptDataModule(LightningDataModule):
     """Training prompts from a file, a data set or the Shapes world, repeated endlessly in a fixed order.
 
@@ -79,35 +82,28 @@ class PromptDataModule(LightningDataModule):
         batch_size: Samples per update on one rank.
         group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``.
         shuffle_buffer: Number of rows that are read and shuffled together; 0 or 1 keeps the source's order.
-        seed: Seed of the order, and of the prompts if the source is ``shapes``.
+        seed: Seed of the order, and of the prompts if the source is ``shapes``; null for ``seed_everything`` of the
+            configuration, or 0 without one.
         num_workers: Number of processes that read ahead; it does not affect the order.
         column: Key or column that holds the prompt.
         split: Split of a Hugging Face data set, a folder or ``shapes``.
 
     Raises:
-        UserError: If a number is out of range, the source cannot be read, or it has no prompt.
+        UserError: If ``group_size`` does not divide ``batch_size``, the source cannot be read, or it has no prompt.
     """
 
     def __init__(
         self,
         source: str = "shapes",
-        batch_size: int = 64,
-        group_size: int = 4,
-        shuffle_buffer: int = 10_000,
-        seed: int = 0,
-        num_workers: int = 0,
+        batch_size: Count = 64,
+        group_size: Count = 4,
+        shuffle_buffer: Whole = 10_000,
+        seed: Seed | None = None,
+        num_workers: Whole = 0,
         column: str = "prompt",
         split: str = "train",
     ) -> None:
         super().__init__()
-        for name, number, least in [
-            ("batch_size", batch_size, 1),
-            ("group_size", group_size, 1),
-            ("shuffle_buffer", shuffle_buffer, 0),
-            ("num_workers", num_workers, 0),
-        ]:
-            if number < least:
-                raise UserError(f"{name} is {number}", where=f"data.{name}", remedy=f"it must be at least {least}")
         if batch_size % group_size:
             raise UserError(
                 f"group_size {group_size} does not divide batch_size {batch_size}",
@@ -115,9 +111,10 @@ class PromptDataModule(LightningDataModule):
                 remedy=f"batch_size must be a multiple of it, such as {-(-batch_size // group_size) * group_size}",
             )
         self.source, self.column, self.split = source, column, split
-        self.batch_size, self.group_size, self.shuffle_buffer, self.seed = batch_size, group_size, shuffle_buffer, seed
+        self.batch_size, self.group_size, self.shuffle_buffer = batch_size, group_size, shuffle_buffer
+        self.seed = seed or 0
         self.num_workers = num_workers
-        self.prompts = open_source(source, column=column, split=split, seed=seed)
+        self.prompts = open_source(source, column=column, split=split, seed=self.seed)
         self._handed_over = 0
         self._processed_before: int | None = None
 
@@ -132,6 +129,10 @@ class PromptDataModule(LightningDataModule):
             split = self.prompts.split
             return (prompt.text for task in TASK_WEIGHTS for prompt in prompts(task, split))
         return (prompt.text for prompt in self.prompts.read())
+
+    def first_prompts(self, count: int = 1000) -> list[Prompt]:
+        """The first prompts of the source, at most ``count``."""
+        return list(islice(self.prompts.read(), count))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Unwrap a batch of prompts, and count it as handed over to training."""

@@ -7,8 +7,9 @@ embeddings and autoencoders stay below it.
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.families.resolution import Grid
+from gdmd_lightning.families.sketch import ARCHITECTURES
 from gdmd_lightning.families.truncation import cut_notice, silence_length_warnings
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.locations import resolve
@@ -88,6 +91,18 @@ class ModelFamily(ABC):
             UserError: If the family does not implement this.
         """
         raise UserError(f"{type(self).__name__} has no features", where="family", remedy="implement feature_module()")
+
+    def grid(self, network: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid | None:
+        """The sizes of pictures that these configurations allow.
+
+        Args:
+            network: Configuration of the denoising network.
+            autoencoder: Configuration of the autoencoder.
+
+        Returns:
+            ``None`` if only :meth:`latent_shape` checks sizes, which needs the loaded pipeline.
+        """
+        return None
 
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> Conditioning:
@@ -168,6 +183,29 @@ class ModelFamily(ABC):
         return {}
 
     # What all families share.
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Fail before any weights are loaded if the pipeline cannot make pictures of this size.
+
+        This reads configurations of local pipelines and of the models whose configurations are shipped. For others,
+        and where a file is broken, loading comes first; :meth:`latent_shape` checks the same afterwards.
+
+        Raises:
+            UserError: If it cannot.
+        """
+        place = next((p for p in (Path(self.path).expanduser(), ARCHITECTURES / self.path) if p.is_dir()), None)
+        if place is None:
+            return
+        try:
+            network, autoencoder = (
+                json.loads((place / part / "config.json").read_text(encoding="utf-8"))
+                for part in (self.network_component, "vae")
+            )
+            grid = self.grid(network, autoencoder)
+        except (OSError, ValueError, LookupError, TypeError):
+            return  # the loader says which part is broken
+        if grid is not None:
+            grid.check(height, width)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
+from gdmd_lightning.ranges import Count, Whole, ranged
 
 
+@ranged
 class Flux2KleinFamily(ModelFamily):
     """FLUX.2 klein, base or distilled.
 
@@ -39,8 +42,8 @@ class Flux2KleinFamily(ModelFamily):
     def __init__(
         self,
         path: str,
-        max_sequence_length: int = 512,
-        text_layers: tuple[int, ...] = (9, 18, 27),
+        max_sequence_length: Count = 512,
+        text_layers: tuple[Whole, ...] = (9, 18, 27),
         dtype: str = "float32",
     ) -> None:
         super().__init__(path)
@@ -142,14 +145,13 @@ class Flux2KleinFamily(ModelFamily):
         return super()._image_tokens(output, x_sigma)[:, -x_sigma[0, 0].numel() :]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        unit = 2 * self.loaded.vae_scale_factor
-        if height % unit or width % unit or min(height, width) < unit:
-            raise UserError(
-                f"{height}x{width} is not a multiple of {unit} pixels",
-                where="resolution",
-                remedy=f"use a multiple of {unit}: autoencoder {unit // 2}, patch 2",
-            )
-        return self.loaded.transformer.config.in_channels, height // unit, width // unit
+        config, unit = self.loaded.transformer.config, 2 * self.loaded.vae_scale_factor
+        self.grid(config, self.loaded.vae.config).check(height, width)
+        return config.in_channels, height // unit, width // unit
+
+    def grid(self, network: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid:
+        """2x2 patches of latents; positions are rotary, without a limit."""
+        return Grid(autoencoder_factor(autoencoder["block_out_channels"]), patch=2)
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae
@@ -210,6 +212,7 @@ class Flux2KleinFamily(ModelFamily):
         return {"max_sequence_length": self.max_sequence_length, "text_encoder_out_layers": self.text_layers}
 
 
+@ranged
 class Flux2Family(Flux2KleinFamily):
     """FLUX.2, whose network takes the guidance scale as an input and needs no second, unconditional pass.
 
@@ -236,8 +239,8 @@ class Flux2Family(Flux2KleinFamily):
     def __init__(
         self,
         path: str,
-        max_sequence_length: int = 512,
-        text_layers: tuple[int, ...] = (10, 20, 30),
+        max_sequence_length: Count = 512,
+        text_layers: tuple[Whole, ...] = (10, 20, 30),
         dtype: str = "float32",
     ) -> None:
         super().__init__(path, max_sequence_length, text_layers, dtype)

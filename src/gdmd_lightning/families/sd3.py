@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
+from gdmd_lightning.ranges import Whole, ranged
 from gdmd_lightning.schedules import few_step_sigmas
 
 _T5 = ("text_encoder_3", "tokenizer_3")
 
 
+@ranged
 class SD3Family(ModelFamily):
     """Stable Diffusion 3 or 3.5.
 
@@ -33,7 +35,9 @@ class SD3Family(ModelFamily):
 
     pipeline_class = "StableDiffusion3Pipeline"
 
-    def __init__(self, path: str, max_sequence_length: int = 256, use_t5: bool = True, dtype: str = "float32") -> None:
+    def __init__(
+        self, path: str, max_sequence_length: Whole = 256, use_t5: bool = True, dtype: str = "float32"
+    ) -> None:
         super().__init__(path)
         self.max_sequence_length, self.use_t5, self.dtype = max_sequence_length, use_t5, dtype
 
@@ -94,16 +98,14 @@ class SD3Family(ModelFamily):
         return blocks[len(blocks) // 2]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        config = self.loaded.transformer.config
-        factor = self.loaded.vae_scale_factor
-        unit = factor * config.patch_size
-        if height % unit or width % unit or min(height, width) < unit:
-            raise UserError(
-                f"{height}x{width} is not a multiple of {unit} pixels",
-                where="resolution",
-                remedy=f"use a multiple of {unit}: autoencoder {factor}, patch {config.patch_size}",
-            )
+        config, factor = self.loaded.transformer.config, self.loaded.vae_scale_factor
+        self.grid(config, self.loaded.vae.config).check(height, width)
         return config.in_channels, height // factor, width // factor
+
+    def grid(self, network: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid:
+        """Patches of latents, as many as the table of positions has on a side."""
+        factor = autoencoder_factor(autoencoder["block_out_channels"])
+        return Grid(factor, network["patch_size"], network["pos_embed_max_size"])
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import per_sample, sigma_from_vp, vp_from_sigma
@@ -139,14 +140,13 @@ class SDXLFamily(ModelFamily):
         return torch.where((t - t.round()).abs() < 0.01, t.round(), t).to(sigma.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.loaded.vae_scale_factor
-        if height % factor or width % factor or min(height, width) < factor:
-            raise UserError(
-                f"{height}x{width} is not a multiple of {factor} pixels",
-                where="resolution",
-                remedy=f"use a multiple of the autoencoder's {factor}",
-            )
-        return self.loaded.unet.config.in_channels, height // factor, width // factor
+        config, factor = self.loaded.unet.config, self.loaded.vae_scale_factor
+        self.grid(config, self.loaded.vae.config).check(height, width)
+        return config.in_channels, height // factor, width // factor
+
+    def grid(self, network: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid:
+        """Single latents; the UNet has no positions."""
+        return Grid(autoencoder_factor(autoencoder["block_out_channels"]))
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae

@@ -9,36 +9,34 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.objectives.advantages import Spread, center_within, group_advantages
+from gdmd_lightning.objectives.advantages import Spread, center_within, group_advantages, group_mean
+from gdmd_lightning.ranges import Count, Positive, ranged
 
 
+@ranged
 @dataclass(frozen=True)
 class TargetGroup:
     """The implicit targets of one student state.
 
     Args:
-        size: Number of targets, ``M``, at least 1.
+        size: Number of targets, ``M``.
         over: What distinguishes them: the ``renoise`` level, the fake score's ``snapshot``, or ``both``.
         snapshots: Number of past fake scores to keep in addition to the current one, if ``over`` uses them.
-        snapshot_every: Updates between two snapshots, at least 1.
-
-    Raises:
-        UserError: If a number is out of range.
+        snapshot_every: Updates between two snapshots.
     """
 
-    size: int = 4
+    size: Count = 4
     over: Literal["renoise", "snapshot", "both"] = "renoise"
-    snapshots: int = 2
-    snapshot_every: int = 20
+    snapshots: Count = 2
+    snapshot_every: Count = 20
 
-    def __post_init__(self) -> None:
-        for name in ("size", "snapshots", "snapshot_every"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}", where=f"model.targets.{name}", remedy="use at least 1"
-                )
+    @property
+    def past(self) -> int:
+        """Number of past fake scores that are in use."""
+        return 0 if self.over == "renoise" else self.snapshots
 
 
+@ranged
 @dataclass(frozen=True)
 class TargetAdvantages:
     """How rewards of targets become advantages.
@@ -50,22 +48,15 @@ class TargetAdvantages:
         center_strata: First subtract the batch's mean at each position in the group (the rank of its renoise
             level, or its snapshot), so that directions are compared, not levels. Otherwise targets at high
             noise, which get lower rewards whatever their direction, would always be pushed away from.
-        clip: ``A_max``, above 0.
+        clip: ``A_max``.
         score_samples: Also score the samples, for logs and the record; ``compare: sample`` does so anyway.
-
-    Raises:
-        UserError: If ``clip`` is not positive.
     """
 
     compare: Literal["state", "prompt", "sample"] = "prompt"
     spread: Spread = "batch"
     center_strata: bool = False
-    clip: float = 2.0
+    clip: Positive = 2.0
     score_samples: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise UserError(f"clip is {self.clip}", where="model.advantages.clip", remedy="it must be above 0")
 
     @property
     def needs_samples(self) -> bool:
@@ -87,14 +78,56 @@ class TargetAdvantages:
             values = values - sample_reward.repeat_interleave(size)
         if self.center_strata:
             values = center_within(values, torch.arange(size, device=rewards.device).repeat(batch))
-        match self.compare:
-            case "state":
-                members = torch.arange(batch, device=rewards.device).repeat_interleave(size)
-            case "prompt":
-                members = groups.repeat_interleave(size)
-            case "sample":
-                return _over_rms(values).view(batch, size)
-        return group_advantages(values, members, self.spread).view(batch, size)
+        if self.compare == "sample":
+            return _over_rms(values).view(batch, size)
+        return group_advantages(values, self._members(groups.to(rewards.device), size), self.spread).view(batch, size)
+
+    def check(self, batch_size: int, group_size: int, targets: int) -> None:
+        """Fail if every advantage would be 0, whatever the rewards.
+
+        A target is compared with the other targets of its state or its prompt, or with its sample. ``center_strata``
+        subtracts means over the samples of a batch, which are the values themselves if there is only one sample.
+
+        Args:
+            batch_size: Samples per update.
+            group_size: Samples per prompt.
+            targets: Targets per sample.
+
+        Raises:
+            UserError: If a group has one member, or its centered values are all 0.
+        """
+        what = "the reward would have no effect: all advantages would be 0, because "
+        members = {"state": targets, "prompt": group_size * targets, "sample": 2}[self.compare]
+        if members == 1:
+            larger = "model.targets.size" if self.compare == "state" else "model.targets.size or data.group_size"
+            raise UserError(
+                f"{what}each {self.compare} has one target, which is compared with itself",
+                where="model.advantages.compare",
+                remedy=f"use a larger {larger}, or model.lambda_policy 0",
+            )
+        if self.center_strata and batch_size == 1:
+            raise UserError(
+                f"{what}the mean over the only sample of a batch is subtracted from it",
+                where="model.advantages.center_strata",
+                remedy="use a larger data.batch_size, or set it to false",
+            )
+
+    def without_spread(self, advantages: Tensor, groups: Tensor) -> Tensor:
+        """Share of groups whose advantages are all 0, a scalar on the device.
+
+        Args:
+            advantages: ``[B, M]``.
+            groups: Index of each sample's prompt, ``[B]``.
+        """
+        members = self._members(groups.to(advantages.device), advantages.shape[1])
+        # All groups have the same size, so the share of members is that of groups.
+        return (group_mean(advantages.flatten().abs(), members) == 0).float().mean()
+
+    def _members(self, groups: Tensor, size: int) -> Tensor:
+        """Index of each target's group, ``[B * M]``."""
+        if self.compare == "prompt":
+            return groups.repeat_interleave(size)
+        return torch.arange(len(groups), device=groups.device).repeat_interleave(size)
 
 
 def _over_rms(difference: Tensor, floor: float = 1e-4) -> Tensor:

@@ -6,18 +6,19 @@ A method declares its roles and writes its update as a short script over these p
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
 from gdmd_lightning.methods.lightning import RoleModule, Update
 from gdmd_lightning.phases import phase
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.ranges import Steps, ranged
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
@@ -40,27 +41,23 @@ class State:
     step_index: Tensor
 
 
+@ranged
 class DistillationModule(RoleModule, ABC):
     """A few-step generator that a method trains.
 
     Args:
         family: The teacher's pipeline.
-        steps: Network evaluations per sample, at least 1.
+        steps: Network evaluations per sample.
         sampler: How the generator goes from step to step.
         shared: Arguments of :class:`RoleModule`.
-
-    Raises:
-        UserError: If a value is out of range.
     """
 
     judge: Judge | None = None
     keeps_record: ClassVar[bool] = False
     """Whether updates carry a record of judged targets."""
 
-    def __init__(self, family: ModelFamily, steps: int = 4, sampler: Sampler = ODE(), **shared: Any) -> None:
+    def __init__(self, family: ModelFamily, steps: Steps = 4, sampler: Sampler = ODE(), **shared: Any) -> None:
         super().__init__(family, **shared)
-        if steps < 1:
-            raise UserError(f"it is {steps}", where="model.steps", remedy="use at least 1")
         self.steps, self.sampler = steps, sampler
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
@@ -73,6 +70,10 @@ class DistillationModule(RoleModule, ABC):
     def build_roles(self, network: nn.Module) -> None:
         super().build_roles(network)
         self.sigmas = self.family.few_step_sigmas(self.steps, self.latent_shape)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        if self.judge is not None:
+            self.judge.check(prompts)
 
     # What updates are written with.
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.engines.base import Learn
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, NoisyLatents
 from gdmd_lightning.methods.advantages import TargetAdvantages, TargetGroup
@@ -21,11 +20,13 @@ from gdmd_lightning.methods.record import JudgedTargets
 from gdmd_lightning.methods.reward_terms import Policy, policy_noise, policy_term
 from gdmd_lightning.objectives.distribution_matching import dm_loss
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
+from gdmd_lightning.ranges import NonNegative, ranged
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
 
 
+@ranged
 class GDMD(MatchingModule):
     """Distribution matching whose gradients are judged by a reward.
 
@@ -35,7 +36,7 @@ class GDMD(MatchingModule):
         targets: The group of implicit targets of a state.
         advantages: How rewards become advantages.
         policy: How advantages become an update.
-        lambda_policy: Weight of the policy term; distillation has weight 1. ``UserError`` if negative.
+        lambda_policy: Weight of the policy term; distillation has weight 1.
         matching_module: Arguments of :class:`MatchingModule`.
     """
 
@@ -49,17 +50,17 @@ class GDMD(MatchingModule):
         targets: TargetGroup = TargetGroup(),
         advantages: TargetAdvantages = TargetAdvantages(),
         policy: Policy = Policy(),
-        lambda_policy: float = 1.0,
+        lambda_policy: NonNegative = 1.0,
         **matching_module: Any,
     ) -> None:
         super().__init__(family, **matching_module)
-        if not lambda_policy >= 0:
-            raise UserError(f"it is {lambda_policy}", where="model.lambda_policy", remedy="use at least 0")
-        self.targets, self.advantages, self.policy = targets, advantages, policy
-        self.lambda_policy = lambda_policy
+        self.targets, self.advantages, self.policy, self.lambda_policy = targets, advantages, policy, lambda_policy
         self.judge = self.judge_with(reward)
-        past = 0 if targets.over == "renoise" else targets.snapshots
-        self.snapshots = tuple(f"fake_score@{slot}" for slot in range(1, past + 1))
+        self.snapshots = tuple(f"fake_score@{slot}" for slot in range(1, targets.past + 1))
+
+    def check_batch(self, batch_size: int, group_size: int) -> None:
+        if self.lambda_policy:  # 0 switches the reward's effect off
+            self.advantages.check(batch_size, group_size, self.targets.size)
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
         """The roles of distribution matching, the old policy, and snapshots of the fake score."""
@@ -87,8 +88,7 @@ class GDMD(MatchingModule):
                 loss = self._loss(part, latents, judged.targets[rows], n[rows], judged.optimality[rows], eps[rows])
                 backward(share * loss)
                 weighted_sum(loss_logs, share, loss=loss)
-        logs = {**loss_logs, **judged.logs(), "sample_std": judged.x.std()}
-        return Update(logs | self.train_fake_score(batch, state, judged.x, learn), record=judged)
+        return Update(loss_logs | judged.logs() | self.train_fake_score(batch, state, judged.x, learn), record=judged)
 
     def _judge_targets(self, x: Tensor, state: State, batch: Batch) -> tuple[JudgedTargets, Tensor]:
         """The group of targets of each sample with its advantages, and the normalizers ``[B, M]``."""
@@ -96,14 +96,13 @@ class GDMD(MatchingModule):
         scores = ("fake_score", *self.snapshots)
         draw = self.draw_renoise(state, size, share_sigma=over == "snapshot")
         match = self.match(x, batch.conditioning, draw, scores)
-        latents = match.target
-        prompts = tuple(prompt for prompt in batch.prompts for _ in range(size))
+        latents, prompts = match.target, tuple(prompt for prompt in batch.prompts for _ in range(size))
         if self.advantages.needs_samples:
             latents, prompts = torch.cat([latents, x.detach()]), (*prompts, *batch.prompts)
         scored = self.judge(latents, prompts)
         rewards = scored[: len(x) * size].view(len(x), size)
         sample_reward = scored[len(x) * size :] if self.advantages.needs_samples else None
-        advantages = self.advantages(rewards, sample_reward, batch.groups.to(x.device))
+        advantages = self.advantages(rewards, sample_reward, batch.groups)
         judged = JudgedTargets(
             prompts=batch.prompts,
             x=x.detach(),
@@ -115,6 +114,7 @@ class GDMD(MatchingModule):
             rewards=rewards,
             sample_reward=sample_reward,
             advantages=advantages,
+            without_spread=self.advantages.without_spread(advantages, batch.groups),
             optimality=optimality(advantages, self.advantages.clip),
             lambda_policy=self.lambda_policy,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.errors import UserError
@@ -19,7 +21,8 @@ from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.checkpointing import Provenance, check_fits, take_over
 from gdmd_lightning.methods.settings import Memory
-from gdmd_lightning.prompts import PromptBatch
+from gdmd_lightning.prompts import Prompt, PromptBatch
+from gdmd_lightning.ranges import Count, Decay, Seed, ranged
 from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec
 from gdmd_lightning.streams import stream
 
@@ -37,6 +40,7 @@ class Update:
     record: Any = None
 
 
+@ranged
 class RoleModule(pl.LightningModule):
     """A pipeline's network in the roles that a method declares, under manual optimization.
 
@@ -52,17 +56,14 @@ class RoleModule(pl.LightningModule):
         micro_batch_size: Maximum number of samples in memory at once; does not change the update. Null for no
             limit.
         embedding_cache: Embed all prompts to disk before training; null to embed each batch during training.
-        ema_decay: Decay of the averaged weights, which are evaluated and exported, in [0, 1).
-        seed: Seed of all random streams.
+        ema_decay: Decay of the averaged weights, which are evaluated and exported.
+        seed: Seed of all random streams; null for ``seed_everything`` of the configuration, or 0 without one.
         start_from: Checkpoint of this project from which the roles are loaded at the start.
 
     Attributes:
         roles: The roles; available after :meth:`configure_model`.
         updates: Updates done so far; part of the checkpoint.
         evaluations: Network evaluations of single latents in these updates on this rank; part of the checkpoint.
-
-    Raises:
-        UserError: If a value is out of range.
     """
 
     roles: Roles
@@ -70,29 +71,23 @@ class RoleModule(pl.LightningModule):
     def __init__(
         self,
         family: ModelFamily,
-        height: int = 1024,
-        width: int = 1024,
+        height: Count = 1024,
+        width: Count = 1024,
         generator: Optimization = Optimization(),
         lora: LoRA | None = None,
         memory: Memory = Memory(),
-        micro_batch_size: int | None = None,
+        micro_batch_size: Count | None = None,
         embedding_cache: EmbeddingCache | None = None,
-        ema_decay: float = 0.99,
-        seed: int = 0,
+        ema_decay: Decay = 0.99,
+        seed: Seed | None = None,
         start_from: str | None = None,
     ) -> None:
         super().__init__()
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise UserError(
-                f"it is {micro_batch_size}", where="model.micro_batch_size", remedy="use at least 1, or null"
-            )
-        if not 0 <= ema_decay < 1:
-            raise UserError(f"it is {ema_decay}", where="model.ema_decay", remedy="it must be in [0, 1)")
         self.automatic_optimization = False
         self.family, self.height, self.width = family, height, width
         self.generator, self.lora, self.memory = generator, lora, memory
         self.micro_batch_size, self.embedding_cache = micro_batch_size, embedding_cache
-        self.ema_decay, self.seed, self.start_from = ema_decay, seed, start_from
+        self.ema_decay, self.seed, self.start_from = ema_decay, seed or 0, start_from
         self.updates = self.evaluations = 0
         self.provenance = Provenance()
         self._only: str | None = None
@@ -107,12 +102,31 @@ class RoleModule(pl.LightningModule):
     def update(self, batch: Batch, learn: Learn) -> Update:
         """One update: forwards, losses and ``with learn(role) as backward`` steps, in the method's own order."""
 
+    def check_batch(self, batch_size: int, group_size: int) -> None:
+        """Fail, before anything is loaded, if the method cannot learn from such batches.
+
+        Args:
+            batch_size: Samples per update on one rank.
+            group_size: Samples per prompt.
+
+        Raises:
+            UserError: If it cannot.
+        """
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Fail, before anything is loaded, if these prompts lack what the method needs.
+
+        Raises:
+            UserError: If one does.
+        """
+
     # Roles.
 
     def configure_model(self) -> None:
         """Load the family and build the roles, once."""
         if hasattr(self, "roles"):
             return
+        self.family.check_resolution(self.height, self.width)
         self.build_roles(self.family.load())
         self.embeddings = PromptEmbeddings(self.family)
         if self.start_from is not None:
@@ -154,11 +168,15 @@ class RoleModule(pl.LightningModule):
     # Training.
 
     def setup(self, stage: str) -> None:
-        """Fail early if an optimizer is not installed."""
+        """Fail early if an optimizer is not installed, or the method cannot learn from the data."""
         if stage == "fit":
             for role in self.role_specs():
                 if role.optimizer is not None:
                     role.optimizer.check()
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if isinstance(data, PromptDataModule):
+                self.check_batch(data.batch_size, data.group_size)
+                self.check_prompts(data.first_prompts())
 
     def on_fit_start(self) -> None:
         """Move text encoders and VAE to the device; embed all prompts if configured."""

@@ -20,6 +20,7 @@ from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.objectives.distribution_matching import dm_direction, normalizer
 from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.phases import phase
+from gdmd_lightning.ranges import ranged
 from gdmd_lightning.roles import Optimization, RoleSpec
 from gdmd_lightning.schedules import RenoiseDistribution, draw_renoise_sigmas, renoise
 from gdmd_lightning.streams import draw_noise
@@ -74,6 +75,7 @@ class Match:
         return dm_direction(self.real, self.fake).flatten(1).abs().mean(1) / self.n
 
 
+@ranged
 class MatchingModule(DistillationModule, ABC):
     """A method that matches the generator's distribution to the teacher's with a fake score.
 

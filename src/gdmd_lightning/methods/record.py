@@ -25,6 +25,7 @@ class JudgedTargets:
         rewards: Rewards of the targets, ``[B, M]``.
         sample_reward: Rewards of the samples, ``[B]``; ``None`` if they were not scored.
         advantages: ``[B, M]``.
+        without_spread: Share of groups whose advantages are all 0, scalar.
         optimality: ``[B, M]``, in [0, 1].
         lambda_policy: Weight of the policy term.
     """
@@ -39,6 +40,7 @@ class JudgedTargets:
     rewards: Tensor
     sample_reward: Tensor | None
     advantages: Tensor
+    without_spread: Tensor
     optimality: Tensor
     lambda_policy: float
 
@@ -57,6 +59,8 @@ class JudgedTargets:
             "reward_target": self.rewards.mean(),
             "reward_spread": spread,
             "gradient": self.gradient.mean(),
+            "groups_without_spread": self.without_spread,
+            "sample_std": self.x.std(),
             "weight_negative": (self.weight() < 0).float().mean(),
             "advantage_level_correlation": correlation(self.advantages, self.renoise_sigma),
         }

@@ -14,10 +14,12 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
+from gdmd_lightning.ranges import Finite, Positive, ranged
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 
 
+@ranged
 class ReFL(DistillationModule):
     """Reward backpropagation into the last step of a few-step generator.
 
@@ -35,7 +37,12 @@ class ReFL(DistillationModule):
     judge: Judge
 
     def __init__(
-        self, family: ModelFamily, reward: Reward, margin: float | None = None, weight: float = 1.0, **distillation: Any
+        self,
+        family: ModelFamily,
+        reward: Reward,
+        margin: Finite | None = None,
+        weight: Positive = 1.0,
+        **distillation: Any,
     ) -> None:
         super().__init__(family, **distillation)
         if not reward.differentiable:

@@ -8,15 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import NoisyLatents
 from gdmd_lightning.objectives.distribution_matching import normalizer
 from gdmd_lightning.objectives.policy import policy_loss, policy_pair
+from gdmd_lightning.ranges import Decay, Positive, ranged
 from gdmd_lightning.roles import Roles
 from gdmd_lightning.schedules import renoise
 from gdmd_lightning.streams import draw_noise
 
 
+@ranged
 @dataclass(frozen=True)
 class Policy:
     """How advantages move the generator.
@@ -29,22 +30,15 @@ class Policy:
         normalize: What squared errors are divided by: ``distillation``'s ``n``, or the detached mean absolute
             ``error`` of each policy, as in DiffusionNFT. At the state and ``v = v_old`` the former gives the
             exact weights.
-        beta: Strength of the mixture, above 0.
-        old_decay: Decay of the averaged generator that is the old policy, in [0, 1).
-
-    Raises:
-        UserError: If ``beta`` is not positive.
+        beta: Strength of the mixture.
+        old_decay: Decay of the averaged generator that is the old policy.
     """
 
     form: Literal["full", "weighted"] = "full"
     at: Literal["state", "target"] = "target"
     normalize: Literal["distillation", "error"] = "error"
-    beta: float = 1.0
-    old_decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise UserError(f"beta is {self.beta}", where="model.policy.beta", remedy="it must be above 0")
+    beta: Positive = 1.0
+    old_decay: Decay = 0.9
 
 
 def policy_noise(policy: Policy, targets: Tensor, rng: torch.Generator) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.ranges import Count, NonNegative, Positive, ranged
 from gdmd_lightning.rewards.judge import Placement
 from gdmd_lightning.schedules import RenoiseDistribution, Uniform
 
 
+@ranged
 @dataclass(frozen=True)
 class Matching:
     """Distribution matching: how teacher and fake score are evaluated, and how the fake score learns.
@@ -19,33 +20,22 @@ class Matching:
         renoise_distribution: Levels at which both are evaluated.
         fake_score_renoise_distribution: Levels at which the fake score learns; null for
             ``renoise_distribution``.
-        fake_score_updates: Fake-score updates per generator update, at least 1.
+        fake_score_updates: Fake-score updates per generator update.
         fake_score_samples: ``reused``: the fake score learns from the samples of the generator's step, at no
             extra evaluation of the generator; ``fresh``: new samples are generated for each of its updates,
             as in DMD2's code.
         interval: Levels at which a sample is matched and shown to the fake score: ``whole``: all; ``step``: only those
             above the level at which its step ends. Below it the next step takes over.
-        floor: Lower limit of the normalizer ``n``, above 0.
-
-    Raises:
-        UserError: If a value is out of range.
+        floor: Lower limit of the normalizer ``n``.
     """
 
-    guidance_scale: float = 3.0
+    guidance_scale: NonNegative = 3.0
     renoise_distribution: RenoiseDistribution = field(default_factory=Uniform)
     fake_score_renoise_distribution: RenoiseDistribution | None = None
-    fake_score_updates: int = 5
+    fake_score_updates: Count = 5
     fake_score_samples: Literal["reused", "fresh"] = "reused"
     interval: Literal["whole", "step"] = "whole"
-    floor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.fake_score_updates < 1 or self.floor <= 0:
-            raise UserError(
-                f"fake_score_updates is {self.fake_score_updates} and floor {self.floor}",
-                where="model.matching",
-                remedy="use at least 1 update and a floor above 0",
-            )
+    floor: Positive = 1e-3
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from gdmd_lightning.geneval.detector import Detector
+from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.geneval.rules import verdict
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
@@ -55,9 +56,24 @@ class TaskScore(Metric):
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """One value per picture, ``[B]``."""
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Check that the prompts contain what the score needs.
+
+        Raises:
+            UserError: If a prompt lacks it.
+        """
+
     def begin(self, prompts: Sequence[Prompt]) -> None:
-        """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers."""
+        """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers.
+
+        Raises:
+            UserError: If a prompt lacks what the score needs.
+        """
+        self.check(prompts)
         self.reset()
+        # A rank without prompts has values too, if none: ranks would otherwise not gather the same number of tensors.
+        self.values.append(torch.zeros(0, device=self.device))
+        self.tasks.append(torch.zeros(0, dtype=torch.long, device=self.device))
         self.task_names = list(dict.fromkeys(task_of(prompt) for prompt in prompts))
 
     def update(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
@@ -115,6 +131,9 @@ class GenEvalScore(TaskScore):
         super().__init__()
         self.detector = detector or ShapesDetector()
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check_metadata(prompts, f"score {self.name!r}")
+
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         found = self.detector.detect(images, prompts)
@@ -136,6 +155,9 @@ class RewardScore(TaskScore):
         super().__init__()
         self.reward = reward
         self.name = reward.name
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self.reward.check(prompts)
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

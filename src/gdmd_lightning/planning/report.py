@@ -52,8 +52,10 @@ def plan_of(arguments: Sequence[str]) -> Plan:
     strategy = str(settings.trainer.strategy)
     if strategy != "auto" and not strategy.startswith(("ddp", "single")):
         raise UserError(f"{strategy!r} is not planned yet", where="trainer.strategy", remedy="plan it with ddp")
+    module = build_module(settings.model)
+    module.check_batch(settings.data.batch_size, settings.data.group_size)
     found = plan(
-        build_module(settings.model),
+        module,
         settings.data.batch_size,
         settings.trainer.precision,
         accelerator="cpu" if settings.trainer.accelerator == "cpu" else "cuda",

@@ -46,7 +46,8 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
     """``reward.score``, checked: ``[B]`` finite float32 on the pictures' device.
 
     Raises:
-        UserError: If the reward raises, or returns another shape or a value that is not finite.
+        UserError: If the reward raises, returns another shape or a value that is not finite, or has no gradient
+            although it is differentiable and the pictures have one.
     """
     where = f"reward {reward.name!r}"
     try:
@@ -61,6 +62,12 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
             f"returned {shape} for {len(images)} pictures",
             where=where,
             remedy=f"return a tensor of shape ({len(images)},)",
+        )
+    if reward.differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+        raise UserError(
+            "differentiable is true, but its scores carry no gradient to the pictures",
+            where=where,
+            remedy="compute them from the pictures with torch, or set differentiable to false",
         )
     wrong = torch.nonzero(~torch.isfinite(scores.detach()))[:, 0]
     if len(wrong):

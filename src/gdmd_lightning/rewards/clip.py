@@ -14,9 +14,11 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.ranges import Finite, Positive, ranged
 from gdmd_lightning.rewards.base import Reward
 
 
+@ranged
 class ContrastiveReward(Reward):
     """Cosine of text and picture under a CLIP model, differentiable in the pixels.
 
@@ -34,8 +36,8 @@ class ContrastiveReward(Reward):
     def __init__(
         self,
         path: str,
-        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5),
+        std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5),
         name: str = "contrastive",
     ) -> None:
         self.path, self.name = resolve(str(path)), name

@@ -9,24 +9,28 @@ from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.ranges import Finite, ranged
 from gdmd_lightning.rewards.base import Reward, checked_score
 
 
+@ranged
 class CombinedReward(Reward):
     """``sum_i weight_i reward_i``; differentiable if all its parts are.
 
     Args:
         rewards: The rewards, at least one.
-        weights: One weight per reward.
+        weights: One weight per reward, not all 0.
     """
 
-    def __init__(self, rewards: list[Reward], weights: list[float]) -> None:
+    def __init__(self, rewards: list[Reward], weights: list[Finite]) -> None:
         if not rewards or len(rewards) != len(weights):
             raise UserError(
                 f"{len(rewards)} rewards and {len(weights)} weights",
                 where="reward",
                 remedy="give one weight per reward",
             )
+        if not any(weights):
+            raise UserError("all weights are 0", where="reward.weights", remedy="give a reward a weight")
         self.rewards, self.weights = rewards, weights
         self.name = "+".join(reward.name for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.shapes.captions import COLORS, SHAPES
 from gdmd_lightning.shapes.detector import grade
 
 
@@ -22,10 +23,4 @@ class ShapesReward(Reward):
         return torch.from_numpy(grade(images, prompts))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            if "include" not in prompt.metadata:
-                raise UserError(
-                    f"prompt {prompt.text!r} has no GenEval metadata",
-                    where=f"reward {self.name!r}",
-                    remedy="use data.source: shapes, or a .jsonl file with 'include' in each line",
-                )
+        check_metadata(prompts, f"reward {self.name!r}", classes=SHAPES, colors=COLORS)

@@ -24,35 +24,28 @@ from torch.utils.checkpoint import checkpoint
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.roles.base import Roles
 from gdmd_lightning.roles.spec import TEACHER, RoleSpec
 from gdmd_lightning.streams import named_seed
 
 
+@ranged
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters instead of full weights.
 
     Args:
-        rank: Rank of the two factors, at least 1.
+        rank: Rank of the two factors.
         alpha: Scale; the adapter's product is multiplied by ``alpha / rank``.
         targets: Suffixes of the names of the modules that get an adapter; empty for the family's own choice.
-
-    Raises:
-        UserError: If rank or alpha is not positive.
 
     Source: LoRA (2106.09685); rank 32, alpha 64 as in RTDMD (2605.26108).
     """
 
-    rank: int = 32
-    alpha: int = 64
+    rank: Count = 32
+    alpha: Count = 64
     targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise UserError(
-                f"rank is {self.rank} and alpha {self.alpha}", where="model.lora", remedy="both must be above 0"
-            )
 
 
 class AdapterRoles(Roles):

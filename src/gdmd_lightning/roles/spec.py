@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.ranges import Decay, NonNegative, Positive, Whole, ranged
 
 TEACHER = "teacher"
 """The frozen network of the pipeline; every method has this role, and no spec declares it."""
 
 
+@ranged
 @dataclass(frozen=True)
 class Optimization:
     """AdamW for one role.
@@ -29,11 +31,11 @@ class Optimization:
         algorithm: ``adamw``, or ``adamw_8bit`` of bitsandbytes, which stores each moment in one byte.
     """
 
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    warmup: int = 10
+    learning_rate: NonNegative = 1e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    weight_decay: NonNegative = 0.01
+    gradient_clip: Positive = 1.0
+    warmup: Whole = 10
     algorithm: Literal["adamw", "adamw_8bit"] = "adamw"
 
     def check(self) -> None:

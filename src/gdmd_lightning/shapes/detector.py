@@ -18,6 +18,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.rules import RELATION_THRESHOLD, RELATIONS, Detection, Rules, relation_strength
 from gdmd_lightning.prompts import Prompt
@@ -90,7 +91,18 @@ class ShapesDetector(Detector):
 
 @torch.no_grad()
 def find_components(images: Tensor) -> Components:
-    """Find the connected regions of each palette color in pictures ``[N, 3, 32, 32]`` in [0, 1]."""
+    """Find the connected regions of each palette color in pictures ``[N, 3, 32, 32]`` in [0, 1].
+
+    Raises:
+        UserError: If the pictures have another size.
+    """
+    height, width = images.shape[2:]
+    if (height, width) != (SIZE, SIZE):
+        raise UserError(
+            f"it cannot read pictures of {height}x{width}",
+            where="Shapes detector",
+            remedy=f"use pictures of {SIZE}x{SIZE}, or scores that are not of the Shapes world",
+        )
     images = images.detach().float().cpu().clamp(0, 1)
     distance = (images[:, None] - _COLORS[None, :, :, None, None]).square().sum(2)
     nearest = distance.argmin(1).numpy()  # [N, H, W], 0 is the background

@@ -197,8 +197,6 @@ def _train(run: Run, budget: int, seconds: float) -> TrainingCost:
     settings: dict[str, Any] = {
         "trainer.max_steps": -1,
         "trainer.callbacks": [KEEP_LAST, stop],
-        "model.seed": run.seed,
-        "data.seed": run.seed,
         "seed_everything": run.seed,
         **UNOBSERVED,
     }

@@ -15,6 +15,7 @@ from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.ranges import Count, Seed, ranged
 from gdmd_lightning.studies.arms import ANOTHER_OUT, Arm, Run, run_arm
 from gdmd_lightning.studies.contestants import draw, student, teachers
 from gdmd_lightning.studies.outcome import Outcome
@@ -25,19 +26,21 @@ from gdmd_lightning.studies.tasks import TASKS, Task
 from gdmd_lightning.studies.watch import Watch
 
 
+@ranged
 @dataclass(frozen=True)
 class Start:
     """What all methods start from.
 
     Args:
         arm: Its training.
-        evaluations: Network evaluations of it, at least 1.
+        evaluations: Network evaluations of it.
     """
 
     arm: Arm
-    evaluations: int
+    evaluations: Count
 
 
+@ranged
 @dataclass(frozen=True)
 class Comparison:
     """Settings of ``compare``.
@@ -49,8 +52,8 @@ class Comparison:
     Args:
         methods: The methods by their names in tables.
         start: What they start from.
-        evaluations: Network evaluations of each method after the start, at least 1.
-        points: How often each method is scored: after equal parts of its evaluations, at least 1.
+        evaluations: Network evaluations of each method after the start.
+        points: How often each method is scored: after equal parts of its evaluations.
         seeds: Seeds of the starts; a method's own seed is 1000 larger.
         control: The method that all others are compared with, besides the teacher.
         task: What the methods are scored on; ``shapes``.
@@ -63,15 +66,15 @@ class Comparison:
 
     methods: dict[str, Arm]
     start: Start
-    evaluations: int
-    points: int = 4
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    evaluations: Count
+    points: Count = 4
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     control: str = "DMD"
     task: str = "shapes"
-    count: int = 1200
+    count: Count = 1200
     watch: Watch = Watch()
     out: Path = Path("runs/compare")
-    processes: int = 1
+    processes: Count = 1
     fit: list[str] = field(default_factory=list)
 
     @property
@@ -103,7 +106,7 @@ class Comparison:
         Raises:
             UserError: If it does; the message names the setting or file.
         """
-        _check_numbers(self)
+        _check_settings(self)
         self.start.arm.check("start")
         directories = {"start"}
         for name, arm in self.methods.items():
@@ -192,12 +195,7 @@ class Comparison:
         return text
 
 
-def _check_numbers(settings: Comparison) -> None:
-    for name in ("evaluations", "points", "count", "processes"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"it is {getattr(settings, name)}", where=name, remedy="use at least 1")
-    if settings.start.evaluations < 1:
-        raise UserError(f"it is {settings.start.evaluations}", where="start.evaluations", remedy="use at least 1")
+def _check_settings(settings: Comparison) -> None:
     if settings.points > settings.evaluations:
         raise UserError(f"it is {settings.points}", where="points", remedy="use at most one per evaluation")
     if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):

@@ -62,7 +62,9 @@ def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> s
             f'pipe.load_lora_weights("{out}")',
             f'pipe.scheduler = diffusers.{scheduler.__name__}.from_pretrained("{out}", subfolder="scheduler")',
         ]
-    call = f'pipe(prompt="a red circle", num_inference_steps={steps}, guidance_scale=1.0{more})'
+    # Without its size a pipeline makes pictures of its own default size, on other noise levels for some families.
+    size = f"height={module.height}, width={module.width}"
+    call = f'pipe(prompt="a red circle", {size}, num_inference_steps={steps}, guidance_scale=1.0{more})'
     return "\n".join([*lines, f'{call}.images[0].save("picture.png")'])
 
 

@@ -21,15 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+from gdmd_lightning.configuration.restore import picture_size
 from gdmd_lightning.data.readers import PromptSource, ShapesPrompts, open_source
 from gdmd_lightning.errors import UserError, without_middle
 from gdmd_lightning.files import atomic_file, write_atomically
@@ -147,19 +146,10 @@ def open_checkpoint(path: str) -> tuple[str, tuple[int, int]]:
             where="checkpoint",
             remedy="give a .ckpt written by fit; sample an exported pipeline with diffusers itself",
         )
-    content = read_checkpoint(path, in_memory=False)
+    read_checkpoint(path, in_memory=False)
     with zipfile.ZipFile(path) as archive:
         parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest(), _trained_size(content, path)
-
-
-def _trained_size(content: dict[str, Any], path: str) -> tuple[int, int]:
-    try:
-        arguments = yaml.safe_load(content["provenance"]["configuration"])["model"]["init_args"]
-        return int(arguments["height"]), int(arguments["width"])
-    except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        remedy = "use a .ckpt written by fit"
-        raise UserError(f"{path!r} does not say its size in pixels", where="checkpoint", remedy=remedy) from error
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest(), picture_size(path)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import ContrastiveReward
 from gdmd_lightning.rewards.shapes import ShapesReward
+from gdmd_lightning.shapes.scenes import SIZE
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Task:
         scores: Makes the scores, empty.
         titles: Column title of each score, by its name.
         compared: The score whose differences to the teacher and to the control are reported.
+        size: Height and width, in pixels, of the pictures that the scores can read.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Task:
     scores: Callable[[], list[TaskScore]]
     titles: Mapping[str, str]
     compared: str
+    size: tuple[int, int]
 
     def read_prompts(self, count: int) -> list[Prompt]:
         """The first ``count`` test prompts.
@@ -41,6 +45,34 @@ class Task:
             UserError: If the source is broken or cannot give this many.
         """
         return read_evaluation_prompts(self.prompts, count)
+
+    def check(self, count: int) -> None:
+        """Fail before anything is loaded if the scores cannot judge the first ``count`` test prompts.
+
+        Raises:
+            UserError: If a score lacks something in a prompt.
+        """
+        prompts = self.read_prompts(count)
+        for score in self.scores():
+            score.check(prompts)
+
+    def check_size(self, name: str, height: int, width: int) -> None:
+        """Fail if the scores cannot read a generator's pictures.
+
+        Args:
+            name: The generator, for the message.
+            height, width: Size of its pictures in pixels.
+
+        Raises:
+            UserError: If they cannot.
+        """
+        if (height, width) != self.size:
+            raise UserError(
+                f"it makes pictures of {height}x{width}, and the scores of {self.name!r} read only "
+                f"{self.size[0]}x{self.size[1]}",
+                where=name,
+                remedy="score it while it trains, with the callback GenerationEvaluation and your own scores",
+            )
 
 
 def shapes_scores() -> list[TaskScore]:
@@ -57,5 +89,6 @@ SHAPES = Task(
     scores=shapes_scores,
     titles={"geneval": "GenEval", "shapes": "graded reward", "hps_like": "HPS-like"},
     compared="shapes",
+    size=(SIZE, SIZE),
 )
 TASKS = {task.name: task for task in (SHAPES,)}

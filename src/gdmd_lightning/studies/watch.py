@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from gdmd_lightning.metrics.evaluation import fixed_noise
 from gdmd_lightning.metrics.scores import Interval, bootstrap_mean
 from gdmd_lightning.metrics.variety import free_colors, pairwise_distance, unevenness
+from gdmd_lightning.ranges import Count, Range, Seed, ranged
 from gdmd_lightning.shapes.captions import COLORS, TASKS, evaluation_prompts
 from gdmd_lightning.shapes.detector import ShapesDetector
 from gdmd_lightning.studies.contestants import Contestant
@@ -24,6 +25,7 @@ WATCHED = {
 """Column title of each figure, by its name."""
 
 
+@ranged
 @dataclass(frozen=True)
 class Watch:
     """Several samples of each of a few prompts of the Shapes world.
@@ -34,13 +36,13 @@ class Watch:
 
     Args:
         per_task: Prompts of each task.
-        samples: Samples of each prompt, at least 2.
+        samples: Samples of each prompt.
         seed: Seed of the noise; not that of the scores.
     """
 
-    per_task: int = 8
-    samples: int = 8
-    seed: int = 1
+    per_task: Count = 8
+    samples: Annotated[int, Range(2)] = 8
+    seed: Seed = 1
 
     @torch.no_grad()
     def __call__(self, contestant: Contestant) -> dict[str, Interval]:
