@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import Provenance, check_fits, read_checkpoint
+from gdmd_lightning.methods.checkpointing import Provenance, check_finite, check_fits, read_checkpoint
 
 
 def module_parser() -> ArgumentParser:
@@ -42,7 +42,8 @@ def load_module(path: str, device: str = "cpu", role: str | None = None) -> Dist
         role: Build only this role and the teacher; ``None`` for all. Sampling and export need one.
 
     Raises:
-        UserError: If the checkpoint is unreadable, has no configuration, or does not fit the pipeline on disk.
+        UserError: If the checkpoint is unreadable, has no configuration, does not fit the pipeline on disk,
+            or holds a weight that is not finite.
     """
     checkpoint = read_checkpoint(path)
     provenance = Provenance(**checkpoint.get("provenance", {}))
@@ -61,6 +62,8 @@ def load_module(path: str, device: str = "cpu", role: str | None = None) -> Dist
         module.only_role(role)
     module.configure_model()
     check_fits(module, checkpoint)
+    weights = checkpoint["state_dict"]
+    check_finite({name: weights[name] for name in module.state_dict()}, f"in {path!r}")
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     module.to(torch.device(device)).eval()
     module.family.to(module.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.families.pictures import check_pictures
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
 from gdmd_lightning.methods.lightning import RoleModule, Update
 from gdmd_lightning.phases import phase
@@ -144,7 +145,7 @@ class DistillationModule(RoleModule, ABC):
         """
         predict = self.predictor(role, self.embeddings(texts))
         rngs = stream("generate", self.seed) if rngs is None else rngs
-        return self.family.decode(rollout(predict, noise, self.sigmas, self.sampler, rngs).x0)
+        return self._pictures(rollout(predict, noise, self.sigmas, self.sampler, rngs).x0, texts)
 
     @torch.no_grad()
     def generate_teacher(self, noise: Tensor, texts: list[str], steps: int, guidance_scale: float) -> Tensor:
@@ -152,7 +153,13 @@ class DistillationModule(RoleModule, ABC):
         predict = self.predictor("teacher", self.embeddings(texts), guidance_scale)
         start = self.family.teacher_start(steps) * noise
         sigmas = self.family.teacher_sigmas(steps, self.latent_shape)
-        return self.family.decode(rollout(predict, start, sigmas, ODE()).x0)
+        return self._pictures(rollout(predict, start, sigmas, ODE()).x0, texts)
+
+    def _pictures(self, x0: Tensor, texts: list[str]) -> Tensor:
+        """Decoded latents; fails if a picture is not finite, which could neither be shown nor scored."""
+        images = self.family.decode(x0)
+        check_pictures(images, texts, x0)
+        return images
 
 
 def weighted_sum(total: dict[str, Tensor], share: float, **values: Tensor) -> None:

@@ -14,10 +14,19 @@ from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.lightning import LightningEngine
+from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
+from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.checkpointing import Provenance, check_fits, take_over
+from gdmd_lightning.methods.checkpointing import (
+    Provenance,
+    check_finite,
+    check_fits,
+    check_schedules,
+    learned,
+    take_over,
+)
 from gdmd_lightning.methods.settings import Memory
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec
@@ -55,6 +64,7 @@ class RoleModule(pl.LightningModule):
         ema_decay: Decay of the averaged weights, which are evaluated and exported, in [0, 1).
         seed: Seed of all random streams.
         start_from: Checkpoint of this project from which the roles are loaded at the start.
+        non_finite: What happens if a loss or gradient is not finite.
 
     Attributes:
         roles: The roles; available after :meth:`configure_model`.
@@ -79,6 +89,7 @@ class RoleModule(pl.LightningModule):
         ema_decay: float = 0.99,
         seed: int = 0,
         start_from: str | None = None,
+        non_finite: NonFinite = NonFinite(),
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -92,6 +103,7 @@ class RoleModule(pl.LightningModule):
         self.generator, self.lora, self.memory = generator, lora, memory
         self.micro_batch_size, self.embedding_cache = micro_batch_size, embedding_cache
         self.ema_decay, self.seed, self.start_from = ema_decay, seed, start_from
+        self.guard = StepGuard(non_finite, self._all_ranks)
         self.updates = 0
         self.provenance = Provenance()
         self._only: str | None = None
@@ -153,11 +165,12 @@ class RoleModule(pl.LightningModule):
     # Training.
 
     def setup(self, stage: str) -> None:
-        """Fail early if an optimizer is not installed."""
+        """Fail early if the trainer's settings do not fit, or an optimizer is not installed."""
         if stage == "fit":
+            check_precision(self.trainer.precision)
             for role in self.role_specs():
                 if role.optimizer is not None:
-                    role.optimizer.check()
+                    role.optimizer.check(role.name, self.trainer.max_steps)
 
     def on_fit_start(self) -> None:
         """Move text encoders and VAE to the device; embed all prompts if configured."""
@@ -177,29 +190,50 @@ class RoleModule(pl.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """One optimizer per trained role, in the order of the specs, each with its warm-up."""
+        """One optimizer per trained role, in the order of the specs, each with its schedule."""
         out = []
         for role in self.roles.trained:
             settings = self.roles.optimization_of(role)
             optimizer = settings.optimizer(self.roles.parameters_of(role))
-            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": settings.schedule(optimizer)}})
+            end = -1 if settings.schedule == "constant" else self.trainer.max_steps
+            schedule = settings.scheduler(optimizer, end)
+            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
         return out
+
+    def on_train_start(self) -> None:
+        """Set the learning rates of falling schedules: those in a checkpoint are for the ``max_steps`` of its run."""
+        for role, optimizer in zip(self.roles.trained, self.trainer.optimizers, strict=True):
+            settings = self.roles.optimization_of(role)
+            if settings.schedule != "constant":
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * settings.factor(self.updates, self.trainer.max_steps)
 
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any] | None:
         """One update of the method."""
-        conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
+        self.guard.settle()
+        texts = [prompt.text for prompt in batch.prompts]
+        conditioning = self.embeddings(texts)
         optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
-        done = self.update(
-            Batch(batch.prompts, batch.groups, conditioning), LightningEngine(self, self.roles, optimizers)
-        )
+        engine = LightningEngine(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
+        done = self.update(Batch(batch.prompts, batch.groups, conditioning), engine)
+        engine.finish()
         self.updates += 1
-        for schedule in _listed(self.lr_schedulers()):
+        logs = done.logs | engine.logs()
+        for role, schedule in zip(self.roles.trained, _listed(self.lr_schedulers()), strict=True):
+            logs[f"learning_rate/{role}"] = torch.tensor(optimizers[role].param_groups[0]["lr"])
             schedule.step()
-        logs = dict(done.logs)
         if "loss" in logs:
             self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
         return None if done.record is None else {"record": done.record}
+
+    def on_train_end(self) -> None:
+        """Fail if the last update was not finite."""
+        self.guard.settle()
+
+    def _all_ranks(self, decision: bool) -> bool:
+        """Whether the decision is true on all ranks."""
+        return self.trainer.strategy.reduce_boolean_decision(decision, all=True)
 
     # Checkpoints hold what was trained; the frozen teacher stays in its pipeline.
 
@@ -209,12 +243,24 @@ class RoleModule(pl.LightningModule):
         return {name: value for name, value in whole.items() if not self._is_frozen(name)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the provenance, so that the checkpoint can be restored without its configuration file."""
+        """Add the provenance, so that the checkpoint can be restored without its configuration file.
+
+        Raises:
+            UserError: If a weight or moment is not finite; nothing is written then.
+        """
+        self.guard.settle()
+        check_finite(
+            learned(checkpoint),
+            f"after update {self.updates}",
+            "earlier checkpoints are unchanged; lower the learning rates and resume from one of them",
+        )
         checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fail before any weight changes if the checkpoint does not fit; add the teacher to it."""
         check_fits(self, checkpoint)
+        check_schedules(self, checkpoint)
+        check_finite(learned(checkpoint), "in the checkpoint")
         origin = checkpoint["provenance"]
         self.updates = origin["updates"]
         self.provenance = replace(self.provenance, scores=origin["scores"])

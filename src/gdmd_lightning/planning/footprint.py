@@ -102,9 +102,10 @@ class _TracedEngine(Engine):
         # Not loss.backward(): a torch function mode that sees it called is off inside, where blocks are recomputed.
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
 
-    def step(self, role: str) -> None:
+    def step(self, role: str) -> bool:
         clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
         self.optimizers[role].step()
+        return True
 
 
 def plan(
