@@ -75,13 +75,16 @@ class PromptDataModule(LightningDataModule):
     Args:
         source: A ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file, a Hugging Face data set as
             ``organization/name``, or ``shapes``.
-        batch_size: Samples per update on one rank.
+        batch_size: Samples per batch on one rank. An update has one batch, or ``model.accumulate`` of them.
         group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``.
         shuffle_buffer: Number of rows that are read and shuffled together; 0 or 1 keeps the source's order.
         seed: Seed of the order, and of the prompts if the source is ``shapes``.
         num_workers: Number of processes that read ahead; it does not affect the order.
         column: Key or column that holds the prompt.
         split: Split of a Hugging Face data set or of ``shapes``.
+
+    Attributes:
+        batches_per_update: Batches that are handed over as a single one, the samples of an update; set by the method.
 
     Raises:
         UserError: If a number is out of range, the source cannot be read, or it has no prompt.
@@ -117,6 +120,7 @@ class PromptDataModule(LightningDataModule):
         self.batch_size, self.group_size, self.shuffle_buffer, self.seed = batch_size, group_size, shuffle_buffer, seed
         self.num_workers = num_workers
         self.prompts = open_source(source, column=column, split=split, seed=seed)
+        self.batches_per_update = 1
         self._handed_over = 0
         self._processed_before: int | None = None
 
@@ -179,7 +183,7 @@ class PromptDataModule(LightningDataModule):
             "source": self.source,
             "column": self.column,
             "split": self.split,
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size * self.batches_per_update,
             "group_size": self.group_size,
             "shuffle_buffer": self.shuffle_buffer,
             "seed": self.seed,
@@ -198,7 +202,7 @@ class PromptDataModule(LightningDataModule):
             self.prompts,
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer,
-            prompts=self.batch_size // self.group_size,
+            prompts=self.batch_size * self.batches_per_update // self.group_size,
             group_size=self.group_size,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,

@@ -81,6 +81,11 @@ class DistillationModule(RoleModule, ABC):
         """A judge that decodes with this family and follows the memory options."""
         return Judge(reward, self.family, self.memory.reward, self.micro_batch_size)
 
+    def limit_micro_batches(self, size: int) -> None:
+        super().limit_micro_batches(size)
+        if self.judge is not None:
+            self.judge.micro_batch_size = self.micro_batch_size
+
     def micro_batches(self, rows: int) -> Iterator[tuple[slice, float]]:
         """Slices of a batch that fit into memory at once, each with its share of the batch."""
         for part in micro_batches(rows, self.micro_batch_size):

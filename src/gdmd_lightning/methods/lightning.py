@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
@@ -60,6 +61,8 @@ class RoleModule(pl.LightningModule):
         memory: Memory-saving options.
         micro_batch_size: Maximum number of samples in memory at once; does not change the update. Null for no
             limit.
+        accumulate: Batches of the data module per update, at least 1. An update is that of one batch with all their
+            samples, in micro-batches of at most one batch; everything that counts updates counts these.
         embedding_cache: Embed all prompts to disk before training; null to embed each batch during training.
         ema_decay: Decay of the averaged weights, which are evaluated and exported, in [0, 1).
         seed: Seed of all random streams.
@@ -85,6 +88,7 @@ class RoleModule(pl.LightningModule):
         lora: LoRA | None = None,
         memory: Memory = Memory(),
         micro_batch_size: int | None = None,
+        accumulate: int = 1,
         embedding_cache: EmbeddingCache | None = None,
         ema_decay: float = 0.99,
         seed: int = 0,
@@ -96,12 +100,15 @@ class RoleModule(pl.LightningModule):
             raise UserError(
                 f"it is {micro_batch_size}", where="model.micro_batch_size", remedy="use at least 1, or null"
             )
+        if accumulate < 1:
+            raise UserError(f"it is {accumulate}", where="model.accumulate", remedy="use at least 1")
         if not 0 <= ema_decay < 1:
             raise UserError(f"it is {ema_decay}", where="model.ema_decay", remedy="it must be in [0, 1)")
         self.automatic_optimization = False
         self.family, self.height, self.width = family, height, width
         self.generator, self.lora, self.memory = generator, lora, memory
-        self.micro_batch_size, self.embedding_cache = micro_batch_size, embedding_cache
+        self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
+        self.embedding_cache = embedding_cache
         self.ema_decay, self.seed, self.start_from = ema_decay, seed, start_from
         self.guard = StepGuard(non_finite, self._all_ranks)
         self.updates = 0
@@ -168,9 +175,29 @@ class RoleModule(pl.LightningModule):
         """Fail early if the trainer's settings do not fit, or an optimizer is not installed."""
         if stage == "fit":
             check_precision(self.trainer.precision)
+            self._ask_for_whole_updates(self.trainer.datamodule)  # type: ignore[attr-defined]
             for role in self.role_specs():
                 if role.optimizer is not None:
                     role.optimizer.check(role.name, self.trainer.max_steps)
+
+    def _ask_for_whole_updates(self, data: Any) -> None:
+        """Let the data module yield the samples of a whole update at once, so that its position is that of updates."""
+        if isinstance(data, PromptDataModule):
+            data.batches_per_update = self.accumulate
+            if self.accumulate > 1:
+                self.limit_micro_batches(data.batch_size)
+        elif self.accumulate > 1:
+            raise UserError(
+                f"it is {self.accumulate}, but the batches are not those of a PromptDataModule",
+                where="model.accumulate",
+                remedy="use a PromptDataModule, or larger batches with model.micro_batch_size",
+            )
+
+    def limit_micro_batches(self, size: int) -> None:
+        """Hold at most ``size`` samples in memory at once, or fewer if ``micro_batch_size`` is smaller."""
+        self.micro_batch_size = min(size, self.micro_batch_size or size)
+        if hasattr(self, "roles"):
+            self.roles.micro_batch_size = self.micro_batch_size
 
     def on_fit_start(self) -> None:
         """Move text encoders and VAE to the device; embed all prompts if configured."""

@@ -118,7 +118,7 @@ def plan(
 
     Args:
         module: A new one, before ``configure_model``; it cannot be used afterwards.
-        batch_size: Samples per update on one GPU.
+        batch_size: Samples per batch of the data module on one GPU.
         precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
 
@@ -129,6 +129,9 @@ def plan(
         raise UserError(
             f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use 32-true, {', '.join(LOWER)}"
         )
+    if module.accumulate > 1:
+        module.limit_micro_batches(batch_size)
+    batch_size *= module.accumulate
     reward = _take_reward(module)
     module.build_roles(module.family.sketch())
     module.to(META)
