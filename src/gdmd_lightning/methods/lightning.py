@@ -230,10 +230,10 @@ class RoleModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Set the learning rates of falling schedules: those in a checkpoint are for the ``max_steps`` of its run."""
         for role, optimizer in zip(self.roles.trained, self.trainer.optimizers, strict=True):
-            settings = self.roles.optimization_of(role)
-            if settings.schedule != "constant":
+            rate = self.roles.optimization_of(role)
+            if rate.schedule != "constant":
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * settings.factor(self.updates, self.trainer.max_steps)
+                    group["lr"] = group["initial_lr"] * rate.factor(self.updates, self.trainer.max_steps)
 
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any] | None:
         """One update of the method."""
