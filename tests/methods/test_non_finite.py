@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from world import module_of, three_prompts
 
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.training import quiet
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import Attempt, NonFinite, StepGuard
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.checkpointing import Provenance, read_checkpoint
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import Optimization
@@ -190,6 +191,13 @@ def test_updates_without_any_step_count_too(poison, tmp_path):
     assert after.steps == [[0, 0], [0, 0]]
 
 
+def test_skipping_the_first_step_warns_of_nothing(poison, tmp_path, recwarn):
+    quiet()
+    poison({(1, "generator")})
+    fit(module_with(SKIP), 2, tmp_path)
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
 def test_random_streams_go_on_after_a_skipped_step(poison, tmp_path):
     """A run whose steps change nothing draws the same noise whether or not one is skipped."""
     still = Optimization(learning_rate=0.0, weight_decay=0.0)
@@ -252,8 +260,16 @@ def broken_copy(content: dict, path: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def content(recorded_run) -> dict:
-    return read_checkpoint(str(recorded_run / "checkpoints" / "last.ckpt"))
+def content(tiny_pipeline, tmp_path_factory) -> dict:
+    """A checkpoint that says which model it is of, as those of ``fit``."""
+    family = f"{{class_path: SD3Family, init_args: {{path: '{tiny_pipeline}', max_sequence_length: 0}}}}"
+    module = tiny.module(tiny_pipeline, DMD)
+    module.provenance = Provenance(
+        f"model: {{class_path: DMD, init_args: {{family: {family}, height: 32, width: 32}}}}"
+    )
+    path = tmp_path_factory.mktemp("content") / "last.ckpt"
+    tiny.train(module, 1).save_checkpoint(path)
+    return read_checkpoint(str(path))
 
 
 def weight_of(content: dict, role: str) -> str:

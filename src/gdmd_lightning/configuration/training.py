@@ -163,6 +163,7 @@ def quiet() -> None:
         "in eval mode",
         "args parameter is intended",
         "with manual optimization",
+        "call of `lr_scheduler.step",  # an update whose first step is skipped
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
