@@ -162,8 +162,10 @@ def test_last_checkpoint_is_that_of_the_last_finite_update(poison, monkeypatch, 
 def test_training_without_checkpoints_stops_too_where_steps_are_judged_later(poison, monkeypatch, tmp_path, update):
     poison({(update, "generator")})
     monkeypatch.setattr(Attempt, "waits", True)
+    module = module_with()
     with pytest.raises(UserError, match=f"role 'generator': loss nan and gradient norm nan in update {update},"):
-        fit(module_with(), 2, tmp_path)
+        fit(module, 2, tmp_path)
+    assert module.updates == update, "another update was begun"
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

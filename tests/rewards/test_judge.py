@@ -102,7 +102,9 @@ class Touchy(Placed):
     """Fails on pictures that are not finite."""
 
     def score(self, images: Tensor, prompts) -> Tensor:
-        return torch.histc(images, 10, 0, 1)[: len(images)]
+        if not images.isfinite().all():
+            raise ValueError("autodetected range is not finite")
+        return images.mean((1, 2, 3))
 
 
 class Overflowing(Doubling):
