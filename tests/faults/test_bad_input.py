@@ -62,6 +62,19 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             ["--trainer.gradient_clip_val", "1"],
             "trainer.gradient_clip_val: not supported: each role ",
         ),
+        (
+            ["--trainer.accumulate_grad_batches", "4"],
+            "trainer.accumulate_grad_batches: it is 4, but an update takes several optimizer steps; "
+            "use model.accumulate 4, or data.batch_size 32 with model.micro_batch_size 8: the same update",
+        ),
+        (["--model.accumulate", "0"], "model.accumulate: it is 0; use at least 1"),
+        (["--model.non_finite.limit", "0"], "model.non_finite.limit: limit is 0"),
+        (["--model.non_finite.policy", "ignore"], "expected one of 'stop', 'skip', got 'ignore'"),
+        (["--model.generator.schedule", "exponential"], "expected one of 'constant', 'linear', 'cosine', got 'expo"),
+        (
+            ["--model.fake_score.schedule=cosine", "--trainer.max_steps=-1", "--trainer.max_epochs=1"],
+            "model.fake_score.schedule: a cosine schedule ends at trainer.max_steps, which is -1; ",
+        ),
         (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
         (["--model.steps", "0"], "model.steps: it is 0"),
         (["--model.policy.beta", "0"], "model.policy.beta: it is 0.0; use a number above 0"),

@@ -7,10 +7,12 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
-from world import GaussianFamily, Liking, PlainEngine, World
+from world import THREE as TEXTS
+from world import GaussianFamily, Liking, PlainEngine, World, module_of, three_prompts
 
 from gdmd_lightning.callbacks.evaluation_budget import EvaluationBudget
 from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.refl import ReFL
@@ -18,14 +20,6 @@ from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import Optimization
 
 SLOW, FAST = Optimization(learning_rate=1e-3, warmup=1), Optimization(learning_rate=3e-2, warmup=1)
-TEXTS = ("0.5 -1.0", "-1.5 0.25", "2.0 0.75")
-
-
-def data(place: Path) -> PromptDataModule:
-    """The three prompts, twice each, in every batch."""
-    file = place / "prompts.txt"
-    file.write_text("\n".join(TEXTS))
-    return PromptDataModule(str(file), batch_size=6, group_size=2, shuffle_buffer=0)
 
 
 class Weights(Callback):
@@ -41,21 +35,16 @@ class Weights(Callback):
         self.outputs.append(outputs)
 
 
-def module_of(method=DMD, **options):
-    module = method(GaussianFamily(), height=16, width=24, **options)
-    module.configure_model()
-    with torch.no_grad():  # something to learn from the start
-        module.roles.standalone("generator").gain.fill_(0.4)
-        if "fake_score" in module.roles.trained:
-            module.roles.standalone("fake_score").gain.fill_(0.7)
-    return module
-
-
-def fit(module, updates: int, **options) -> Weights:
+def fit(module, updates: int, *, place: Path | None = None, resume: Path | None = None, **options) -> Weights:
+    """Train; a run to resume needs its prompts in the same place."""
     seen = Weights()
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as temporary:
         trainer = tiny.trainer(updates, callbacks=[seen, *options.pop("callbacks", [])], **options)
-        trainer.fit(module, datamodule=data(Path(place)))
+        trainer.fit(
+            module,
+            datamodule=three_prompts(place or Path(temporary)),
+            ckpt_path=None if resume is None else str(resume),
+        )
     return seen
 
 
@@ -204,7 +193,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
     content = torch.load(tmp_path / "half.ckpt", weights_only=True)
     content.pop("PromptDataModule")  # its file has moved
     torch.save(content, tmp_path / "half.ckpt")
-    fitting.fit(module, datamodule=data(tmp_path), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    fitting.fit(module, datamodule=three_prompts(tmp_path), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert module.updates == 4
     assert tiny.differing(whole.weights[-1], seen.weights[-1]) == []
     assert whole.rates[-1] == seen.rates[-1]
@@ -230,10 +219,12 @@ def test_evaluations_are_those_of_the_updates_and_stay_in_the_checkpoint(tmp_pat
     assert module.evaluations == 3 * per_update
     path = tmp_path / "one.ckpt"
     trainer = tiny.trainer(2, callbacks=[])
-    trainer.fit(first := module_of(matching=Matching(fake_score_updates=1)), datamodule=data(tmp_path))
+    trainer.fit(first := module_of(matching=Matching(fake_score_updates=1)), datamodule=three_prompts(tmp_path))
     trainer.save_checkpoint(path)
     second = module_of(matching=Matching(fake_score_updates=1))
-    tiny.trainer(3, callbacks=[]).fit(second, datamodule=data(tmp_path), ckpt_path=str(path), weights_only=True)
+    tiny.trainer(3, callbacks=[]).fit(
+        second, datamodule=three_prompts(tmp_path), ckpt_path=str(path), weights_only=True
+    )
     assert first.evaluations == 2 * per_update
     assert second.evaluations == 3 * per_update
 
@@ -314,7 +305,72 @@ def test_logged_figures_are_those_of_the_update(method, options):
     seen = fit(module, 1)
     logs = {name: float(value) for name, value in updates[0].logs.items()}
     expected = {"loss": logs.pop("loss"), **{f"train/{name}": value for name, value in logs.items()}}
-    assert seen.logs[0] == pytest.approx(expected)
+    added = ("train/grad_norm/", "train/learning_rate/")
+    assert {k: v for k, v in seen.logs[0].items() if not k.startswith(added)} == pytest.approx(expected)
+
+
+def test_gradient_norms_are_logged_before_clipping_and_averaged_over_a_roles_steps():
+    clip = Optimization(gradient_clip=1e-3, learning_rate=0.0, weight_decay=0.0)
+    module = module_of(generator=clip, fake_score=clip, matching=Matching(fake_score_updates=3))
+    plain = World(DMD, matching=Matching(fake_score_updates=3))
+    for role, gain in (("teacher", 1.0), ("generator", 0.4), ("fake_score", 0.7)):
+        plain.set(role, gain=gain, shift=0.0, variance=0.5)
+    _, steps = plain.update()
+    found = {role: [float(length(s.gradient)) for s in steps if s.role == role] for role in ("generator", "fake_score")}
+    logs = fit(module, 1).logs[0]
+    for role, norms in found.items():
+        assert logs[f"train/grad_norm/{role}"] == pytest.approx(sum(norms) / len(norms), rel=1e-3)
+
+
+def length(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([g.norm() for g in gradient.values()]).norm()
+
+
+def test_learning_rate_of_each_update_and_role_is_logged():
+    falling = Optimization(learning_rate=4.0e-3, warmup=1, schedule="linear")
+    seen = fit(module_of(generator=falling, fake_score=Optimization(learning_rate=1e-3, warmup=2)), 4)
+    found = [[logs[f"train/learning_rate/{role}"] for role in ("generator", "fake_score")] for logs in seen.logs]
+    assert found == [pytest.approx(pair) for pair in ([4e-3, 5e-4], [3e-3, 1e-3], [2e-3, 1e-3], [1e-3, 1e-3])]
+
+
+def test_falling_schedule_is_refused_before_anything_is_loaded_in_a_run_without_an_end(monkeypatch):
+    module = DMD(GaussianFamily(), fake_score=Optimization(schedule="cosine"))
+    monkeypatch.setattr(GaussianFamily, "load", None)
+    with pytest.raises(UserError, match=r"model\.fake_score\.schedule: a cosine schedule ends at trainer\.max_steps"):
+        fit(module, -1)
+
+
+@pytest.mark.parametrize("end", [4, 8])
+def test_resumed_schedule_is_that_of_a_run_of_the_new_length(tmp_path, end):
+    falling = Optimization(learning_rate=1e-3, warmup=2, schedule="cosine")
+    options = {"generator": falling, "fake_score": falling}
+    keep = Saving(tmp_path / "two.ckpt", 2)
+    fit(module_of(**options), 4, place=tmp_path, callbacks=[keep])
+    resumed, whole = module_of(**options), module_of(**options)
+    again, alone = fit(resumed, end, place=tmp_path, resume=keep.path), fit(whole, end)
+    names = ("train/learning_rate/generator", "train/learning_rate/fake_score")
+    assert [[logs[n] for n in names] for logs in again.logs] == [[logs[n] for n in names] for logs in alone.logs[2:]]
+    # The first two updates are the warm-up, which does not depend on the end.
+    assert tiny.differing(dict(resumed.state_dict()), dict(whole.state_dict())) == []
+
+
+def test_resuming_with_a_schedule_of_another_kind_is_refused(tmp_path):
+    keep = Saving(tmp_path / "two.ckpt", 2)
+    fit(module_of(), 2, place=tmp_path, callbacks=[keep])
+    message = r"model\.fake_score\.schedule: it is 'linear', but the checkpoint's schedule was 'constant'; "
+    with pytest.raises(UserError, match=message):
+        fit(module_of(fake_score=Optimization(schedule="linear")), 4, place=tmp_path, resume=keep.path)
+
+
+class Saving(Callback):
+    """Saves one checkpoint."""
+
+    def __init__(self, path: Path, update: int) -> None:
+        self.path, self.update = path, update
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        if module.updates == self.update:
+            trainer.save_checkpoint(self.path)
 
 
 def test_record_reaches_callbacks_where_one_is_kept():
@@ -349,3 +405,14 @@ def test_teacher_is_sampled_with_guidance_on_its_own_levels(float64):
     asked = world.questions("teacher")
     assert [float(q.sigma[0]) for q in asked] == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert {q.guidance_scale for q in asked} == {2.5}
+
+
+@pytest.mark.parametrize("wrong", ["generator", "autoencoder"])
+def test_sampling_refuses_pictures_that_are_not_finite(monkeypatch, wrong):
+    module = module_of()
+    if wrong == "generator":
+        module.roles.standalone("ema").gain.data.fill_(float("nan"))
+    else:
+        monkeypatch.setattr(GaussianFamily, "decode", lambda self, latents: latents * float("nan"))
+    with pytest.raises(UserError, match=f"{wrong}: 2 of 2 pictures are not finite, the first with prompt '0.5 -1.0'"):
+        module.generate(torch.randn(2, 2, 2, 3), list(TEXTS[:2]))

@@ -8,16 +8,19 @@ The formulas below are written in another form than those of the package and sha
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Engine
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents
 from gdmd_lightning.methods.base import DistillationModule, Update
+from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.roles import Roles
@@ -149,13 +152,14 @@ class PlainEngine(Engine):
         self.steps[-1].losses.append(loss.detach())
         loss.backward()
 
-    def step(self, role: str) -> None:
+    def step(self, role: str) -> bool:
         for name, parameter in self.roles.standalone(role).named_parameters():
             if parameter.grad is None:
                 continue
             self.steps[-1].gradient[name] = parameter.grad.clone()
             with torch.no_grad():
                 parameter -= self.rate * parameter.grad
+        return True
 
 
 class World:
@@ -271,3 +275,24 @@ def noise_in(question: Question, x: Tensor) -> Tensor:
 
 def near(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 1e-8) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+THREE = TEXTS[:3]
+
+
+def three_prompts(place: Path) -> PromptDataModule:
+    """The three prompts, twice each, in every batch."""
+    file = place / "prompts.txt"
+    file.write_text("\n".join(THREE))
+    return PromptDataModule(str(file), batch_size=6, group_size=2, shuffle_buffer=0)
+
+
+def module_of(method: type[DistillationModule] = DMD, **options: Any) -> DistillationModule:
+    """A method on the Gaussian teacher, for a trainer, with something to learn from the start."""
+    module = method(GaussianFamily(), height=16, width=24, **options)
+    module.configure_model()
+    with torch.no_grad():
+        module.roles.standalone("generator").gain.fill_(0.4)
+        if "fake_score" in module.roles.trained:
+            module.roles.standalone("fake_score").gain.fill_(0.7)
+    return module

@@ -7,6 +7,9 @@ PARTS, WIRING = ("methods/test_micro_batches.py",), ("methods/test_lightning_wir
 RANGES = ("test_ranges.py",)
 ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.py",)
 
+PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
+ACCUMULATE, JUDGE = ("methods/test_accumulate.py",), ("rewards/test_judge.py", "rewards/test_rewards.py")
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -519,6 +522,57 @@ MUTATIONS = [
         ),
     ),
     *errors(
+        "rewards/judge.py",
+        JUDGE,
+        ("latents not shown", "error.texts, latents) from error", "error.texts) from error"),
+    ),
+    *errors(
+        "rewards/base.py",
+        JUDGE,
+        ("broken pictures not checked", "    broken = not_finite(images)", "    broken = not_finite(images) & False"),
+        (
+            "failing reward blamed",
+            "        if bool(broken.any()):\n            raise NonFinitePictures(broken, texts) from error\n",
+            "",
+        ),
+        ("scores not checked", "if bool((broken | wrong).any()):", "if bool(broken.any()):"),
+    ),
+    *errors(
+        "families/pictures.py",
+        JUDGE,
+        (
+            "generator and autoencoder exchanged",
+            "if bool(torch.isfinite(latents.detach()).all()):",
+            "if not bool(torch.isfinite(latents.detach()).all()):",
+        ),
+        ("part of a picture checked", ".flatten(1).all(1)", ".flatten(1)[:, 0]"),
+    ),
+    *errors(
+        "families/autoencoder.py",
+        ("families/test_autoencoder.py",),
+        ("float16 kept", "if vae.dtype == torch.float16 and _overflows(vae):", "if False:"),
+        ("all upcast", "== torch.float16 and _overflows(vae):", "== torch.float16:"),
+        ("bfloat16 upcast", "if vae.dtype == torch.float16 and", "if vae.dtype != torch.float32 and"),
+        ("autocast reaches the decoder", "    with _without_float16(vae, latents.device):", "    with nullcontext():"),
+        ("autocast reaches the encoder", "    with _without_float16(vae, images.device):", "    with nullcontext():"),
+    ),
+    *errors(
+        "families/base.py",
+        ("families/test_autoencoder.py",),
+        ("exported autoencoder upcast", "if vae.dtype != dtype:", "if False:"),
+        ("autoencoder cast with its export", "vae = copy.deepcopy(vae).to(dtype)", "vae = vae.to(dtype)"),
+    ),
+    *errors(
+        "families/sketch.py",
+        ("families/test_autoencoder.py",),
+        ("sketch without upcast", "    keep_range(pipeline.vae)\n", ""),
+    ),
+    *errors(
+        "methods/base.py",
+        WIRING,
+        ("broken pictures shown", "        check_pictures(images, texts, x0)\n", ""),
+    ),
+    *errors(
         "roles/base.py",
         (*ROLES, "roles/test_copies.py", *DMD, *PARTS),
         ("through ignored", "(role == self.learner or through)", "(role == self.learner)"),
@@ -574,7 +628,7 @@ MUTATIONS = [
     *errors(
         "engines/lightning.py",
         WIRING,
-        ("clipping ignored", 'gradient_clip, "norm")', 'gradient_clip * 1e9, "norm")'),
+        ("clipping ignored", "optimization_of(role).gradient_clip)", "optimization_of(role).gradient_clip * 1e9)"),
         (
             "one role's clip for all",
             "self.roles.optimization_of(role).gradient_clip",
@@ -585,8 +639,58 @@ MUTATIONS = [
             "optimizer = self.optimizers[role]",
             "optimizer = self.optimizers['generator']",
         ),
-        ("every step counted", "            self._counted = True", "            pass"),
+        ("updates not counted by the trainer", "        counter.increment_completed()", "        pass"),
         ("gradients pile up", "self.optimizers[role].zero_grad(set_to_none=True)", "pass"),
+        ("norm of the last step logged", "torch.stack(norms).mean()", "norms[-1]"),
+    ),
+    *errors(
+        "engines/lightning.py",
+        PRECISION + NON_FINITE,
+        ("scaled gradients clipped", "            self.scaler.unscale_(optimizer)", "            pass"),
+        ("scale never updated", "            self.scaler.update()", "            pass"),
+        ("overflow stops training", "taken = not self._only_scaled_too_high(attempt) and", "taken ="),
+        ("loss not checked under a scaler", "self.guard.agree(bool(torch.isfinite(attempt.loss)))", "True"),
+        (
+            "skipped step taken",
+            "        if taken:\n            self._apply(optimizer)",
+            "        self._apply(optimizer)",
+        ),
+        ("loss of the step before kept", "self._loss = torch.zeros((), device=self.module.device)", "pass"),
+        ("last loss only", "self._loss = self._loss + loss.detach()", "self._loss = 0 * self._loss"),
+        ("skipped steps not counted", "self.skipped += not taken", "pass"),
+    ),
+    *errors(
+        "engines/base.py",
+        NON_FINITE,
+        ("average moves after a skipped step", "        if taken:\n", "        if True:\n"),
+    ),
+    *errors(
+        "engines/non_finite.py",
+        NON_FINITE,
+        ("gradient not checked", "torch.isfinite(self.norm) &", ""),
+        ("loss not checked", " & torch.isfinite(self.loss).to(self.norm.device)", ""),
+        ("limit one larger", "streak >= self.settings.limit", "streak > self.settings.limit"),
+        ("limit of all steps", "            del self._streak[attempt.role]\n", ""),
+        ("limit ignored", "or streak >= self.settings.limit", ""),
+        (
+            "one count for all roles",
+            "self._streak[attempt.role] = streak + 1",
+            "self._streak['generator'] = streak + 1",
+        ),
+        ("decision of one rank", "if self.agree(bool(attempt.finite)):", "if bool(attempt.finite):"),
+        (
+            "steps on the device never judged",
+            "        if waiting and not self.agree",
+            "        if False and not self.agree",
+        ),
+        ("skip decided later", 'self.settings.policy == "stop" and attempt.waits', "attempt.waits"),
+        ("first step blamed", "if not attempt.finite), waiting[0])", "if attempt.finite), waiting[0])"),
+    ),
+    *errors(
+        "engines/precision.py",
+        PRECISION,
+        ("precisions not checked", "not in _SUPPORTED", "is None"),
+        ("aliases forgotten", "_ALIASES.get(name, name)", "name"),
     ),
     *errors(
         "methods/lightning.py",
@@ -599,6 +703,14 @@ MUTATIONS = [
             "self.roles.evaluations.total() - before",
             "self.roles.evaluations.total()",
         ),
+        (
+            "learning rate of the next update logged",
+            'optimizers[role].param_groups[0]["lr"])\n            schedule.step()',
+            "schedule.step() or schedule.get_last_lr()[0])",
+        ),
+        ("rates of the checkpoint's length", "* rate.factor(self.updates,", "* rate.factor(0 * self.updates,"),
+        ("schedule of another kind resumed", "        check_schedules(self, checkpoint)\n", ""),
+        ("schedule without an end", "role.optimizer.check(role.name, self.trainer.max_steps)", "pass"),
         (
             "same noise in every update",
             "self.global_rank, self.updates, purpose, turn)",
@@ -640,6 +752,54 @@ MUTATIONS = [
         ),
     ),
     *errors(
+        "methods/lightning.py",
+        NON_FINITE,
+        ("last update not judged", 'was not finite."""\n        self.guard.settle()', 'was not finite."""'),
+        (
+            "checkpoint before the judgement",
+            'written then.\n        """\n        self.guard.settle()',
+            'written then.\n        """',
+        ),
+        ("update not judged before the next", 'of the method."""\n        self.guard.settle()', 'of the method."""'),
+        ("non-finite checkpoints written", "            learned(checkpoint),", "            {},"),
+        ("non-finite checkpoints resumed", 'check_finite(learned(checkpoint), "in', 'check_finite({}, "in'),
+        ("precision not checked", "            check_precision(self.trainer.precision)\n", ""),
+    ),
+    *errors(
+        "methods/lightning.py",
+        ACCUMULATE,
+        ("accumulation ignored", "data.batches_per_update = self.accumulate", "data.batches_per_update = 1"),
+        ("memory not limited", "                self.limit_micro_batches(data.batch_size)", "                pass"),
+        ("smaller micro-batches forgotten", "min(size, self.micro_batch_size or size)", "size"),
+        ("roles' memory not limited", "self.roles.micro_batch_size = self.micro_batch_size", "pass"),
+    ),
+    *errors(
+        "methods/base.py",
+        ACCUMULATE,
+        ("judge's memory not limited", "self.judge.micro_batch_size = self.micro_batch_size", "pass"),
+    ),
+    *errors(
+        "data/prompt_data.py",
+        ACCUMULATE,
+        (
+            "position of single batches",
+            '"batch_size": self.batch_size * self.batches_per_update',
+            '"batch_size": self.batch_size',
+        ),
+    ),
+    *errors(
+        "configuration/restore.py",
+        NON_FINITE,
+        ("broken weights loaded", "for name in module.state_dict()}", "for name in ()}"),
+        ("weights of other roles checked", "for name in module.state_dict()}", "for name in weights}"),
+    ),
+    *errors(
+        "methods/checkpointing.py",
+        NON_FINITE,
+        ("moments not checked", '("state_dict", "optimizer_states")', '("state_dict",)'),
+        ("start_from with broken weights", "    check_finite(taken, f", "    check_finite({}, f"),
+    ),
+    *errors(
         "methods/checkpointing.py",
         WIRING,
         ("average not taken over", 'if not found and spec.name != "generator":', 'if spec.name != "generator":'),
@@ -647,8 +807,18 @@ MUTATIONS = [
     ),
     *errors(
         "roles/spec.py",
-        WIRING,
+        (*WIRING, "roles/test_spec.py"),
         ("warm-up ignored", "warmup = max(self.warmup, 1)", "warmup = 1"),
+        ("end of a schedule ignored", "max(updates - start, 1)", "max(updates - start, 1000)"),
+        ("falls from the start", "(update - start) / max(updates - start, 1)", "update / max(updates, 1)"),
+        ("cosine is a line", 'if self.schedule == "linear" else', "if True else"),
+        ("line is a cosine", 'if self.schedule == "linear" else', "if False else"),
+        (
+            "final factor ignored",
+            "return self.final_learning_rate_factor + (1 - self.final_learning_rate_factor) * left",
+            "return left",
+        ),
+        ("warm-up of a falling schedule", "return (update + 1) / (start + 1)", "return 1.0"),
         ("warm-up one too long", "total_iters=warmup - 1", "total_iters=warmup"),
         ("weight decay ignored", "betas=self.betas, weight_decay=self.weight_decay", "betas=self.betas"),
         ("betas ignored", "betas=self.betas, weight_decay", "weight_decay"),

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.metrics.scores import RewardScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.rewards.judge import Judge
 
 LATENTS = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -83,3 +86,58 @@ def test_judge_places_the_reward(placement, moves):
 def test_judge_check_asks_the_reward():
     with pytest.raises(AssertionError, match="3"):
         Judge(Placed(), Doubling()).check([Prompt("3")])
+
+
+# Pictures that are not finite.
+
+
+class Blind(Placed):
+    """Grades any picture with 1."""
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        return torch.ones(len(images))
+
+
+class Touchy(Placed):
+    """Fails on pictures that are not finite."""
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        if not images.isfinite().all():
+            raise ValueError("autodetected range is not finite")
+        return images.mean((1, 2, 3))
+
+
+class Overflowing(Doubling):
+    """Decodes large latents to NaN."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images = super().decode(latents)
+        return torch.where(latents.amax((1, 2, 3), keepdim=True) > 1000, images * float("nan"), images)
+
+
+@pytest.mark.parametrize("reward", [Blind(), Touchy(), Placed(), CombinedReward([Blind(), Blind()], [1, 1])])
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_judge_blames_the_generator_for_latents_that_are_not_finite(reward, size, gradient):
+    latents = LATENTS.clone()
+    latents[3, 0, 1, 2] = float("nan")
+    count = 5 if gradient or size is None else 2
+    expected = f"generator: 1 of {count} pictures are not finite, the first with prompt '3'; its latents are not"
+    with pytest.raises(UserError, match=expected):
+        Judge(reward, Doubling(), "cpu", size)(latents, PROMPTS, gradient=gradient)
+
+
+@pytest.mark.parametrize("reward", [Blind(), Touchy(), Placed()])
+def test_judge_blames_the_autoencoder_for_finite_latents(reward):
+    latents = LATENTS.clone()
+    latents[1:3] = 2000.0
+    expected = "autoencoder: 2 of 5 pictures are not finite, the first with prompt '1'; its latents are finite; set "
+    with pytest.raises(UserError, match=expected):
+        Judge(reward, Overflowing(), "cpu")(latents, PROMPTS)
+
+
+def test_metrics_refuse_pictures_that_are_not_finite():
+    images = torch.rand(2, 3, 4, 4)
+    images[1, 0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match="decoded pictures: 1 of 2 pictures are not finite, the first with prompt '1'"):
+        RewardScore(Blind()).judge(images, PROMPTS[:2])

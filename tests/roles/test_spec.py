@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.roles import Optimization, RoleSpec
 from gdmd_lightning.roles.spec import check_specs
 
@@ -56,7 +57,7 @@ def test_check_specs_refuses_to_follow_a_role_that_is_not_trained(source):
 
 def test_optimization_warms_up_linearly_and_then_stays():
     optimizer = Optimization(learning_rate=0.8, warmup=4).optimizer([nn.Parameter(torch.zeros(1))])
-    schedule = Optimization(learning_rate=0.8, warmup=4).schedule(optimizer)
+    schedule = Optimization(learning_rate=0.8, warmup=4).scheduler(optimizer, -1)
     found = []
     for _ in range(6):
         found.append(optimizer.param_groups[0]["lr"])
@@ -69,5 +70,48 @@ def test_optimization_warms_up_linearly_and_then_stays():
 def test_optimization_without_warmup_starts_at_its_learning_rate(warmup):
     settings = Optimization(learning_rate=0.5, warmup=warmup)
     optimizer = settings.optimizer([nn.Parameter(torch.zeros(1))])
-    settings.schedule(optimizer)
+    settings.scheduler(optimizer, -1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def rates(settings: Optimization, updates: int) -> list[float]:
+    """The learning rate in each update."""
+    optimizer = settings.optimizer([nn.Parameter(torch.zeros(1))])
+    schedule = settings.scheduler(optimizer, updates)
+    found = []
+    for _ in range(updates):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_linear_schedule_falls_from_the_end_of_the_warmup_to_the_last_update():
+    settings = Optimization(learning_rate=8.0, warmup=3, schedule="linear")
+    assert rates(settings, 10) == pytest.approx([8 / 3, 16 / 3, 8, 7, 6, 5, 4, 3, 2, 1])
+
+
+def test_cosine_schedule_is_half_way_in_the_middle():
+    settings = Optimization(learning_rate=2.0, warmup=0, schedule="cosine")
+    assert rates(settings, 4) == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", [4, 3.25, 2.5, 1.75]), ("cosine", [4, None, 2.5, None])])
+def test_schedule_ends_at_the_final_factor(schedule, expected):
+    settings = Optimization(learning_rate=4.0, warmup=1, schedule=schedule, final_learning_rate_factor=0.25)
+    for found, rate in zip(rates(settings, 4), expected, strict=True):
+        assert rate is None or found == pytest.approx(rate)
+    assert settings.factor(4, 4) == settings.factor(9, 4) == pytest.approx(0.25)
+
+
+def test_warmup_longer_than_the_run_only_rises():
+    assert rates(Optimization(learning_rate=1.0, warmup=10, schedule="cosine"), 3) == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_falling_schedule_needs_the_number_of_updates(schedule):
+    message = rf"model\.critic\.schedule: a {schedule} schedule ends at trainer\.max_steps, which is -1; "
+    with pytest.raises(UserError, match=message):
+        Optimization(schedule=schedule).check("critic", -1)
+    Optimization(schedule=schedule).check("critic", 10)
+    Optimization().check("critic", -1)

@@ -79,7 +79,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     options = parser.parse_args(arguments)
-    check_options(options, batch_size=Count, per_prompt=Count, count=Count, seed=Seed)
+    check_options(options, batch_size=Count, per_prompt=Count, count=Count, seed=Seed, height=Count, width=Count)
     check_options(options, teacher_steps=Whole, guidance_scale=NonNegative)
     # os.path, unlike Path, raises no error if a parent directory may not be searched.
     if os.path.exists(options.out) and not os.path.isdir(options.out):

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import Provenance, check_fits, read_checkpoint
+from gdmd_lightning.methods.checkpointing import Provenance, check_finite, check_fits, read_checkpoint
 
 
 def module_parser() -> ArgumentParser:
@@ -62,7 +62,8 @@ def load_module(
         size: Height and width of the pictures; ``None`` for those of the training.
 
     Raises:
-        UserError: If the checkpoint is unreadable, has no configuration, or does not fit the pipeline on disk.
+        UserError: If the checkpoint is unreadable, has no configuration, does not fit the pipeline on disk,
+            or holds a weight that is not finite.
     """
     checkpoint = read_checkpoint(path)
     provenance = Provenance(**checkpoint.get("provenance", {}))
@@ -83,6 +84,8 @@ def load_module(
         module.only_role(role)
     module.configure_model()
     check_fits(module, checkpoint)
+    weights = checkpoint["state_dict"]
+    check_finite({name: weights[name] for name in module.state_dict()}, f"in {path!r}")
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     module.to(torch.device(device)).eval()
     module.family.to(module.device)

@@ -25,6 +25,7 @@ from gdmd_lightning.configuration.numbers import check_configuration
 from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.configuration.seeds import share_seed
 from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
@@ -58,6 +59,8 @@ class DistillationCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; report what a constructor refuses as an error in the configuration."""
+        # Before the trainer, which may look for an engine that is not installed.
+        check_precision(self.config.fit.trainer.precision)
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -83,6 +86,14 @@ class DistillationCLI(LightningCLI):
                 "not supported: each role has its own optimizer",
                 where="trainer.gradient_clip_val",
                 remedy="set model.generator.gradient_clip and model.fake_score.gradient_clip",
+            )
+        times, size = self.trainer.accumulate_grad_batches, settings.data.batch_size
+        if times != 1:
+            raise UserError(
+                f"it is {times}, but an update takes several optimizer steps",
+                where="trainer.accumulate_grad_batches",
+                remedy=f"use model.accumulate {times}, or data.batch_size {times * size} with model.micro_batch_size "
+                f"{size}: the same update",
             )
 
 
@@ -165,6 +176,7 @@ def quiet() -> None:
         "in eval mode",
         "args parameter is intended",
         "with manual optimization",
+        "call of `lr_scheduler.step",  # an update whose first step is skipped
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):

@@ -79,7 +79,7 @@ class PromptDataModule(LightningDataModule):
         source: A ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file (all but the last also
             compressed, ``.txt.gz``), a folder of them, a Hugging Face data set as ``organization/name``, or
             ``shapes``.
-        batch_size: Samples per update on one rank.
+        batch_size: Samples per batch on one rank. An update has one batch, or ``model.accumulate`` of them.
         group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``.
         shuffle_buffer: Number of rows that are read and shuffled together; 0 or 1 keeps the source's order.
         seed: Seed of the order, and of the prompts if the source is ``shapes``; null for ``seed_everything`` of the
@@ -87,6 +87,9 @@ class PromptDataModule(LightningDataModule):
         num_workers: Number of processes that read ahead; it does not affect the order.
         column: Key or column that holds the prompt.
         split: Split of a Hugging Face data set, a folder or ``shapes``.
+
+    Attributes:
+        batches_per_update: Batches that are handed over as a single one, the samples of an update; set by the method.
 
     Raises:
         UserError: If ``group_size`` does not divide ``batch_size``, the source cannot be read, or it has no prompt.
@@ -115,6 +118,7 @@ class PromptDataModule(LightningDataModule):
         self.seed = seed or 0
         self.num_workers = num_workers
         self.prompts = open_source(source, column=column, split=split, seed=self.seed)
+        self.batches_per_update = 1
         self._handed_over = 0
         self._processed_before: int | None = None
 
@@ -181,7 +185,7 @@ class PromptDataModule(LightningDataModule):
             "source": self.source,
             "column": self.column,
             "split": self.split,
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size * self.batches_per_update,
             "group_size": self.group_size,
             "shuffle_buffer": self.shuffle_buffer,
             "seed": self.seed,
@@ -200,7 +204,7 @@ class PromptDataModule(LightningDataModule):
             self.prompts,
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer,
-            prompts=self.batch_size // self.group_size,
+            prompts=self.batch_size * self.batches_per_update // self.group_size,
             group_size=self.group_size,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,

@@ -21,7 +21,7 @@ class Learn(Protocol):
 
     ``with learn("generator") as backward:`` gives the role gradient inside. Call ``backward(loss)`` as often as there
     are losses (micro-batches, timesteps); their gradients add up. On exit the gradient is clipped, the role stepped
-    and its averages moved. After an exception nothing is stepped.
+    and its averages moved, unless the engine skips a step that is not finite. After an exception nothing is stepped.
     """
 
     def __call__(self, role: str) -> AbstractContextManager[Backward]:
@@ -54,8 +54,9 @@ class Engine(ABC):
 
                 yield backward
             with phase("optimizer step"):
-                self.step(role)
-        self.roles.update_averages(role)
+                taken = self.step(role)
+        if taken:
+            self.roles.update_averages(role)
 
     @abstractmethod
     def zero_grad(self, role: str) -> None:
@@ -66,5 +67,5 @@ class Engine(ABC):
         """Add the gradient of ``loss``."""
 
     @abstractmethod
-    def step(self, role: str) -> None:
-        """Clip the role's gradient and step its optimizer."""
+    def step(self, role: str) -> bool:
+        """Clip the role's gradient and step its optimizer; returns whether the step was taken."""

@@ -6,6 +6,7 @@ embeddings and autoencoders stay below it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -51,6 +52,9 @@ class ModelFamily(ABC):
 
     guided_passes: ClassVar[int] = 2
     """Network evaluations per guided sample."""
+
+    dtype: str = "float32"
+    """Precision of the weights."""
 
     _encoders_freed = False
     _cut_reported = False
@@ -344,6 +348,16 @@ class ModelFamily(ABC):
         if self.pipeline is None:
             raise RuntimeError(f"{type(self).__name__}.load() must run before the pipeline is used")
         return self.pipeline
+
+    def components(self, **own: Any) -> dict[str, Any]:
+        """Parts for :meth:`to_pipeline`, with ``own`` instead of the pipeline's.
+
+        The autoencoder has the pipeline's dtype: diffusers turns it into float32 itself where that is needed.
+        """
+        vae, dtype = self.loaded.vae, getattr(torch, self.dtype)
+        if vae.dtype != dtype:
+            vae = copy.deepcopy(vae).to(dtype)
+        return {**self.loaded.components, "vae": vae, **own}
 
     def save_lora(self, directory: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Write an adapter of the network in the format that the pipeline's ``load_lora_weights`` reads.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families import autoencoder
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
@@ -154,16 +155,13 @@ class Flux2KleinFamily(ModelFamily):
         return Grid(autoencoder_factor(autoencoder["block_out_channels"]), patch=2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.loaded.vae
         mean, std = self._statistics(latents)
         patches = self.loaded._unpatchify_latents(latents * std + mean)
-        return (vae.decode(patches.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return autoencoder.decode(self.loaded.vae, patches)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.loaded.vae
-        latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
-        patches = self.loaded._patchify_latents(latents)
+        patches = self.loaded._patchify_latents(autoencoder.encode(self.loaded.vae, images))
         mean, std = self._statistics(patches)
         return (patches - mean) / std
 
@@ -188,7 +186,7 @@ class Flux2KleinFamily(ModelFamily):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(
             self.loaded.scheduler.config, stochastic_sampling=stochastic
         )
-        components = dict(self.loaded.components, transformer=network, scheduler=scheduler)
+        components = self.components(transformer=network, scheduler=scheduler)
         return type(self.loaded)(**components, **self._pipeline_arguments)
 
     def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:

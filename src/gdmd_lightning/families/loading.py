@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.autoencoder import keep_range
 
 
 def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = (), drop: Sequence[str] = ()) -> Any:
@@ -58,6 +59,7 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
             if directory.is_dir():
                 _check_complete(component, directory / name)
             component.requires_grad_(False).eval()
+    keep_range(pipeline.vae)
     return pipeline
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.families import autoencoder
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
@@ -109,14 +110,12 @@ class SD3Family(ModelFamily):
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return autoencoder.decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.loaded.vae
-        latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return (autoencoder.encode(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -149,7 +148,7 @@ class SD3Family(ModelFamily):
             shift_terminal=float(self.few_step_sigmas(steps, latent_shape)[-2]) if steps > 1 else None,
             stochastic_sampling=stochastic,
         )
-        return StableDiffusion3Pipeline(**dict(self.loaded.components, transformer=network, scheduler=scheduler))
+        return StableDiffusion3Pipeline(**self.components(transformer=network, scheduler=scheduler))
 
     def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """Evenly spaced sigmas (1, 3/4, 2/4, 1/4, 0 for 4 steps) with the scheduler's shift."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families import autoencoder
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
@@ -150,13 +151,12 @@ class SDXLFamily(ModelFamily):
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return autoencoder.decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.loaded.vae
-        return vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+        return autoencoder.encode(vae, images) * vae.config.scaling_factor
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ class SDXLFamily(ModelFamily):
             scheduler = LCMScheduler.from_config(config, original_inference_steps=steps)
         else:
             scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
-        components = dict(self.loaded.components, unet=network, scheduler=scheduler)
+        components = self.components(unet=network, scheduler=scheduler)
         return StableDiffusionXLPipeline(
             **components, force_zeros_for_empty_prompt=self.loaded.config.force_zeros_for_empty_prompt
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.autoencoder import keep_range
 from gdmd_lightning.locations import PACKAGE
 
 ARCHITECTURES = PACKAGE / "assets" / "architectures"
@@ -57,6 +58,7 @@ def sketch_pipeline(cls: Any, path: str, dtype: str, *, drop: Sequence[str] = ()
             where="family.path",
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    keep_range(pipeline.vae)
     return pipeline
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.families.pictures import check_pictures
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
 from gdmd_lightning.methods.lightning import RoleModule, Update
 from gdmd_lightning.phases import phase
@@ -81,6 +82,11 @@ class DistillationModule(RoleModule, ABC):
         """A judge that decodes with this family and follows the memory options."""
         return Judge(reward, self.family, self.memory.reward, self.micro_batch_size)
 
+    def limit_micro_batches(self, size: int) -> None:
+        super().limit_micro_batches(size)
+        if self.judge is not None:
+            self.judge.micro_batch_size = self.micro_batch_size
+
     def micro_batches(self, rows: int) -> Iterator[tuple[slice, float]]:
         """Slices of a batch that fit into memory at once, each with its share of the batch."""
         for part in micro_batches(rows, self.micro_batch_size):
@@ -145,7 +151,7 @@ class DistillationModule(RoleModule, ABC):
         """
         predict = self.predictor(role, self.embeddings(texts))
         rngs = stream("generate", self.seed) if rngs is None else rngs
-        return self.family.decode(rollout(predict, noise, self.sigmas, self.sampler, rngs).x0)
+        return self._pictures(rollout(predict, noise, self.sigmas, self.sampler, rngs).x0, texts)
 
     @torch.no_grad()
     def generate_teacher(self, noise: Tensor, texts: list[str], steps: int, guidance_scale: float) -> Tensor:
@@ -153,7 +159,13 @@ class DistillationModule(RoleModule, ABC):
         predict = self.predictor("teacher", self.embeddings(texts), guidance_scale)
         start = self.family.teacher_start(steps) * noise
         sigmas = self.family.teacher_sigmas(steps, self.latent_shape)
-        return self.family.decode(rollout(predict, start, sigmas, ODE()).x0)
+        return self._pictures(rollout(predict, start, sigmas, ODE()).x0, texts)
+
+    def _pictures(self, x0: Tensor, texts: list[str]) -> Tensor:
+        """Decoded latents; fails if a picture is not finite, which could neither be shown nor scored."""
+        images = self.family.decode(x0)
+        check_pictures(images, texts, x0)
+        return images
 
 
 def weighted_sum(total: dict[str, Tensor], share: float, **values: Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
@@ -77,6 +79,42 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     return content
 
 
+def check_finite(
+    content: dict[str, Any],
+    when: str,
+    remedy: str = "use an earlier checkpoint, or start a new run with lower learning rates",
+) -> None:
+    """Fail if weights hold a number that is NaN or infinite.
+
+    Args:
+        content: Tensors in nested dictionaries and lists, such as :func:`learned`.
+        when: Where or when it was found, for the message.
+        remedy: What to do, for the message.
+
+    Raises:
+        UserError: If it does; the message names the first such tensor.
+    """
+    for name, tensor in _tensors(content, ""):
+        # The largest magnitude; NaN if any number is. Unlike isfinite, this needs no memory.
+        if not torch.isfinite(torch.linalg.vector_norm(tensor, ord=torch.inf)):
+            raise UserError(f"{name} is not finite {when}", where="checkpoint", remedy=remedy)
+
+
+def learned(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What training changes in a checkpoint: weights, averages and the optimizers' moments."""
+    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}
+
+
+def _tensors(part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of floating-point numbers in nested dictionaries and lists, with their paths."""
+    if isinstance(part, Tensor):
+        if part.is_floating_point() and part.numel():
+            yield name, part
+    elif isinstance(part, dict | list | tuple):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
 def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
     """Fail if a checkpoint does not hold this module's roles in their shapes.
 
@@ -92,6 +130,23 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
         if mine[name].shape != theirs[name].shape:
             shapes = f"{tuple(theirs[name].shape)} there, {tuple(mine[name].shape)} here"
             raise UserError(f"it is of another model: {name} is {shapes}", where="checkpoint", remedy=remedy)
+
+
+def check_schedules(module: RoleModule, checkpoint: dict[str, Any]) -> None:
+    """Fail if a role's learning-rate schedule was of another kind, whose state means something else.
+
+    Raises:
+        UserError: If one was.
+    """
+    for role, state in zip(module.roles.trained, checkpoint.get("lr_schedulers", ())):
+        schedule = module.roles.optimization_of(role).schedule
+        if ("lr_lambdas" in state) == (schedule == "constant"):
+            raise UserError(
+                f"it is {schedule!r}, but the checkpoint's schedule was "
+                + ("'linear' or 'cosine'" if schedule == "constant" else "'constant'"),
+                where=f"model.{role}.schedule",
+                remedy="resume with the checkpoint's, or start a new run with model.start_from",
+            )
 
 
 def take_over(module: RoleModule, path: str) -> None:
@@ -120,6 +175,7 @@ def take_over(module: RoleModule, path: str) -> None:
                 remedy="use the same family, size and adapters (model.lora)",
             )
         taken |= found
+    check_finite(taken, f"in {path!r}")
     roles.load_state_dict(taken, strict=False)
     for spec in followers:
         roles.copy(str(spec.source), spec.name)

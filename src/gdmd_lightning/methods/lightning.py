@@ -16,10 +16,19 @@ from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.lightning import LightningEngine
+from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
+from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.checkpointing import Provenance, check_fits, take_over
+from gdmd_lightning.methods.checkpointing import (
+    Provenance,
+    check_finite,
+    check_fits,
+    check_schedules,
+    learned,
+    take_over,
+)
 from gdmd_lightning.methods.settings import Memory
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
@@ -55,10 +64,13 @@ class RoleModule(pl.LightningModule):
         memory: Memory-saving options.
         micro_batch_size: Maximum number of samples in memory at once; does not change the update. Null for no
             limit.
+        accumulate: Batches of the data module per update, at least 1. An update is that of one batch with all their
+            samples, in micro-batches of at most one batch; everything that counts updates counts these.
         embedding_cache: Embed all prompts to disk before training; null to embed each batch during training.
         ema_decay: Decay of the averaged weights, which are evaluated and exported.
         seed: Seed of all random streams; null for ``seed_everything`` of the configuration, or 0 without one.
         start_from: Checkpoint of this project from which the roles are loaded at the start.
+        non_finite: What happens if a loss or gradient is not finite.
 
     Attributes:
         roles: The roles; available after :meth:`configure_model`.
@@ -77,17 +89,21 @@ class RoleModule(pl.LightningModule):
         lora: LoRA | None = None,
         memory: Memory = Memory(),
         micro_batch_size: Count | None = None,
+        accumulate: Count = 1,
         embedding_cache: EmbeddingCache | None = None,
         ema_decay: Decay = 0.99,
         seed: Seed | None = None,
         start_from: str | None = None,
+        non_finite: NonFinite = NonFinite(),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.family, self.height, self.width = family, height, width
         self.generator, self.lora, self.memory = generator, lora, memory
-        self.micro_batch_size, self.embedding_cache = micro_batch_size, embedding_cache
+        self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
+        self.embedding_cache = embedding_cache
         self.ema_decay, self.seed, self.start_from = ema_decay, seed or 0, start_from
+        self.guard = StepGuard(non_finite, self._all_ranks)
         self.updates = self.evaluations = 0
         self.provenance = Provenance()
         self._only: str | None = None
@@ -168,15 +184,36 @@ class RoleModule(pl.LightningModule):
     # Training.
 
     def setup(self, stage: str) -> None:
-        """Fail early if an optimizer is not installed, or the method cannot learn from the data."""
+        """Fail early if the trainer's settings do not fit, or the method cannot learn from the data."""
         if stage == "fit":
+            check_precision(self.trainer.precision)
+            self._ask_for_whole_updates(self.trainer.datamodule)  # type: ignore[attr-defined]
             for role in self.role_specs():
                 if role.optimizer is not None:
-                    role.optimizer.check()
+                    role.optimizer.check(role.name, self.trainer.max_steps)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
-                self.check_batch(data.batch_size, data.group_size)
+                self.check_batch(data.batch_size * self.accumulate, data.group_size)
                 self.check_prompts(data.first_prompts())
+
+    def _ask_for_whole_updates(self, data: Any) -> None:
+        """Let the data module yield the samples of a whole update at once, so that its position is that of updates."""
+        if isinstance(data, PromptDataModule):
+            data.batches_per_update = self.accumulate
+            if self.accumulate > 1:
+                self.limit_micro_batches(data.batch_size)
+        elif self.accumulate > 1:
+            raise UserError(
+                f"it is {self.accumulate}, but the batches are not those of a PromptDataModule",
+                where="model.accumulate",
+                remedy="use a PromptDataModule, or larger batches with model.micro_batch_size",
+            )
+
+    def limit_micro_batches(self, size: int) -> None:
+        """Hold at most ``size`` samples in memory at once, or fewer if ``micro_batch_size`` is smaller."""
+        self.micro_batch_size = min(size, self.micro_batch_size or size)
+        if hasattr(self, "roles"):
+            self.roles.micro_batch_size = self.micro_batch_size
 
     def on_fit_start(self) -> None:
         """Move text encoders and VAE to the device; embed all prompts if configured."""
@@ -196,31 +233,52 @@ class RoleModule(pl.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """One optimizer per trained role, in the order of the specs, each with its warm-up."""
+        """One optimizer per trained role, in the order of the specs, each with its schedule."""
         out = []
         for role in self.roles.trained:
             settings = self.roles.optimization_of(role)
             optimizer = settings.optimizer(self.roles.parameters_of(role))
-            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": settings.schedule(optimizer)}})
+            end = -1 if settings.schedule == "constant" else self.trainer.max_steps
+            schedule = settings.scheduler(optimizer, end)
+            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
         return out
+
+    def on_train_start(self) -> None:
+        """Set the learning rates of falling schedules: those in a checkpoint are for the ``max_steps`` of its run."""
+        for role, optimizer in zip(self.roles.trained, self.trainer.optimizers, strict=True):
+            rate = self.roles.optimization_of(role)
+            if rate.schedule != "constant":
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * rate.factor(self.updates, self.trainer.max_steps)
 
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any] | None:
         """One update of the method."""
-        conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
+        self.guard.settle()
+        texts = [prompt.text for prompt in batch.prompts]
+        conditioning = self.embeddings(texts)
         optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
         before = self.roles.evaluations.total()
-        done = self.update(
-            Batch(batch.prompts, batch.groups, conditioning), LightningEngine(self, self.roles, optimizers)
-        )
+        engine = LightningEngine(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
+        done = self.update(Batch(batch.prompts, batch.groups, conditioning), engine)
+        engine.finish()
         self.updates += 1
         self.evaluations += self.roles.evaluations.total() - before
-        for schedule in _listed(self.lr_schedulers()):
+        logs = done.logs | engine.logs()
+        for role, schedule in zip(self.roles.trained, _listed(self.lr_schedulers()), strict=True):
+            logs[f"learning_rate/{role}"] = torch.tensor(optimizers[role].param_groups[0]["lr"])
             schedule.step()
-        logs = dict(done.logs)
         if "loss" in logs:
             self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
         return None if done.record is None else {"record": done.record}
+
+    def on_train_end(self) -> None:
+        """Fail if the last update was not finite."""
+        self.guard.settle()
+
+    def _all_ranks(self, decision: bool) -> bool:
+        """Whether the decision is true on all ranks."""
+        return self.trainer.strategy.reduce_boolean_decision(decision, all=True)
 
     # Checkpoints hold what was trained; the frozen teacher stays in its pipeline.
 
@@ -230,12 +288,24 @@ class RoleModule(pl.LightningModule):
         return {name: value for name, value in whole.items() if not self._is_frozen(name)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the provenance, so that the checkpoint can be restored without its configuration file."""
+        """Add the provenance, so that the checkpoint can be restored without its configuration file.
+
+        Raises:
+            UserError: If a weight or moment is not finite; nothing is written then.
+        """
+        self.guard.settle()
+        check_finite(
+            learned(checkpoint),
+            f"after update {self.updates}",
+            "earlier checkpoints are unchanged; lower the learning rates and resume from one of them",
+        )
         checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates, evaluations=self.evaluations))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fail before any weight changes if the checkpoint does not fit; add the teacher to it."""
         check_fits(self, checkpoint)
+        check_schedules(self, checkpoint)
+        check_finite(learned(checkpoint), "in the checkpoint")
         origin = checkpoint["provenance"]
         self.updates, self.evaluations = origin["updates"], origin["evaluations"]
         self.provenance = replace(self.provenance, scores=origin["scores"])

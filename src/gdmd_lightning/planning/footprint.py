@@ -102,9 +102,10 @@ class _TracedEngine(Engine):
         # Not loss.backward(): a torch function mode that sees it called is off inside, where blocks are recomputed.
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
 
-    def step(self, role: str) -> None:
+    def step(self, role: str) -> bool:
         clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
         self.optimizers[role].step()
+        return True
 
 
 def plan(
@@ -117,7 +118,7 @@ def plan(
 
     Args:
         module: A new one, before ``configure_model``; it cannot be used afterwards.
-        batch_size: Samples per update on one GPU.
+        batch_size: Samples per batch of the data module on one GPU.
         precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
 
@@ -128,6 +129,9 @@ def plan(
         raise UserError(
             f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use 32-true, {', '.join(LOWER)}"
         )
+    if module.accumulate > 1:
+        module.limit_micro_batches(batch_size)
+    batch_size *= module.accumulate
     reward = _take_reward(module)
     module.build_roles(module.family.sketch())
     module.to(META)

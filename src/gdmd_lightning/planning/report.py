@@ -69,8 +69,9 @@ def plan_of(arguments: Sequence[str]) -> Plan:
 def batch_line(arguments: Sequence[str]) -> str:
     """The batch of an update in words: samples, groups, and micro-batches if there are any."""
     settings = parse(arguments, "plan")
-    size, group = settings.data.batch_size, settings.data.group_size
-    micro = settings.model.init_args.micro_batch_size
+    model, batch, group = settings.model.init_args, settings.data.batch_size, settings.data.group_size
+    size = batch * model.accumulate
+    micro = model.micro_batch_size if model.accumulate == 1 else min(batch, model.micro_batch_size or batch)
     at_once = "all at once" if micro is None or micro >= size else f"in micro-batches of {micro}"
     return f"{size} samples per update on each GPU, {group} per prompt, {at_once}"
 

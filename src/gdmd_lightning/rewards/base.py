@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.pictures import NonFinitePictures, not_finite
 from gdmd_lightning.prompts import Prompt
 
 
@@ -46,15 +47,20 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
     """``reward.score``, checked: ``[B]`` finite float32 on the pictures' device.
 
     Raises:
+        NonFinitePictures: If a picture is not finite, whatever the reward makes of it.
         UserError: If the reward raises, returns another shape or a value that is not finite, or has no gradient
             although it is differentiable and the pictures have one.
     """
     where = f"reward {reward.name!r}"
+    broken = not_finite(images)
+    texts = [prompt.text for prompt in prompts]
     try:
         scores = reward.score(images, prompts)
-    except UserError:
-        raise
     except Exception as error:  # a user's reward may raise anything
+        if bool(broken.any()):
+            raise NonFinitePictures(broken, texts) from error
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"raised {type(error).__name__}: {error}", where=where) from error
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if shape != (len(images),):
@@ -69,12 +75,15 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
             where=where,
             remedy="compute them from the pictures with torch, or set differentiable to false",
         )
-    wrong = torch.nonzero(~torch.isfinite(scores.detach()))[:, 0]
-    if len(wrong):
-        first = int(wrong[0])
+    wrong = ~torch.isfinite(scores.detach()).to(images.device)
+    # One wait for the device for both checks.
+    if bool((broken | wrong).any()):
+        if bool(broken.any()):
+            raise NonFinitePictures(broken, texts)
+        first = int(wrong.nonzero()[0])
         raise UserError(
-            f"returned {scores[first].item()} for {len(wrong)} of {len(images)} pictures, "
-            f"the first with prompt {prompts[first].text!r}",
+            f"returned {scores[first].item()} for {int(wrong.sum())} of {len(images)} pictures, "
+            f"the first with prompt {texts[first]!r}",
             where=where,
             remedy="return finite scores",
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.families.pictures import NonFinitePictures
 from gdmd_lightning.latents import in_micro_batches
 from gdmd_lightning.phases import phase
 from gdmd_lightning.prompts import Prompt
@@ -49,6 +50,7 @@ class Judge:
             gradient: Keep the gradient through decoder and reward; then all images are in memory at once.
 
         Raises:
+            NonFinitePictures: If generator or decoder give pictures that are not finite.
             UserError: If the reward raises, or returns the wrong shape or non-finite scores.
         """
         if gradient:
@@ -69,8 +71,11 @@ class Judge:
     def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         with phase("decoding"):
             images = self.family.decode(latents)
-        with phase("reward"), self._placed(images.device):
-            return checked_score(self.reward, images, prompts)
+        try:
+            with phase("reward"), self._placed(images.device):
+                return checked_score(self.reward, images, prompts)
+        except NonFinitePictures as error:
+            raise NonFinitePictures(error.rows, error.texts, latents) from error
 
     @contextmanager
     def _placed(self, device: torch.device) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.ranges import Decay, NonNegative, Positive, Whole, ranged
+from gdmd_lightning.ranges import Decay, Fraction, NonNegative, Positive, Whole, ranged
 
 TEACHER = "teacher"
 """The frozen network of the pipeline; every method has this role, and no spec declares it."""
@@ -28,6 +29,11 @@ class Optimization:
         weight_decay: Decoupled weight decay.
         gradient_clip: Largest gradient norm.
         warmup: Updates during which the learning rate rises linearly.
+        schedule: The learning rate after the warm-up: ``constant``, or falling on a line (``linear``) or half a cosine
+            (``cosine``) to ``final_learning_rate_factor`` at ``trainer.max_steps``. It depends only on the number of
+            the update and on ``max_steps``: a run resumed with a larger ``max_steps`` goes on with the rate that a run
+            of that length has there, which is higher than the one it stopped with.
+        final_learning_rate_factor: Fraction of ``learning_rate`` at the end of a falling schedule.
         algorithm: ``adamw``, or ``adamw_8bit`` of bitsandbytes, which stores each moment in one byte.
     """
 
@@ -36,14 +42,26 @@ class Optimization:
     weight_decay: NonNegative = 0.01
     gradient_clip: Positive = 1.0
     warmup: Whole = 10
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_learning_rate_factor: Fraction = 0.0
     algorithm: Literal["adamw", "adamw_8bit"] = "adamw"
 
-    def check(self) -> None:
-        """Fail early if the optimizer is not installed.
+    def check(self, role: str, max_steps: int) -> None:
+        """Fail early if the optimizer is not installed, or the schedule has no end.
+
+        Args:
+            role: Whose settings these are, for the message.
+            max_steps: The trainer's; -1 for no end.
 
         Raises:
-            UserError: If bitsandbytes is needed and missing.
+            UserError: If bitsandbytes is needed and missing, or ``max_steps`` is needed and not set.
         """
+        if self.schedule != "constant" and max_steps < 1:
+            raise UserError(
+                f"a {self.schedule} schedule ends at trainer.max_steps, which is {max_steps}",
+                where=f"model.{role}.schedule",
+                remedy="set trainer.max_steps, or use constant",
+            )
         if self.algorithm == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
                 "adamw_8bit requires bitsandbytes, which is not installed",
@@ -61,10 +79,23 @@ class Optimization:
         )
         return optimizer
 
-    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Build the learning-rate schedule, stepped once per update."""
+    def scheduler(self, optimizer: torch.optim.Optimizer, updates: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """Build the learning-rate schedule of ``updates`` updates (unused if constant), stepped once per update."""
+        if self.schedule != "constant":
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: self.factor(update, updates))
         warmup = max(self.warmup, 1)
         return torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+
+    def factor(self, update: int, updates: int) -> float:
+        """Factor on the learning rate in update number ``update``, from 0, of ``updates``."""
+        start = max(self.warmup, 1) - 1  # the first update with the full rate
+        if update < start:
+            return (update + 1) / (start + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min((update - start) / max(updates - start, 1), 1.0)
+        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.final_learning_rate_factor + (1 - self.final_learning_rate_factor) * left
 
 
 @dataclass(frozen=True)

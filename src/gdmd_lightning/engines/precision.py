@@ -1,0 +1,27 @@
+"""The trainer precisions in which training works: trained weights and averages stay float32 in all of them."""
+
+from __future__ import annotations
+
+from gdmd_lightning.errors import UserError
+
+_SUPPORTED = ("32-true", "bf16-mixed", "16-mixed")
+_ALIASES = {None: "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def check_precision(precision: str | int | None) -> None:
+    """Fail early if Lightning would convert trained weights and averages to another dtype.
+
+    Args:
+        precision: The trainer's, in any of Lightning's spellings.
+
+    Raises:
+        UserError: If it would: 16-bit types round away most steps of a generator, and nearly all of its average's.
+    """
+    name = None if precision is None else str(precision)
+    if _ALIASES.get(name, name) not in _SUPPORTED:
+        raise UserError(
+            f"{name!r} would convert the trained weights and their averages, which must stay float32",
+            where="trainer.precision",
+            remedy="use bf16-mixed to compute in bfloat16, and the family's dtype (model.family.dtype) to load the "
+            "frozen teacher in it",
+        )
