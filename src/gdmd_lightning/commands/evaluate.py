@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import add_loading_options, load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
@@ -20,9 +20,7 @@ def main(arguments: list[str]) -> int:
     """``evaluate [--checkpoint NAME=PATH ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False)
     parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of a .ckpt; may be repeated")
-    parser.add_argument(
-        "--teacher", type=str, default=SHAPES.teacher, help="pipeline directory to score if no checkpoint is given"
-    )
+    add_loading_options(parser)
     parser.add_argument("--teacher_steps", type=int, default=TEACHER_STEPS, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--prompts", type=str, default=SHAPES.prompts, help="shapes, or a prompt file")
@@ -30,7 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parser.parse_args(arguments)
     task = replace(SHAPES, prompts=options.prompts)
-    modules = _load(options.checkpoint)
+    modules = _load(options.checkpoint, options.teacher, options.trust)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher)
     contestants = teachers(module, options.teacher_steps, options.guidance_scale)
     contestants += [student(name, each) for name, each in modules.items()]
@@ -42,11 +40,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _load(checkpoints: list[str]) -> dict[str, DistillationModule]:
+def _load(checkpoints: list[str], teacher: str | None, trust: list[str]) -> dict[str, DistillationModule]:
     modules = {}
     for given in checkpoints:
         name, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
-        modules[name] = load_module(path, role="ema")
+        modules[name] = load_module(path, role="ema", teacher=teacher, trust=trust)
     return modules

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import add_loading_options, load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.studies.sampling import (
     Origin,
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     make_directory(out)
     seconds = 0.0
     if missing:
-        module = load_module(options.checkpoint, device, role="ema")
+        module = load_module(options.checkpoint, device, role="ema", teacher=options.teacher, trust=options.trust)
         began = time.perf_counter()
         try:
             write_pictures(module, missing, origin, out, options.batch_size, existing)
@@ -75,6 +75,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--teacher_steps", type=int, default=0, help="sample the teacher instead, in this many steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--device", type=str | None, default=None, help="default: cuda if available, else cpu")
+    add_loading_options(parser)
     options = parser.parse_args(arguments)
     for name, least in MINIMUM.items():
         if options[name] is not None and options[name] < least:

@@ -24,7 +24,8 @@ from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
+from gdmd_lightning.methods.provenance import Provenance
 
 PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 

@@ -74,6 +74,12 @@ class DistillationModule(RoleModule, ABC):
         super().build_roles(network)
         self.sigmas = self.family.few_step_sigmas(self.steps, self.latent_shape)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the reward's name too: export and sampling restore a module without its reward."""
+        super().on_save_checkpoint(checkpoint)
+        if self.judge is not None:
+            checkpoint["provenance"]["reward"] = self.judge.reward.name
+
     # What updates are written with.
 
     def judge_with(self, reward: Reward) -> Judge:

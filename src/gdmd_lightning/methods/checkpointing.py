@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
+from gdmd_lightning.methods.provenance import read_provenance
+from gdmd_lightning.methods.resuming import adapter_settings, check_teacher, raise_if_changed
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.lightning import RoleModule
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a checkpoint says about its own origin.
-
-    Args:
-        configuration: The model part of the configuration, as YAML.
-        prompts: Source of the training prompts.
-        updates: Updates done.
-        scores: Scores of the averaged generator at its last evaluation, by name.
-    """
-
-    configuration: str = ""
-    prompts: str = ""
-    updates: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -58,10 +45,11 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
 
     Args:
         path: The file.
-        in_memory: Read the tensors now, instead of mapping them from disk when they are used.
+        in_memory: Read the tensors now and verify their checksums, which takes about a second per GB. Otherwise map
+            them from disk when they are used, unverified.
 
     Raises:
-        UserError: If there is no such file, or it is not a checkpoint.
+        UserError: If there is no such file, it is not a checkpoint, or it is damaged.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path!r}", where="checkpoint", remedy="give the path of a .ckpt file")
@@ -70,9 +58,43 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and torch raise a dozen unrelated types here
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise UserError(f"{path!r} is not a readable checkpoint: {reason}", where="checkpoint") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if in_memory:
+        _verify_checksums(path)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if weights is None:
         raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(weights[k], Tensor) for k in weights):
+        what = f"the state_dict in {path!r} is not a mapping of names to tensors"
+        raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
     return content
+
+
+def _verify_checksums(path: str) -> None:
+    """Compare the file's content with the checksums in it; torch writes them, but does not check them.
+
+    Raises:
+        UserError: If they differ.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path!r} is damaged: {error}", where="checkpoint", remedy="use another checkpoint") from error
+    if damaged is not None:
+        what = f"{path!r} is damaged: the checksum of {damaged!r} does not match"
+        raise UserError(what, where="checkpoint", remedy="use another checkpoint of this run")
+
+
+def content_digest(path: str) -> str:
+    """Digest of a checkpoint's content, from the checksums in its zip directory; reads no tensors.
+
+    Raises:
+        UserError: If the file does not exist or is not a checkpoint.
+    """
+    read_checkpoint(path, in_memory=False)
+    with zipfile.ZipFile(path) as archive:
+        parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
@@ -101,7 +123,9 @@ def take_over(module: RoleModule, path: str) -> None:
     Raises:
         UserError: If a role does not fit.
     """
-    theirs, roles = read_checkpoint(path)["state_dict"], module.roles
+    checkpoint = read_checkpoint(path)
+    _check_adapters(module, checkpoint, path)
+    theirs, roles = checkpoint["state_dict"], module.roles
     own = roles.state_dict()
     taken: dict[str, Any] = {}
     followers = []
@@ -121,3 +145,21 @@ def take_over(module: RoleModule, path: str) -> None:
     roles.load_state_dict(taken, strict=False)
     for spec in followers:
         roles.copy(str(spec.source), spec.name)
+
+
+def _check_adapters(module: RoleModule, checkpoint: dict[str, Any], path: str) -> None:
+    """Adapters have a meaning only with their own scale, on the network that they were trained on.
+
+    Raises:
+        UserError: If either differs. Checkpoints of earlier versions do not record them.
+    """
+    if module.lora is None or "provenance" not in checkpoint:
+        return
+    origin = read_provenance(checkpoint)
+    adapters = {key: value for key, value in origin.settings.items() if key.startswith("model.lora.")}
+    try:
+        if adapters.get("model.lora.rank") is not None:
+            raise_if_changed(adapters, adapter_settings(module), "use the same values")
+        check_teacher(module, origin)
+    except UserError as error:
+        raise UserError(error.what, where=f"model.start_from {path!r}", remedy=error.remedy) from error

@@ -6,12 +6,10 @@ pictures. So an incomplete directory is completed by sampling again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +25,7 @@ from gdmd_lightning.data.readers import ShapesPrompts, open_source
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.checkpointing import content_digest
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import draw_noise, stream
 
@@ -101,10 +99,7 @@ def checkpoint_digest(path: str) -> str:
             where="checkpoint",
             remedy="give a .ckpt written by fit; sample an exported pipeline with diffusers itself",
         )
-    read_checkpoint(path, in_memory=False)
-    with zipfile.ZipFile(path) as archive:
-        parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+    return content_digest(path)
 
 
 def read_prompts(source: str, column: str, split: str, count: int | None) -> list[Prompt]:
