@@ -112,7 +112,7 @@ def test_card_loads_the_saved_scheduler(trained, tmp_path, sampler):
 
 
 def test_card_describes_the_training(trained, tmp_path):
-    card = (export(load_module(str(trained[1]), trust=["tiny"]), tmp_path / "out", form="lora") / "README.md").read_text()
+    card = (export(load_module(str(trained[1]), role="ema"), tmp_path / "out", form="lora") / "README.md").read_text()
     for row in ("| Method | GDMD |", "| Reward | brightness |", "| Prompts | shapes |", "| Generator updates | 3 |",
                 "| Weights | averaged, adapters |", "| Sampler | ODE, 4 steps, no guidance |",
                 "| geneval/overall | "):  # fmt: skip
@@ -121,4 +121,4 @@ def test_card_describes_the_training(trained, tmp_path):
 
 def test_export_of_an_adapter_refuses_full_weights(recorded_run, tmp_path):
     with pytest.raises(UserError, match="full weights were trained"):
-        export(load_module(str(recorded_run / "checkpoints" / "last.ckpt"), trust=["tiny"]), tmp_path / "out", form="lora")
+        export(load_module(str(recorded_run / "checkpoints" / "last.ckpt"), role="ema"), tmp_path / "out", form="lora")

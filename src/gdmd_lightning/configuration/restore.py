@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.references import resolved
 from gdmd_lightning.configuration.trust import (
     WITHOUT_REWARD,
     check_places,
@@ -107,7 +108,8 @@ def _build(model: dict[str, Any], path: str, teacher: str | None, trust: Sequenc
         if not isinstance(model["init_args"].get("family"), dict):
             raise UserError(f"the configuration in {path!r} has no family", where="checkpoint")
         model["init_args"]["family"].setdefault("init_args", {})["path"] = teacher
-    else:
+    model = resolved(model, path)
+    if teacher is None:
         check_places(model)
     try:
         with only_classes_of(trust):

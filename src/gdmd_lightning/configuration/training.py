@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +20,7 @@ from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.references import ReferencingParser, environment_references, with_references
 from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
@@ -37,6 +38,11 @@ class DistillationCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Training only; scoring and sampling are separate commands."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and keep the arguments."""
+        self._arguments = list(args)
+        super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint to resume from; Lightning would take the model's arguments from it."""
@@ -65,7 +71,12 @@ class DistillationCLI(LightningCLI):
     def before_fit(self) -> None:
         """Store the configuration in checkpoints; refuse what Lightning would reject less clearly."""
         settings = self.config.fit
-        self.model.provenance = Provenance(describe_module(settings.model), str(settings.data.source))
+        references = environment_references(self._arguments)
+        self._parser("fit").references = references  # type: ignore[attr-defined]
+        self.model.provenance = Provenance(
+            with_references(describe_module(settings.model), references),
+            references.get(str(settings.data.source), str(settings.data.source)),
+        )
         if self.trainer.gradient_clip_val:
             raise UserError(
                 "not supported: each role has its own optimizer",
@@ -105,6 +116,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             args=["fit", "--weights_only=true", *with_found_configs(arguments)],
             subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},
+            parser_class=ReferencingParser,
             parser_kwargs=PARSER,
             trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate()]},
             auto_configure_optimizers=False,

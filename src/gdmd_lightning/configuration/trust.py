@@ -14,8 +14,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import _common, set_parsing_settings
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from gdmd_lightning.configuration.messages import shortened
 from gdmd_lightning.errors import UserError
@@ -54,7 +52,7 @@ def denied_class(text: str) -> str | None:
 
 
 def read_configuration(text: str, path: str) -> dict[str, Any]:
-    """Parse the configuration in a checkpoint, with references to environment variables resolved.
+    """Parse the configuration in a checkpoint.
 
     Args:
         text: The configuration, as YAML.
@@ -68,10 +66,8 @@ def read_configuration(text: str, path: str) -> dict[str, Any]:
     """
     try:
         found = yaml.safe_load(text)
-        if "${" in text:
-            found = OmegaConf.to_container(OmegaConf.create(found), resolve=True)
     # Deep nesting and numbers of thousands of digits end in the last two.
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         what = f"cannot parse the configuration in {path!r}: {shortened(error)}"
         raise UserError(what, where="checkpoint") from error
     model = found.get("model") if isinstance(found, dict) else None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file

@@ -5,13 +5,13 @@ The tables below have every key of ``model`` and ``data``; a test enforces that 
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.provenance import Provenance
@@ -31,9 +31,9 @@ TAKES_EFFECT = (
 """Used from the next update on."""
 
 REFUSED = (
-    "model.class_path", "model.family.*", "model.lora", "model.lora.*", "model.*.algorithm", "model.start_from",
-    "data.source", "data.column", "data.split", "data.batch_size", "data.group_size", "data.shuffle_buffer",
-    "data.seed",
+    "model.class_path", "model.family", "model.family.*", "model.lora", "model.lora.*", "model.*.algorithm",
+    "model.start_from", "data.source", "data.column", "data.split", "data.batch_size", "data.group_size",
+    "data.shuffle_buffer", "data.seed",
 )  # fmt: skip
 """Refused if changed: the weights, moments or counts in the checkpoint have no meaning under another value.
 
@@ -56,8 +56,7 @@ def fixed_settings(module: RoleModule) -> dict[str, Any]:
     """The settings of ``model`` that cannot change on resume, by key; those compared by content are left out."""
     settings: dict[str, Any] = {"model": type(module).__name__, "model.family": type(module.family).__name__}
     for name, value in module.family.encoding_settings().items():
-        if value is None or isinstance(value, str | int | float):
-            settings[f"model.family.{name}"] = value
+        settings[f"model.family.{name}"] = list(value) if isinstance(value, tuple) else value
     for spec in module.role_specs():
         if spec.optimizer is not None:
             settings[f"model.{spec.name}.algorithm"] = spec.optimizer.algorithm
@@ -175,9 +174,7 @@ def report_changes(there: str, here: str) -> None:
     before, now = dict(flattened(yaml.safe_load(there))), dict(flattened(yaml.safe_load(here)))
     for key in sorted(before.keys() | now.keys()):
         if TAKES_EFFECT in classes_of(key) and before.get(key) != now.get(key):
-            logging.getLogger("gdmd_lightning").warning(
-                "resumed with %s %s (before: %s)", key, now.get(key), before.get(key)
-            )
+            rank_zero_info(f"resumed with {key} {now.get(key)} (before: {before.get(key)})")
 
 
 def flattened(settings: Any, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,5 +69,6 @@ def evaluate(
         images = generate(noise, [prompts[i].text for i in rows])
         seconds += time.perf_counter() - began
         for score in scores:
-            score.update(images, [prompts[i] for i in rows])
+            # A copy for each: a reward may change its input in place.
+            score.update(images.clone(), [prompts[i] for i in rows])
     return seconds / max(len(mine), 1)
