@@ -170,10 +170,22 @@ def test_malformed_provenance_is_one_line(content, complaint, tmp_path, name):
     assert expected in complaint("export", tmp_path / "bad.ckpt", "out")
 
 
-@pytest.mark.parametrize("weights", [[], {"a": 1}, {1: torch.zeros(1)}, "text"])
-def test_malformed_weights_are_one_line(content, complaint, tmp_path, weights):
-    torch.save({**content, "state_dict": weights}, tmp_path / "bad.ckpt")
-    assert "is not a mapping of names to tensors" in complaint("export", tmp_path / "bad.ckpt", "out")
+WRONG = {
+    "state_dict": ([], {"a": 1}, {1: torch.zeros(1)}, "text", None),
+    "optimizer_states": ({}, 3),
+    "loops": ([],),
+    "epoch": ("1", True, torch.zeros(1)),
+    "pytorch-lightning_version": (2,),
+}
+
+
+def test_malformed_parts_are_one_line_that_names_them(content, tmp_path):
+    path = str(tmp_path / "bad.ckpt")
+    for part, values in WRONG.items():
+        for value in values:
+            torch.save({**content, part: value}, path)
+            with pytest.raises(UserError, match=rf"checkpoint: the {part} in '.*bad.ckpt' (is|has) "):
+                read_checkpoint(path, in_memory=False)
 
 
 def test_export_of_a_restored_module_is_that_of_the_trained_one(recorded_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import tiny
 import torch
 
 from gdmd_lightning.configuration.training import parse
+from gdmd_lightning.data.identity import content_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.data.readers import HubDataset
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.dmd import DMD
@@ -143,19 +146,39 @@ def test_resuming_with_another_start_is_refused(tiny_pipeline, full, tmp_path):
         load(tiny.module(tiny_pipeline, DMD, start_from=str(begun)), begun)
 
 
-def test_prompt_file_is_known_by_its_content_not_by_its_path(tiny_pipeline, tmp_path, monkeypatch):
+def test_prompt_file_is_known_by_its_content_not_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts = tmp_path / "p.txt"
     prompts.write_text("a red circle\na green square\n")
-    module = tiny.module(tiny_pipeline, DMD)
-    tiny.train(module, 1, data={"source": str(prompts)}).save_checkpoint(tmp_path / "one.ckpt")
-    state = read_checkpoint(str(tmp_path / "one.ckpt"))["PromptDataModule"]
+    state = PromptDataModule(str(prompts), batch_size=8, group_size=4).state_dict()
     PromptDataModule("./p.txt", batch_size=8, group_size=4).load_state_dict(state)
     shutil.copy(prompts, tmp_path / "moved.txt")
     PromptDataModule("moved.txt", batch_size=8, group_size=4).load_state_dict(state)
     prompts.write_text("a red circle\na blue square\n")
     with pytest.raises(UserError, match=r"source '.*p.txt' \(now 'p.txt', whose content differs\)"):
         PromptDataModule("p.txt", batch_size=8, group_size=4).load_state_dict(state)
+
+
+def test_local_data_set_is_known_by_the_content_of_its_files(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for place in (one, other):
+        place.mkdir()
+        (place / "train.jsonl").write_text('{"prompt": "a red circle"}\n')
+    assert content_of(HubDataset(str(one))) == content_of(HubDataset(str(other)))
+    (other / "train.jsonl").write_text('{"prompt": "a red square"}\n')
+    assert content_of(HubDataset(str(one))) != content_of(HubDataset(str(other)))
+
+
+def test_data_set_on_the_hub_is_known_by_its_revision(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: SimpleNamespace(sha=f"of {name}"))
+    assert content_of(HubDataset("organization/name")) == "organization/name of organization/name"
+
+
+def test_malformed_position_is_one_line():
+    data = PromptDataModule("shapes", batch_size=8, group_size=4)
+    for batches in (None, "3", -1, True):
+        with pytest.raises(UserError, match=f"checkpoint: its count of batches is {batches!r}"):
+            data.load_state_dict({**data.state_dict(), "batches": batches})
 
 
 def test_content_of_a_source_is_that_of_the_start_of_training(tmp_path):

@@ -24,7 +24,7 @@ def content_of(source: PromptSource) -> str:
     if isinstance(source, HubDataset) and not path.exists():
         return f"{source.name} {_revision(source.name)}"
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(type(source).__name__.encode(), digest_size=16)
     try:
         for file in files:
             if file != path:

@@ -19,6 +19,12 @@ from gdmd_lightning.methods.resuming import adapter_settings, check_teacher, rai
 if TYPE_CHECKING:
     from gdmd_lightning.methods.lightning import RoleModule
 
+PARTS = {
+    "state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list,
+    "epoch": int, "global_step": int, "pytorch-lightning_version": str,
+}  # fmt: skip
+"""Types of a checkpoint's parts that Lightning itself reads unchecked."""
+
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes checkpoints atomically, so that ``kill -9`` leaves the previous one.
@@ -60,13 +66,27 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
         raise UserError(f"{path!r} is not a readable checkpoint: {reason}", where="checkpoint") from error
     if in_memory:
         _verify_checksums(path)
-    weights = content.get("state_dict") if isinstance(content, dict) else None
-    if weights is None:
+    if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(weights[k], Tensor) for k in weights):
-        what = f"the state_dict in {path!r} is not a mapping of names to tensors"
-        raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
+    _check_parts(content, path)
     return content
+
+
+def _check_parts(content: dict[str, Any], path: str) -> None:
+    """Fail if a part of a checkpoint has another type than Lightning's, or a weight is no tensor.
+
+    Raises:
+        UserError: The message names the part.
+    """
+    for name, kind in PARTS.items():
+        if name in content and type(content[name]) is not kind:
+            there = type(content[name]).__name__
+            what = f"the {name} in {path!r} is {there}, not {kind.__name__}"
+            raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
+    for name, value in content["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"the state_dict in {path!r} has {type(value).__name__} for {str(name)[:80]!r}, not a tensor"
+            raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
 
 
 def _verify_checksums(path: str) -> None:

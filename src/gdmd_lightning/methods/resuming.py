@@ -132,7 +132,7 @@ def use_current_optimization(module: RoleModule, checkpoint: dict[str, Any]) -> 
         UserError: If the checkpoint has no optimizers, or they do not belong to the trained roles.
     """
     states, current = checkpoint.get("optimizer_states"), module.configure_optimizers()
-    if not states:
+    if not states or "loops" not in checkpoint:
         raise UserError(
             "it has no optimizer states, only weights",
             where="checkpoint",
