@@ -1,6 +1,7 @@
 """Values from the environment are written as references, and found again when a checkpoint is loaded."""
 
 import pytest
+import tiny
 import yaml
 
 from gdmd_lightning.configuration import training
@@ -10,6 +11,13 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 
 SECRET = "hf_a_token_of_mine"
+
+
+class WithToken(tiny.Brightness):
+    """The reward of a service."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +58,7 @@ def test_unset_variable_is_one_line():
 
 def test_run_writes_no_secret_and_its_checkpoint_can_be_used(fast_fit, tmp_path, monkeypatch, tiny_pipeline):
     monkeypatch.setenv("TEACHER", str(tiny_pipeline))
-    arguments = ["--model.family.path=${oc.env:TEACHER}", "--model.reward=bad_rewards.WithToken"]
+    arguments = ["--model.family.path=${oc.env:TEACHER}", f"--model.reward={__name__}.WithToken"]
     training.run([*fast_fit, *arguments, "--model.reward.token=${oc.env:TOKEN}", "--trainer.max_steps=1"])
     run = tmp_path / "run"
     written = [p for p in run.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]

@@ -1,4 +1,4 @@
-"""Rewards with one mistake each, and one with a secret; configurations name them ``bad_rewards.<class>``."""
+"""Broken rewards, one for each kind of mistake; configurations name them ``bad_rewards.<class>``."""
 
 import torch
 
@@ -35,15 +35,3 @@ class Raising(Reward):
 
 class Unfinished(Reward):
     name = "unfinished"
-
-
-class WithToken(Reward):
-    """A reward of a service that needs a token; not broken."""
-
-    name = "with_token"
-
-    def __init__(self, token: str) -> None:
-        self.token = token
-
-    def score(self, images, prompts):
-        return images.mean((1, 2, 3))

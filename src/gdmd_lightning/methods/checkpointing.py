@@ -79,7 +79,8 @@ def _check_parts(content: dict[str, Any], path: str) -> None:
         UserError: The message names the part.
     """
     for name, kind in PARTS.items():
-        if name in content and type(content[name]) is not kind:
+        # A bool is an int for isinstance.
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
             there = type(content[name]).__name__
             what = f"the {name} in {path!r} is {there}, not {kind.__name__}"
             raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
