@@ -125,7 +125,7 @@ def test_teacher_that_is_not_here_is_one_line_and_never_fetched(complaint, forge
     checkpoint = forged(elsewhere(path))
     for command in (["export", checkpoint, "out"], ["evaluate", f"--checkpoint=a={checkpoint}"]):
         line = complaint(*command)
-        assert line.startswith(f"family.path: {path!r}, named by the checkpoint, is not a directory here; ")
+        assert line.startswith(f"family.path: {path!r}, named by the checkpoint, does not exist here; ")
         assert "--teacher PATH" in line
 
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import _common, set_parsing_settings
 
 from gdmd_lightning.configuration.messages import shortened
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import resolve
+from gdmd_lightning.methods.provenance import parsed
 
 OWN = "gdmd_lightning"
 WITHOUT_REWARD = {"class_path": "gdmd_lightning.rewards.base.AbsentReward"}
@@ -64,12 +64,7 @@ def read_configuration(text: str, path: str) -> dict[str, Any]:
     Raises:
         UserError: If it is not a configuration of this project.
     """
-    try:
-        found = yaml.safe_load(text)
-    # Deep nesting and numbers of thousands of digits end in the last two.
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        what = f"cannot parse the configuration in {path!r}: {shortened(error)}"
-        raise UserError(what, where="checkpoint") from error
+    found = parsed(text)
     model = found.get("model") if isinstance(found, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
         raise UserError(f"the configuration in {path!r} has no model", where="checkpoint")
@@ -80,13 +75,13 @@ def check_places(model: dict[str, Any]) -> None:
     """Fail if a ``path`` in a checkpoint's configuration is not here: a hub id is downloaded only if a user gives it.
 
     Raises:
-        UserError: If it is neither a directory here nor inside the package.
+        UserError: If it exists neither here nor inside the package.
     """
     for key, path in _paths(model["init_args"], ""):
-        if not (isinstance(path, str) and Path(resolve(path)).expanduser().is_dir()):
+        if not (isinstance(path, str) and Path(resolve(path)).expanduser().exists()):
             teacher = key == "family.path"
             remedy = "give its directory, or a hub id to download it: --teacher PATH" if teacher else "restore it"
-            raise UserError(f"{path!r}, named by the checkpoint, is not a directory here", where=key, remedy=remedy)
+            raise UserError(f"{path!r}, named by the checkpoint, does not exist here", where=key, remedy=remedy)
 
 
 def _paths(settings: Any, at: str) -> Iterator[tuple[str, Any]]:

@@ -241,7 +241,8 @@ def key_of(text: str) -> str:
 def checksum(row: Tensor) -> str:
     """Checksum of a tensor on the CPU: shape, dtype and every bit."""
     about = f"{tuple(row.shape)} {row.dtype}".encode()
-    return f"{zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy(), zlib.crc32(about)):08x}"
+    bits: Any = row.contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(bits, zlib.crc32(about)):08x}"
 
 
 def size(count: int) -> str:

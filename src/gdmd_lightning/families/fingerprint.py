@@ -93,4 +93,4 @@ def _tensor_bits(tensor: Tensor) -> list[int]:
 
 
 def _is_aligned(part: Tensor) -> bool:
-    return (part.data_ptr() | part.storage_offset() * part.element_size()) % 8 == 0
+    return part.data_ptr() % 8 == 0 and int(part.storage_offset()) * part.element_size() % 8 == 0

@@ -226,7 +226,7 @@ class RoleModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the provenance, so that the checkpoint can be restored without its configuration file."""
-        here = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
+        here: dict[str, Any] = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
         checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates, **here))
         checkpoint["random_states"] = global_states(self.device)
 

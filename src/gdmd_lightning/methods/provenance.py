@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import yaml
+
 from gdmd_lightning.errors import UserError
 
 
@@ -57,6 +59,19 @@ def read_provenance(checkpoint: Mapping[str, Any]) -> Provenance:
     if found.get("updates", 0) < 0:
         raise _malformed("provenance 'updates'", f"it is {found['updates']}")
     return Provenance(**found)
+
+
+def parsed(configuration: str) -> Any:
+    """The content of a provenance's configuration, as plain values.
+
+    Raises:
+        UserError: If it is not YAML.
+    """
+    try:
+        return yaml.safe_load(configuration)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        # Deep nesting and numbers of thousands of digits end in the last two.
+        raise _malformed("cannot parse the configuration", " ".join(str(error).split())[:200]) from error
 
 
 def _malformed(part: str, what: str, remedy: str = "the file is damaged or was changed") -> UserError:

@@ -16,7 +16,8 @@ from torch import distributed
 
 def global_states(device: torch.device) -> list[dict[str, Any]]:
     """States of torch's, numpy's and Python's generators, one entry per rank; all ranks must call this."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = legacy
     mine: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.methods.provenance import Provenance
+from gdmd_lightning.methods.provenance import Provenance, parsed
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.lightning import RoleModule
@@ -171,7 +170,7 @@ def _well_formed(states: Any, current: list[dict[str, Any]]) -> bool:
 
 def report_changes(there: str, here: str) -> None:
     """Log which settings of ``model`` differ between two configurations, as YAML, and take effect now."""
-    before, now = dict(flattened(yaml.safe_load(there))), dict(flattened(yaml.safe_load(here)))
+    before, now = dict(flattened(parsed(there))), dict(flattened(parsed(here)))
     for key in sorted(before.keys() | now.keys()):
         if TAKES_EFFECT in classes_of(key) and before.get(key) != now.get(key):
             rank_zero_info(f"resumed with {key} {now.get(key)} (before: {before.get(key)})")
