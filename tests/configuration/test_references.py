@@ -58,8 +58,13 @@ def test_unset_variable_is_one_line():
 
 def test_run_writes_no_secret_and_its_checkpoint_can_be_used(fast_fit, tmp_path, monkeypatch, tiny_pipeline):
     monkeypatch.setenv("TEACHER", str(tiny_pipeline))
-    arguments = ["--model.family.path=${oc.env:TEACHER}", f"--model.reward={__name__}.WithToken"]
-    training.run([*fast_fit, *arguments, "--model.reward.token=${oc.env:TOKEN}", "--trainer.max_steps=1"])
+    init = {
+        "family": {"class_path": "SD3Family", "init_args": {"path": "${oc.env:TEACHER}", "max_sequence_length": 0}},
+        "reward": {"class_path": f"{__name__}.WithToken", "init_args": {"token": "${oc.env:TOKEN}"}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": {"init_args": init}}))
+    cli = training.run([*fast_fit, "--config", str(tmp_path / "mine.yaml"), "--trainer.max_steps=1"])
+    assert cli.model.judge.reward.token == SECRET
     run = tmp_path / "run"
     written = [p for p in run.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
     assert written == []
