@@ -84,7 +84,7 @@ class DistillationModule(RoleModule, ABC):
         if self.sampler.scheduler is None:
             sampler = type(self.sampler).__name__
             raise UserError(f"diffusers has no scheduler for {sampler}", where="sampler", remedy="use ODE or Renoise")
-        self.to_pipeline(getattr(self.family.loaded, self.family.network_component))
+        self.family.check_export(self.steps, stochastic=self.sampler.scheduler == "renoise")
 
     def to_pipeline(self, network: nn.Module) -> Pipeline:
         """A diffusers pipeline around a network that samples as this module does; errors as the family's."""
