@@ -139,7 +139,7 @@ class ModelFamily(ABC):
             stochastic: Add fresh noise between the steps (DMD2) instead of taking Euler steps.
         """
 
-    def check_export(self, steps: int, *, stochastic: bool) -> None:  # noqa: B027
+    def check_export(self, steps: int, *, stochastic: bool) -> None:
         """Fail if :meth:`to_pipeline` has no scheduler for these steps; by default it has one for all.
 
         Raises:
