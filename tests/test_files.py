@@ -1,7 +1,9 @@
 """Atomic writes: the previous version or the new one, never a part of it."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,15 @@ def test_atomic_file_keeps_the_previous_version_on_an_error(tmp_path):
         part.write_text("tw\udc80")  # fails after the file is opened
     assert path.read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["b.txt"]
+
+
+def test_atomic_file_flushes_the_file_before_the_rename_and_the_directory_after_it(tmp_path, monkeypatch):
+    done = []
+    flush, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), flush(file)))
+    monkeypatch.setattr(os, "replace", lambda one, other: (done.append("rename"), replace(one, other)))
+    write_atomically(tmp_path / "b.txt", "one")
+    assert [Path(each).name for each in done] == ["b.txt.part", "rename", tmp_path.name]
 
 
 KILLED = """

@@ -18,7 +18,8 @@ from pathlib import Path
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to ``path`` on success, remove it on an error.
 
-    Missing parent directories are created. The content is flushed to disk before the rename.
+    Missing parent directories are created. The content is flushed to disk before the rename, and the
+    rename after it.
 
     Raises:
         OSError: If the disk is full or the place cannot be written.
@@ -30,8 +31,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        _sync_directory(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    """Flush a rename to disk, so that files survive a power failure in the order in which they were written."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

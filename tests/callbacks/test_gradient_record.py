@@ -1,5 +1,6 @@
 """The record holds a row for every judged target, and the images next to it are what was judged."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_record_rows_hold_levels_and_rewards_of_their_state(rows):
 
 
 def test_recorded_weight_follows_from_the_advantage(rows, recorded_run):
-    module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
+    module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"), trust=["tiny"])
     clip = module.advantages.clip
     for row in rows:
         o = 0.5 + max(-clip, min(clip, row["advantage"])) / (2 * clip)
@@ -100,6 +101,20 @@ def test_resumed_run_drops_rows_after_its_checkpoint(fast_fit, tmp_path):
     after = table(tmp_path / "run").sort_by("step").to_pylist()
     assert Counter(row["step"] for row in after) == dict.fromkeys(range(4), STATES * 2)
     assert [row for row in before if row["step"] < 2] == [row for row in after if row["step"] < 2]
+
+
+def test_damaged_part_is_set_aside_and_the_run_goes_on(tiny_pipeline, tmp_path, caplog):
+    record = GradientRewardRecord(flush_every=1)
+    module = tiny.module(tiny_pipeline)
+    tiny.train(module, 2, callbacks=[record], default_root_dir=tmp_path)
+    parts = sorted((tmp_path / "gradient_rewards").glob("part-*.parquet"))
+    os.truncate(parts[0], parts[0].stat().st_size // 2)
+    fitting = tiny.trainer(3, callbacks=[GradientRewardRecord()], default_root_dir=tmp_path)
+    fitting.strategy.connect(module)
+    with caplog.at_level("INFO"):
+        fitting.callbacks[-1].on_train_start(fitting, module)
+    assert f"warning: {parts[0]} is damaged and dropped" in caplog.text
+    assert sorted(p.name for p in parts[0].parent.iterdir()) == [parts[0].stem + ".damaged", parts[1].name]
 
 
 def test_record_of_a_method_without_targets_is_refused_before_loading(tiny_pipeline, monkeypatch):

@@ -103,7 +103,7 @@ def test_sample_seed_changes_pictures(checkpoint, prompts, tmp_path):
 def test_sample_pictures_equal_those_of_the_module_from_the_same_noise(checkpoint, stochastic, prompts, tmp_path, kind):
     path = stochastic if kind == "renoise" else checkpoint
     run(path, prompts, tmp_path / "out", "--seed", 5)
-    module = load_module(str(path))
+    module = load_module(str(path), trust=["tiny"])
     rngs = [sampling.Picture(row, 0, Prompt("")).rng(5) for row in range(4)]
     noise = torch.stack([torch.randn(module.latent_shape, generator=rng) for rng in rngs])
     images = module.generate(noise, TEXTS) if kind == "ode" else module.generate(noise, TEXTS, rngs=rngs)
@@ -113,7 +113,7 @@ def test_sample_pictures_equal_those_of_the_module_from_the_same_noise(checkpoin
 
 def test_generate_fresh_noise_of_a_picture_does_not_depend_on_the_batch(stochastic):
     """With one stream for the batch, the second picture's noise would depend on the first picture."""
-    module = load_module(str(stochastic))
+    module = load_module(str(stochastic), trust=["tiny"])
     noise = torch.randn(2, *module.latent_shape, generator=torch.Generator().manual_seed(0))
     streams = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)]
     both = module.generate(noise, TEXTS[:2], rngs=streams)
@@ -124,7 +124,7 @@ def test_generate_fresh_noise_of_a_picture_does_not_depend_on_the_batch(stochast
 
 def test_sample_teacher_pictures_equal_those_of_generate_teacher(checkpoint, prompts, tmp_path):
     run(checkpoint, prompts, tmp_path / "out", "--teacher_steps", 2, "--guidance_scale", 2.5)
-    module = load_module(str(checkpoint))
+    module = load_module(str(checkpoint), trust=["tiny"])
     rngs = [sampling.Picture(row, 0, Prompt("")).rng(0) for row in range(4)]
     images = module.generate_teacher(draw_noise((4, *module.latent_shape), rngs, module.device), TEXTS, 2, 2.5)
     expected = (255 * images).round().permute(0, 2, 3, 1).int().numpy()

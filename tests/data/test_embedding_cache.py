@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gdmd_lightning.data import embedding_cache, embeddings
-from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, key_of
+from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, checksum, key_of
 from gdmd_lightning.data.embeddings import PromptEmbeddings, fill
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Conditioning
@@ -228,10 +228,41 @@ def test_truncated_shard_is_an_error_that_names_it(tmp_path, kept):
     filled(tmp_path, TEXTS[:4], Words())
     (name,) = files(tmp_path, "safetensors")
     os.truncate(tmp_path / name, kept if kept >= 0 else (tmp_path / name).stat().st_size - 1)
-    with pytest.raises(UserError, match=r"not a complete safetensors file .*remove this file") as raised:
+    with pytest.raises(UserError, match=r"not an intact safetensors file .*remove this file") as raised:
         EmbeddingStore(str(tmp_path), "words")
     assert str(raised.value).startswith(str(tmp_path / name))
     assert "\n" not in str(raised.value)
+
+
+def test_every_flipped_byte_of_a_row_is_noticed_when_it_is_read(tmp_path):
+    filled(tmp_path, TEXTS[:1], Words())
+    (name,) = files(tmp_path, "safetensors")
+    content = (tmp_path / name).read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    assert len(content) - begin == (2 * 3 + 3) * 4 + 3 * 8
+    expected = r"the checksum of a row of .\w+. does not match.*remove this file"
+    for place in range(begin, len(content)):
+        (tmp_path / name).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(UserError, match=expected) as raised:
+            EmbeddingStore(str(tmp_path), "words").read(TEXTS[0], CPU)
+    assert str(raised.value).startswith(str(tmp_path / name))
+
+
+def test_row_of_another_shape_is_an_error_that_names_its_file(tmp_path):
+    store = filled(tmp_path, TEXTS[:1], Words())
+    store.write({TEXTS[1]: Conditioning(torch.zeros(1, 5, 3), torch.zeros(1, 3), torch.zeros(1, 3).long())})
+    store.read(TEXTS[0], CPU)
+    expected = r"a row of 'sequence' has shape \(1, 5, 3\), others have \(1, 2, 3\)"
+    with pytest.raises(UserError, match=expected) as raised:
+        store.read(TEXTS[1], CPU)
+    assert str(raised.value).startswith(str(tmp_path / files(tmp_path, "safetensors")[-1]))
+
+
+def test_checksum_depends_on_dtype_shape_and_bits():
+    row = torch.tensor([[1.0, 2.0]])
+    others = [row.view(torch.int32), row.T, row + 1]
+    assert len({checksum(each) for each in [row, *others]}) == 4
+    assert checksum(row) == checksum(torch.tensor([[1.0, 0.0, 2.0]])[:, ::2])
 
 
 def test_shard_removed_during_a_run_is_an_error(tmp_path):

@@ -225,6 +225,18 @@ def test_fit_reports_a_truncated_checkpoint(complaint, fast_fit, checkpoint, tmp
     path.unlink()
 
 
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
+def test_fit_and_export_notice_a_flipped_byte_in_a_checkpoint(complaint, fast_fit, checkpoint, tmp_path, where):
+    content = bytearray(checkpoint.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path = written(tmp_path / "flipped.ckpt", bytes(content))
+    assert "flipped.ckpt' is damaged: the checksum of '" in complaint("export", path, "out")
+    if where == 0.3:
+        assert "flipped.ckpt' is damaged: " in complaint("fit", *fast_fit, "--ckpt_path", path)
+        assert "flipped.ckpt' is damaged: " in complaint("fit", *fast_fit, "--model.start_from", path)
+    path.unlink()
+
+
 class Sneaky:
     def __reduce__(self):
         return (Path.touch, (Path("sneaked"),))

@@ -354,14 +354,6 @@ def test_resumed_schedule_is_that_of_a_run_of_the_new_length(tmp_path, end):
     assert tiny.differing(dict(resumed.state_dict()), dict(whole.state_dict())) == []
 
 
-def test_resuming_with_a_schedule_of_another_kind_is_refused(tmp_path):
-    keep = Saving(tmp_path / "two.ckpt", 2)
-    fit(module_of(), 2, place=tmp_path, callbacks=[keep])
-    message = r"model\.fake_score\.schedule: it is 'linear', but the checkpoint's schedule was 'constant'; "
-    with pytest.raises(UserError, match=message):
-        fit(module_of(fake_score=Optimization(schedule="linear")), 4, place=tmp_path, resume=keep.path)
-
-
 class Saving(Callback):
     """Saves one checkpoint."""
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 DMD, GDMD, REFL = ("methods/test_dmd_update.py",), ("methods/test_gdmd_update.py",), ("methods/test_refl_update.py",)
 PARTS, WIRING = ("methods/test_micro_batches.py",), ("methods/test_lightning_wiring.py",)
 RANGES = ("test_ranges.py",)
+RESUMING, TRUST = ("methods/test_resuming.py",), ("configuration/test_trust.py",)
+REFERENCES, INPUT = ("configuration/test_references.py",), ("faults/test_bad_input.py",)
 ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.py",)
 
 PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
@@ -708,8 +710,6 @@ MUTATIONS = [
             'optimizers[role].param_groups[0]["lr"])\n            schedule.step()',
             "schedule.step() or schedule.get_last_lr()[0])",
         ),
-        ("rates of the checkpoint's length", "* rate.factor(self.updates,", "* rate.factor(0 * self.updates,"),
-        ("schedule of another kind resumed", "        check_schedules(self, checkpoint)\n", ""),
         ("schedule without an end", "role.optimizer.check(role.name, self.trainer.max_steps)", "pass"),
         (
             "same noise in every update",
@@ -740,8 +740,8 @@ MUTATIONS = [
             "zip(self.roles.trained, _listed(self.optimizers())",
             "zip(self.roles.trained[::-1], _listed(self.optimizers())",
         ),
-        ("updates not restored", 'self.updates = origin["updates"]', "pass"),
-        ("updates not saved", "replace(self.provenance, updates=self.updates)", "self.provenance"),
+        ("updates not restored", "self.updates, self.evaluations = origin.updates,", "_, self.evaluations = 0,"),
+        ("updates not saved", '"updates": self.updates, ', ""),
         ("start_from ignored", "if self.start_from is not None:", "if False:"),
         ("record not handed on", 'None if done.record is None else {"record": done.record}', "None"),
         ("logs under another name", 'f"train/{name}": value', 'f"train/{name}": 0 * value'),
@@ -804,6 +804,101 @@ MUTATIONS = [
         WIRING,
         ("average not taken over", 'if not found and spec.name != "generator":', 'if spec.name != "generator":'),
         ("followers not started", "roles.copy(str(spec.source), spec.name)", "pass"),
+    ),
+    *errors(
+        "methods/checkpointing.py",
+        RESUMING,
+        ("adapters of another scale taken over", "raise_if_changed(adapters, adapter", "print(adapters, adapter"),
+        ("adapters of another teacher taken over", "        check_teacher(module, origin)", "        pass"),
+    ),
+    *errors(
+        "methods/checkpointing.py", INPUT, ("checksums not verified", "        _verify_checksums(path)", "        pass")
+    ),
+    *errors(
+        "methods/resuming.py",
+        RESUMING,
+        ("resumed with the optimizer's old settings", '{**now, "params": then["params"]}', "then"),
+        ("resumed at the start of the schedule", "for _ in range(module.updates):", "for _ in range(0):"),
+        ("resumed with the old schedule", 'checkpoint["lr_schedulers"] = [', "_ = ["),
+        ("alpha not compared", '"model.lora.alpha": lora.alpha, ', ""),
+        ("another teacher accepted", "origin.teacher != module.teacher_digest", "False"),
+        ("another start accepted", "started_from != origin.started_from", "False"),
+        ("family's settings not compared", 'settings[f"model.family.{name}"] =', "_ ="),
+    ),
+    *errors(
+        "methods/lightning.py",
+        RESUMING,
+        ("global generators not restored", "self._random_states = checkpoint.get", "_ = checkpoint.get"),
+        (
+            "start of the run forgotten",
+            "scores=origin.scores, started_from=origin.started_from",
+            "scores=origin.scores",
+        ),
+    ),
+    *errors(
+        "methods/random_states.py",
+        RESUMING,
+        ("numpy's generator not restored", "    np.random.set_state(", "    print("),
+        ("Python's generator not restored", "random.setstate(mine", "print(mine"),
+    ),
+    *errors(
+        "data/prompt_data.py",
+        RESUMING,
+        ("another content accepted", 'state_dict.get("content", self._content) != self._content', "False"),
+        ("a moved file refused", ' and (name != "source" or "content" not in state_dict)', ""),
+    ),
+    *errors("data/identity.py", RESUMING, ("content not read", "digest.update(part)", "pass")),
+    *errors(
+        "configuration/trust.py",
+        TRUST,
+        ("every class trusted", 'import_path_denylist=["*"]', "import_path_denylist=[]"),
+        ("trust never ends", "_common.parsing_settings.update(before)", "pass"),
+        ("hub ids of checkpoints fetched", "for key, path in _paths(", "for key, path in [] and _paths("),
+    ),
+    *errors(
+        "configuration/restore.py",
+        TRUST,
+        (
+            "reward built for sampling",
+            'if role is not None and settings.get("reward")',
+            "if False and settings.get('reward')",
+        ),
+        ("--teacher ignored", '"init_args", {})["path"] = teacher', '"init_args", {})["path"]'),
+        ("restored on another teacher", "    check_teacher(module, provenance)", "    pass"),
+    ),
+    *errors(
+        "configuration/references.py",
+        REFERENCES,
+        ("secrets inside texts kept", "settings = settings.replace(value, reference)", "pass"),
+        ("configuration files not searched", "file.is_file():", "False:"),
+    ),
+    *errors(
+        "data/embedding_cache.py",
+        ("data/test_embedding_cache.py",),
+        ("checksums of rows not compared", "if expected is not None and checksum(row) != expected:", "if False:"),
+        ("shapes of rows not compared", "if shape != tuple(row.shape):", "if False:"),
+    ),
+    *errors(
+        "rewards/combine.py",
+        ("rewards/test_rewards.py",),
+        ("parts share the pictures", "images.clone() for _", "images for _"),
+    ),
+    *errors(
+        "rewards/clip.py",
+        ("rewards/test_rewards.py",),
+        ("random weights accepted", "            self._check_complete(report)", "            pass"),
+    ),
+    *errors(
+        "studies/export.py",
+        ("studies/test_export.py",),
+        (
+            "pipeline with wrong steps exported",
+            "        module.check_pipeline_export()\n    try:\n        with",
+            "        pass\n    try:\n        with",
+        ),
+    ),
+    *errors(
+        "files.py", ("test_files.py",), ("rename not flushed", "        _sync_directory(path.parent)", "        pass")
     ),
     *errors(
         "roles/spec.py",

@@ -1,9 +1,13 @@
 """Checks of scores, and the shipped rewards on true and wrong captions."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.locations import PACKAGE
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -54,6 +58,29 @@ def test_combined_reward_is_the_weighted_sum():
     assert checked_score(CombinedReward(parts, [2.0, -1.0]), PICTURES, PROMPTS).tolist() == [1, 3, 5, 7]
 
 
+class Inverting(Answer):
+    def score(self, images, prompts):
+        return images.sub_(1).neg_().mean((1, 2, 3))
+
+
+def test_combined_reward_shows_every_part_the_same_pictures():
+    before = PICTURES.clone()
+    combined = CombinedReward([Inverting(None), Inverting(None)], [1.0, -1.0])
+    assert checked_score(combined, PICTURES, PROMPTS).tolist() == [0, 0, 0, 0]
+    assert torch.equal(PICTURES, before)
+
+
+def test_combined_reward_carries_gradient_to_the_pixels():
+    pixels = PICTURES.clone().requires_grad_()
+
+    class Mean(Answer):
+        def score(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    checked_score(CombinedReward([Mean(None), Mean(None)], [1.0, 2.0]), pixels, PROMPTS).sum().backward()
+    torch.testing.assert_close(pixels.grad, torch.full_like(pixels, 3 / (3 * 8 * 8)))
+
+
 def test_combined_reward_names_the_failing_part():
     with pytest.raises(UserError, match="'answer'"):
         checked_score(CombinedReward([Answer(torch.zeros(3))], [1.0]), PICTURES, PROMPTS)
@@ -72,6 +99,37 @@ def test_shapes_reward_refuses_prompts_without_metadata():
 def test_contrastive_reward_refuses_a_directory_without_a_config(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         ContrastiveReward(str(tmp_path))
+
+
+def without(tensors):
+    return {name: value for name, value in tensors.items() if name != "logit_scale"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (without, "1 missing, the first logit_scale"),
+        (lambda tensors: {}, r"\d+ missing, the first "),
+        (lambda tensors: {**tensors, "head.weight": torch.zeros(1)}, "1 unexpected, the first head.weight"),
+    ],
+    ids=["one missing", "empty", "one too many"],
+)
+def test_contrastive_reward_refuses_weights_that_are_not_the_models(tmp_path, change, expected):
+    scorer = shutil.copytree(PACKAGE / "assets/shapes/scorer", tmp_path / "scorer")
+    tensors = load_file(scorer / "model.safetensors")
+    save_file(change(tensors), scorer / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=expected) as refused:
+        ContrastiveReward(str(scorer)).score(PICTURES, PROMPTS)
+    assert str(refused.value).startswith("reward 'contrastive': the weights in ")
+
+
+def test_contrastive_reward_refuses_weights_of_another_size(tmp_path):
+    scorer = shutil.copytree(PACKAGE / "assets/shapes/scorer", tmp_path / "scorer")
+    tensors = load_file(scorer / "model.safetensors")
+    tensors["text_projection.weight"] = torch.zeros(3, 3)
+    save_file(tensors, scorer / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"reward 'contrastive': .*"):
+        ContrastiveReward(str(scorer)).score(PICTURES, PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,9 @@ from PIL import Image
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.roles import LoRA
 from gdmd_lightning.samplers import CPS, Renoise
 from gdmd_lightning.studies.export import export, snippet
 
@@ -21,7 +24,7 @@ def noise():
 
 @pytest.fixture
 def module(recorded_run):
-    return load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
+    return load_module(str(recorded_run / "checkpoints" / "last.ckpt"), trust=["tiny"])
 
 
 def load(path) -> StableDiffusion3Pipeline:
@@ -38,7 +41,7 @@ def pictures(pipeline, noise, steps=4) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_export_pipeline_makes_the_same_pictures_from_the_same_noise(recorded_run, tmp_path, noise, steps):
-    module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"))
+    module = load_module(str(recorded_run / "checkpoints" / "last.ckpt"), trust=["tiny"])
     module.steps = steps
     module.sigmas = module.family.few_step_sigmas(steps, module.latent_shape)
     path = export(module, tmp_path / "pipeline")
@@ -69,6 +72,44 @@ def test_export_refuses_cps_and_writes_nothing(module, tmp_path):
     with pytest.raises(UserError, match="no scheduler for CPS"):
         export(module, tmp_path / "pipeline")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(2, 4)], ids=["copies", "adapters"])
+def test_run_that_cannot_be_exported_says_so_before_training(tiny_pipeline, caplog, lora):
+    with caplog.at_level("INFO"):
+        tiny.train(tiny.module(tiny_pipeline, DMD, sampler=CPS(), lora=lora), 1)
+    expected = "export --form lora works, without a scheduler" if lora else "sample works"
+    line = "warning: this run cannot be exported as a pipeline (sampler: diffusers has no scheduler for CPS; "
+    assert [m for m in caplog.messages if m.startswith(line) and m.endswith(f"; {expected}")]
+
+
+def test_run_that_can_be_exported_says_nothing(tiny_pipeline, caplog):
+    with caplog.at_level("INFO"):
+        tiny.train(tiny.module(tiny_pipeline, DMD), 1)
+    assert "cannot be exported" not in caplog.text
+
+
+def test_sdxl_in_a_number_of_steps_that_no_scheduler_takes_is_refused_and_its_adapter_is_not(tmp_path):
+    family = SDXLFamily(str(tiny.save_sdxl(tmp_path / "sdxl")))
+    module = DMD(family, height=32, width=32, steps=3, sampler=Renoise(), lora=LoRA(2, 4))
+    module.configure_model()
+    with pytest.raises(UserError, match="3 steps do not divide 1000 timesteps"):
+        export(module, tmp_path / "out")
+    check_bare_adapter(export(module, tmp_path / "out", form="lora"), "3 steps do not divide 1000 timesteps")
+
+
+def test_adapter_of_a_sampler_without_scheduler_is_exported(tiny_pipeline, tmp_path):
+    module = tiny.module(tiny_pipeline, DMD, sampler=CPS(), lora=LoRA(2, 4))
+    module.configure_model()
+    check_bare_adapter(export(module, tmp_path / "out", form="lora"), "diffusers has no scheduler for CPS")
+
+
+def check_bare_adapter(out, why):
+    assert {p.name for p in out.iterdir()} == {"README.md", "pytorch_lora_weights.safetensors"}
+    card = (out / "README.md").read_text()
+    assert f"| Scheduler | none: {why} |" in card
+    assert f"# These are not this generator's steps: {why}." in card
+    assert "pipe.scheduler" not in card
 
 
 def test_export_that_fails_leaves_no_directory(module, tmp_path, monkeypatch):

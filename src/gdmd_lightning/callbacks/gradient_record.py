@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
@@ -28,7 +29,7 @@ class GradientRewardRecord(pl.Callback):
 
     Parts are written to ``gradient_rewards/`` in the log directory as ``part-<first step>-<rank>.parquet``,
     each one complete or absent; pyarrow, pandas and polars read them as one dataset. A resumed run drops rows
-    recorded after its checkpoint.
+    recorded after its checkpoint, and renames a part that a failing disk has damaged to ``.damaged``.
 
     Columns: ``step``, ``rank``, ``state`` and ``target`` (indices in the batch and the group), ``prompt``,
     ``sigma`` (of the student's state), ``t`` (renoise level), ``snapshot`` (0 is the current fake score),
@@ -63,6 +64,7 @@ class GradientRewardRecord(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop rows that a resumed run will write again; earlier hooks do not know the update yet."""
+        import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
@@ -70,7 +72,12 @@ class GradientRewardRecord(pl.Callback):
         self._waiting.clear()
         self._place = self.directory(trainer)
         for part in sorted(self._place.glob(f"part-*-{trainer.global_rank}.parquet")):
-            table = pq.read_table(part)
+            try:
+                table = pq.read_table(part)
+            except (pa.ArrowException, OSError) as error:
+                rank_zero_info(f"warning: {part} is damaged and dropped; its rows are lost: {error}")
+                part.rename(part.with_suffix(".damaged"))
+                continue
             kept = table.filter(pc.field("step") < pl_module.updates)
             if len(kept) == 0:
                 part.unlink()

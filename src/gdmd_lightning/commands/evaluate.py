@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.numbers import check_options
-from gdmd_lightning.configuration.restore import load_module, picture_size
+from gdmd_lightning.configuration.restore import add_loading_options, load_module, picture_size
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, NonNegative, Steps
@@ -23,9 +23,7 @@ def main(arguments: list[str]) -> int:
     """``evaluate [--checkpoint NAME=PATH ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False)
     parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of a .ckpt; may be repeated")
-    parser.add_argument(
-        "--teacher", type=str, default=SHAPES.teacher, help="pipeline directory to score if no checkpoint is given"
-    )
+    add_loading_options(parser)
     parser.add_argument("--teacher_steps", type=int, default=TEACHER_STEPS, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--prompts", type=str, default=SHAPES.prompts, help="shapes, or a prompt file")
@@ -37,7 +35,7 @@ def main(arguments: list[str]) -> int:
     task = replace(SHAPES, prompts=options.prompts)
     task.check(options.count)
     device = usable_device(options.device)
-    modules = _load(options.checkpoint, task, device)
+    modules = _load(options, task, device)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher, device)
     contestants = teachers(module, options.teacher_steps, options.guidance_scale)
     contestants += [student(name, each) for name, each in modules.items()]
@@ -49,12 +47,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _load(checkpoints: list[str], task: Task, device: str) -> dict[str, DistillationModule]:
+def _load(options: Namespace, task: Task, device: str) -> dict[str, DistillationModule]:
     named = []
-    for given in checkpoints:
+    for given in options.checkpoint:
         name, separator, path = given.partition("=")
         if not separator:
             raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
         task.check_size(path, *picture_size(path))
         named.append((name, path))
-    return {name: load_module(path, device, role="ema") for name, path in named}
+    loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
+    return {name: load_module(path, device, **loading) for name, path in named}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import add_loading_options, load_module
 from gdmd_lightning.studies.export import Form, export, snippet
 
 
@@ -17,8 +17,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="directory to write; must not exist")
     parser.add_argument("--averaged", type=bool, default=True, help="export the averaged (EMA) weights")
     parser.add_argument("--form", type=Form, default="pipeline", help="a whole pipeline, or the adapter of a LoRA run")
+    add_loading_options(parser)
     options = parser.parse_args(arguments)
-    module = load_module(options.checkpoint, role="ema" if options.averaged else "generator")
+    role = "ema" if options.averaged else "generator"
+    module = load_module(options.checkpoint, role=role, teacher=options.teacher, trust=options.trust)
     export(module, options.out, averaged=options.averaged, form=options.form)
     print(f"import diffusers\n{snippet(module, options.out, options.form)}")
     return 0

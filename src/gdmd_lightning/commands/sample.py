@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.numbers import check_options
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import add_loading_options, load_module
 from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Whole
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> int:
     make_directory(out)
     seconds = 0.0
     if existing.missing:
-        module = load_module(options.checkpoint, device, role="ema", size=(height, width))
+        loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
+        module = load_module(options.checkpoint, device, size=(height, width), **loading)
         if existing.names or (out / LIST).exists():
             write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
         began = time.perf_counter()
@@ -78,6 +79,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--teacher_steps", type=int, default=0, help="sample the teacher instead, in this many steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
+    add_loading_options(parser)
     options = parser.parse_args(arguments)
     check_options(options, batch_size=Count, per_prompt=Count, count=Count, seed=Seed, height=Count, width=Count)
     check_options(options, teacher_steps=Whole, guidance_scale=NonNegative)

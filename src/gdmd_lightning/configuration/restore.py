@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
+from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.references import resolved
+from gdmd_lightning.configuration.trust import (
+    WITHOUT_REWARD,
+    check_places,
+    denied_class,
+    only_classes_of,
+    read_configuration,
+)
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import Provenance, check_finite, check_fits, read_checkpoint
+from gdmd_lightning.methods.checkpointing import check_finite, check_fits, read_checkpoint
+from gdmd_lightning.methods.provenance import Provenance, parsed, read_provenance
+from gdmd_lightning.methods.resuming import check_teacher
 
 
 def module_parser() -> ArgumentParser:
@@ -40,43 +51,68 @@ def picture_size(path: str) -> tuple[int, int]:
     Raises:
         UserError: If the checkpoint is unreadable or has no configuration.
     """
-    provenance = read_checkpoint(path, in_memory=False).get("provenance", {})
+    configuration = read_provenance(read_checkpoint(path, in_memory=False)).configuration
     try:
-        arguments = yaml.safe_load(provenance["configuration"])["model"]["init_args"]
+        arguments = parsed(configuration)["model"]["init_args"]
         return int(arguments["height"]), int(arguments["width"])
-    except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path!r} has no configuration", where="checkpoint", remedy="use a .ckpt written by fit"
         ) from error
 
 
+def add_loading_options(parser: ArgumentParser) -> None:
+    """Add the options of every command that loads a checkpoint: ``--teacher`` and ``--trust``."""
+    parser.add_argument(
+        "--teacher",
+        type=str | None,
+        default=None,
+        help="pipeline directory, or hub id to download; default: the directory that the checkpoint names",
+    )
+    parser.add_argument(
+        "--trust",
+        type=str,
+        action="append",
+        default=[],
+        help="package, module or class besides this package's own that the checkpoint may run; may be repeated",
+    )
+
+
 def load_module(
-    path: str, device: str = "cpu", role: str | None = None, size: tuple[int, int] | None = None
+    path: str,
+    device: str = "cpu",
+    role: str | None = None,
+    size: tuple[int, int] | None = None,
+    *,
+    teacher: str | None = None,
+    trust: Sequence[str] = (),
 ) -> DistillationModule:
     """Restore the module of a checkpoint, with its roles loaded, in evaluation mode.
 
     Args:
         path: A ``.ckpt`` written by ``fit``.
         device: Where the module is placed.
-        role: Build only this role and the teacher; ``None`` for all. Sampling and export need one.
+        role: Build only this role and the teacher, without the reward, as sampling and export need; ``None`` for all.
         size: Height and width of the pictures; ``None`` for those of the training.
+        teacher: Where the checkpoint's teacher is now, a directory or a hub id; ``None`` for the directory that the
+            checkpoint names.
+        trust: Packages, modules or classes besides this package's own that the checkpoint may name.
 
     Raises:
-        UserError: If the checkpoint is unreadable, has no configuration, does not fit the pipeline on disk,
-            or holds a weight that is not finite.
+        UserError: If the checkpoint is unreadable, has no configuration, names a class that is not trusted or a
+            directory that is not here, does not fit the teacher, or holds a weight that is not finite.
     """
     checkpoint = read_checkpoint(path)
-    provenance = Provenance(**checkpoint.get("provenance", {}))
+    provenance = read_provenance(checkpoint)
     if not provenance.configuration:
         raise UserError(f"{path!r} has no configuration", where="checkpoint", remedy="use a .ckpt written by fit")
-    parser = module_parser()
-    try:
-        configured = parser.parse_string(provenance.configuration)
-    except ArgumentError as error:
-        raise UserError(f"cannot parse the configuration in {path!r}: {error}", where="checkpoint") from error
+    model = read_configuration(provenance.configuration, path)
+    settings = model["init_args"]
     # The checkpoint already has everything that was taken from there.
-    configured.model.init_args.start_from = None
-    module: DistillationModule = parser.instantiate_classes(configured).model
+    settings["start_from"] = None
+    if role is not None and settings.get("reward") is not None:
+        settings["reward"] = {**WITHOUT_REWARD, "init_args": {"name": _name_of_reward(provenance, settings["reward"])}}
+    module = _build(model, path, teacher, trust)
     module.provenance, module.updates = provenance, provenance.updates
     if size is not None:
         module.height, module.width = size
@@ -84,9 +120,40 @@ def load_module(
         module.only_role(role)
     module.configure_model()
     check_fits(module, checkpoint)
+    check_teacher(module, provenance)
     weights = checkpoint["state_dict"]
     check_finite({name: weights[name] for name in module.state_dict()}, f"in {path!r}")
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     module.to(torch.device(device)).eval()
     module.family.to(module.device)
     return module
+
+
+def _build(model: dict[str, Any], path: str, teacher: str | None, trust: Sequence[str]) -> DistillationModule:
+    """Build the module that a checkpoint's configuration describes, from trusted classes and local files only."""
+    if teacher is not None:
+        if not isinstance(model["init_args"].get("family"), dict):
+            raise UserError(f"the configuration in {path!r} has no family", where="checkpoint")
+        model["init_args"]["family"].setdefault("init_args", {})["path"] = teacher
+    model = resolved(model, path)
+    if teacher is None:
+        check_places(model)
+    try:
+        with only_classes_of(trust):
+            return build_module(model)
+    except (ArgumentError, ValueError, TypeError, AttributeError, ImportError, RecursionError) as error:
+        readable = readable_error(error, "checkpoint")
+        denied = denied_class("\n".join([str(error), str(readable)]))
+        if denied is not None:
+            raise UserError(
+                f"it names the class {denied!r}, which is not part of gdmd_lightning and would run its module",
+                where=f"checkpoint {path!r}",
+                remedy=f"if you trust it, add --trust {denied}",
+            ) from error
+        raise readable from error
+
+
+def _name_of_reward(provenance: Provenance, reward: Any) -> str:
+    """The reward's name; a checkpoint of an earlier version has only its class."""
+    named = reward.get("class_path") if isinstance(reward, dict) else reward
+    return provenance.reward or str(named).rpartition(".")[2]

@@ -22,13 +22,15 @@ from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.numbers import check_configuration
+from gdmd_lightning.configuration.references import ReferencingParser, environment_references, with_references
 from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.configuration.seeds import share_seed
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
+from gdmd_lightning.methods.provenance import Provenance
 
 PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 
@@ -41,16 +43,17 @@ class DistillationCLI(LightningCLI):
         """Training only; scoring and sampling are separate commands."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, keep the arguments, and check all numbers."""
+        self._arguments = list(args)
+        super().parse_arguments(parser, args)
+        check_configuration(self.config.fit)
+
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint to resume from; Lightning would take the model's arguments from it."""
         path = self.config.fit.ckpt_path if "subcommand" in self.config else None
         if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
             read_checkpoint(str(path), in_memory=False)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and check all numbers."""
-        super().parse_arguments(parser, args)
-        check_configuration(self.config.fit)
 
     def _set_seed(self) -> None:
         """Seed everything, and let that number be the seed of model and data, unless they have their own."""
@@ -80,7 +83,12 @@ class DistillationCLI(LightningCLI):
     def before_fit(self) -> None:
         """Store the configuration in checkpoints; refuse what Lightning would reject less clearly."""
         settings = self.config.fit
-        self.model.provenance = Provenance(describe_module(settings.model), str(settings.data.source))
+        references = environment_references(self._arguments)
+        self._parser("fit").references = references  # type: ignore[attr-defined]
+        self.model.provenance = Provenance(
+            with_references(describe_module(settings.model), references),
+            references.get(str(settings.data.source), str(settings.data.source)),
+        )
         if self.trainer.gradient_clip_val:
             raise UserError(
                 "not supported: each role has its own optimizer",
@@ -128,6 +136,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             args=["fit", "--weights_only=true", *with_found_configs(arguments)],
             subclass_mode_model=True,
             save_config_kwargs={"overwrite": True},
+            parser_class=ReferencingParser,
             parser_kwargs=PARSER,
             trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
             auto_configure_optimizers=False,

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Conditioning
@@ -78,6 +80,8 @@ class EmbeddingStore:
         self.directory, self.fingerprint, self.rank = Path(directory).expanduser(), fingerprint, rank
         self._indexed: set[str] = set()
         self._places: dict[str, Path] = {}
+        self._checksums: dict[tuple[Path, str], str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
@@ -102,7 +106,8 @@ class EmbeddingStore:
             if path.name in self._indexed:
                 continue
             header = read_header(path)
-            found = header.pop("__metadata__", {}).get(FINGERPRINT)
+            metadata = header.pop("__metadata__", {})
+            found = metadata.get(FINGERPRINT)
             if found != self.fingerprint:
                 what = "embeddings of another model, or of other settings of its text encoders"
                 raise UserError(
@@ -113,29 +118,44 @@ class EmbeddingStore:
             for name in header:
                 # Shard names begin with the time of writing, so the smaller name is the earlier shard.
                 self._places[name] = min(self._places.get(name, path), path)
+                if name in metadata:
+                    self._checksums[path, name] = metadata[name]
             self._indexed.add(path.name)
 
     def read(self, text: str, device: torch.device) -> Conditioning:
         """Read the embedding of a text in the store: one row, bitwise equal to what was written.
 
+        Every row is compared with its checksum, which takes about a millisecond per MB. Shards of earlier versions
+        have none.
+
         Raises:
-            UserError: If its file has been removed or damaged since it was indexed.
+            UserError: If its file has been removed or damaged since it was written, or has rows of another shape.
         """
         from safetensors import SafetensorError, safe_open
 
         key = key_of(text)
         path = self._places[f"{key}.{FIELDS[0]}"]
+        parts = {}
         try:
             with safe_open(path, "pt") as file:
-                # Copy: a tensor mapped from the file would need the file as long as the tensor exists.
-                parts = {
-                    field: file.get_tensor(f"{key}.{field}").to(device, copy=True)
-                    for field in FIELDS
-                    if f"{key}.{field}" in self._places
-                }
+                for field in FIELDS:
+                    if f"{key}.{field}" in self._places:
+                        row = file.get_tensor(f"{key}.{field}")
+                        self._check(row, field, path, key)
+                        # Copy: a tensor mapped from the file would need the file as long as the tensor exists.
+                        parts[field] = row.to(device, copy=True)
         except (OSError, SafetensorError) as error:
             raise _broken(path, str(error)) from error
         return Conditioning(**parts)
+
+    def _check(self, row: Tensor, field: str, path: Path, key: str) -> None:
+        """Fail if a row is damaged, or has another shape than the rows read before."""
+        expected = self._checksums.get((path, f"{key}.{field}"))
+        if expected is not None and checksum(row) != expected:
+            raise _broken(path, f"the checksum of a row of {field!r} does not match")
+        shape = self._shapes.setdefault(field, tuple(row.shape))
+        if shape != tuple(row.shape):
+            raise _broken(path, f"a row of {field!r} has shape {tuple(row.shape)}, others have {shape}")
 
     def write(self, rows: Mapping[str, Conditioning]) -> None:
         """Write the embeddings of some texts, one row each, as one shard: completely or not at all.
@@ -154,10 +174,11 @@ class EmbeddingStore:
         # Serialize to bytes and write them plainly: safetensors' save_file maps the file into memory, where a
         # full disk kills the process instead of raising an error. Clone: safetensors refuses rows that share
         # a batch's memory.
-        content = save(
-            {name: part.detach().cpu().clone(memory_format=torch.contiguous_format) for name, part in named.items()},
-            {FINGERPRINT: self.fingerprint},
-        )
+        rows_by_name = {
+            n: part.detach().cpu().clone(memory_format=torch.contiguous_format) for n, part in named.items()
+        }
+        checksums = {name: checksum(row) for name, row in rows_by_name.items()}
+        content = save(rows_by_name, {FINGERPRINT: self.fingerprint, **checksums})
         # Not files.atomic_file: the temporary name tells which process on which host writes the file, so that
         # leftovers of a dead process can be removed without touching files of a running one. And the final
         # name is the time when the content was complete, not the time when writing started.
@@ -214,6 +235,13 @@ def key_of(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
+def checksum(row: Tensor) -> str:
+    """Checksum of a tensor on the CPU: shape, dtype and every bit."""
+    about = f"{tuple(row.shape)} {row.dtype}".encode()
+    bits: Any = row.contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(bits, zlib.crc32(about)):08x}"
+
+
 def size(count: int) -> str:
     """Format a number of bytes, as in ``2.7 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -246,7 +274,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _broken(path: Path, reason: str) -> UserError:
     return UserError(
-        f"not a complete safetensors file ({reason})",
+        f"not an intact safetensors file ({reason})",
         where=str(path),
         remedy="remove this file; its prompts will be encoded again",
     )

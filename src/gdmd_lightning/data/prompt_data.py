@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from gdmd_lightning.data.identity import content_of
 from gdmd_lightning.data.readers import ShapesPrompts, open_source
 from gdmd_lightning.data.stream import PromptStream
 from gdmd_lightning.errors import UserError
@@ -156,7 +158,16 @@ class PromptDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the settings it depends on."""
-        return {"batches": self.batches_consumed, **self._position_settings()}
+        return {"batches": self.batches_consumed, "content": self._content, **self._position_settings()}
+
+    def setup(self, stage: str) -> None:
+        """Note the content of the source before training, since the file may change later."""
+        if stage == "fit":
+            self._content  # noqa: B018
+
+    @cached_property
+    def _content(self) -> str:
+        return content_of(self.prompts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches that a checkpoint has counted.
@@ -167,18 +178,24 @@ class PromptDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             # Evaluation of a checkpoint uses no training prompts, so their settings may differ.
             return
+        batches = state_dict.get("batches")
+        if type(batches) is not int or batches < 0:
+            raise UserError(f"its count of batches is {batches!r}", where="checkpoint", remedy="the file is damaged")
         changed = [
             f"{name} {state_dict.get(name)!r} (now {value!r})"
             for name, value in self._position_settings().items()
-            if state_dict.get(name) != value
+            # The source may have moved. Checkpoints of earlier versions know it by its name only.
+            if state_dict.get(name) != value and (name != "source" or "content" not in state_dict)
         ]
+        if state_dict.get("content", self._content) != self._content:
+            changed.insert(0, f"source {state_dict.get('source')!r} (now {self.source!r}, whose content differs)")
         if changed:
             raise UserError(
                 f"the checkpoint counts its prompts with {', '.join(changed)}",
                 where="data",
                 remedy="resume with the values of the checkpoint, or start a new run from its weights",
             )
-        self._handed_over, self._processed_before = state_dict["batches"], None
+        self._handed_over, self._processed_before = batches, None
 
     def _position_settings(self) -> dict[str, Any]:
         return {

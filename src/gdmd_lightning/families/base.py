@@ -161,6 +161,13 @@ class ModelFamily(ABC):
             stochastic: Add fresh noise between the steps (DMD2) instead of taking Euler steps.
         """
 
+    def check_export(self, steps: int, *, stochastic: bool) -> None:
+        """Fail if :meth:`to_pipeline` has no scheduler for these steps; by default it has one for all.
+
+        Raises:
+            UserError: If it has none; the message says which numbers of steps work.
+        """
+
     @abstractmethod
     def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         """Sigmas of a few-step generator, ``[steps + 1]``, descending to 0.

@@ -1,4 +1,4 @@
-"""Fingerprint of everything that affects an embedding, to detect stored embeddings of another model."""
+"""Fingerprints by content: of a network's weights, and of everything that affects an embedding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ENDS = 16
 """Number of values at each end of a tensor that enter the hash in order."""
@@ -57,6 +57,20 @@ def text_fingerprint(components: Mapping[str, Any], settings: Mapping[str, Any])
     return digest.hexdigest()
 
 
+def weights_fingerprint(network: nn.Module) -> str:
+    """Hash of a network's weights: names, shapes, dtypes and every bit, wherever they were loaded from.
+
+    It is one pass over the weights in memory: a few seconds for 8 GB on one core.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in network.state_dict().items():
+        digest.update(json.dumps([key, list(tensor.shape), str(tensor.dtype), _tensor_bits(tensor)]).encode())
+    return digest.hexdigest()
+
+
 def _stable_settings(config: Any) -> Any:
     """Remove the path a configuration was loaded from and the versions that wrote it."""
     if isinstance(config, dict):
@@ -68,10 +82,15 @@ def _stable_settings(config: Any) -> Any:
 def _tensor_bits(tensor: Tensor) -> list[int]:
     """Bits of both ends in order, and the sum of all bits: integer sums are the same on every device.
 
-    The sum runs over 64-bit words, several times faster than over single values. The words are copied because
-    a tensor that was read from a file may not be aligned to 64 bits. Trailing values that do not fill a word
-    are covered by the end.
+    The sum runs over 64-bit words, several times faster than over single values. Words of a tensor that was read from
+    a file and is not aligned to 64 bits are copied first. Trailing values that do not fill a word are covered by the
+    end.
     """
     bits = tensor.detach().reshape(-1).view(BITS[tensor.element_size()])
-    words = (part.clone().view(torch.int64) for part in bits[: len(bits) // 8 * 8].split(AT_ONCE))
-    return [*bits[:ENDS].tolist(), *bits[-ENDS:].tolist(), sum(int(word.sum()) for word in words)]
+    parts = bits[: len(bits) // 8 * 8].split(AT_ONCE)
+    words = (part if _is_aligned(part) else part.clone() for part in parts)
+    return [*bits[:ENDS].tolist(), *bits[-ENDS:].tolist(), sum(int(word.view(torch.int64).sum()) for word in words)]
+
+
+def _is_aligned(part: Tensor) -> bool:
+    return part.data_ptr() % 8 == 0 and int(part.storage_offset()) * part.element_size() % 8 == 0

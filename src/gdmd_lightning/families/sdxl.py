@@ -163,6 +163,15 @@ class SDXLFamily(ModelFamily):
         """All attention projections."""
         return ("to_q", "to_k", "to_v", "to_out.0")
 
+    def check_export(self, steps: int, *, stochastic: bool) -> None:
+        timesteps = self.loaded.scheduler.config.num_train_timesteps
+        if stochastic and timesteps % steps:
+            raise UserError(
+                f"{steps} steps do not divide {timesteps} timesteps",
+                where="steps",
+                remedy="use a divisor, or the ODE sampler",
+            )
+
     def to_pipeline(
         self, network: nn.Module, steps: int, latent_shape: tuple[int, int, int], *, stochastic: bool
     ) -> Pipeline:
@@ -178,13 +187,8 @@ class SDXLFamily(ModelFamily):
 
         config = self.loaded.scheduler.config
         scheduler: Any
+        self.check_export(steps, stochastic=stochastic)
         if stochastic:
-            if config.num_train_timesteps % steps:
-                raise UserError(
-                    f"{steps} steps do not divide {config.num_train_timesteps} timesteps",
-                    where="steps",
-                    remedy="use a divisor, or the ODE sampler",
-                )
             scheduler = LCMScheduler.from_config(config, original_inference_steps=steps)
         else:
             scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.pictures import check_pictures
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
 from gdmd_lightning.methods.lightning import RoleModule, Update
@@ -75,6 +77,37 @@ class DistillationModule(RoleModule, ABC):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         if self.judge is not None:
             self.judge.check(prompts)
+
+    def check_pipeline_export(self) -> None:
+        """Fail if no diffusers pipeline takes the sampler's steps; the roles must be built.
+
+        Raises:
+            UserError: If there is no scheduler for the sampler, or not for this number of steps.
+        """
+        if self.sampler.scheduler is None:
+            sampler = type(self.sampler).__name__
+            raise UserError(f"diffusers has no scheduler for {sampler}", where="sampler", remedy="use ODE or Renoise")
+        self.family.check_export(self.steps, stochastic=self.sampler.scheduler == "renoise")
+
+    def to_pipeline(self, network: nn.Module) -> Pipeline:
+        """A diffusers pipeline around a network that samples as this module does; errors as the family's."""
+        stochastic = self.sampler.scheduler == "renoise"
+        return self.family.to_pipeline(network, self.steps, self.latent_shape, stochastic=stochastic)
+
+    def on_fit_start(self) -> None:
+        """Say before training if the result cannot be exported as a pipeline."""
+        try:
+            self.check_pipeline_export()
+        except UserError as error:
+            instead = "export --form lora works, without a scheduler" if self.lora else "sample works"
+            rank_zero_info(f"warning: this run cannot be exported as a pipeline ({error}); {instead}")
+        super().on_fit_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the reward's name too: export and sampling restore a module without its reward."""
+        super().on_save_checkpoint(checkpoint)
+        if self.judge is not None:
+            checkpoint["provenance"]["reward"] = self.judge.reward.name
 
     # What updates are written with.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,28 +14,17 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
+from gdmd_lightning.methods.provenance import read_provenance
+from gdmd_lightning.methods.resuming import adapter_settings, check_teacher, raise_if_changed
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.lightning import RoleModule
 
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a checkpoint says about its own origin.
-
-    Args:
-        configuration: The model part of the configuration, as YAML.
-        prompts: Source of the training prompts.
-        updates: Updates done.
-        evaluations: Network evaluations in these updates.
-        scores: Scores of the averaged generator at its last evaluation, by name.
-    """
-
-    configuration: str = ""
-    prompts: str = ""
-    updates: int = 0
-    evaluations: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
+PARTS = {
+    "state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list,
+    "epoch": int, "global_step": int, "pytorch-lightning_version": str,
+}  # fmt: skip
+"""Types of a checkpoint's parts that Lightning itself reads unchecked."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -62,10 +52,11 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
 
     Args:
         path: The file.
-        in_memory: Read the tensors now, instead of mapping them from disk when they are used.
+        in_memory: Read the tensors now and verify their checksums, which takes about a second per GB. Otherwise map
+            them from disk when they are used, unverified.
 
     Raises:
-        UserError: If there is no such file, or it is not a checkpoint.
+        UserError: If there is no such file, it is not a checkpoint, or it is damaged.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path!r}", where="checkpoint", remedy="give the path of a .ckpt file")
@@ -74,8 +65,11 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and torch raise a dozen unrelated types here
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise UserError(f"{path!r} is not a readable checkpoint: {reason}", where="checkpoint") from error
+    if in_memory:
+        _verify_checksums(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
+    _check_parts(content, path)
     return content
 
 
@@ -115,6 +109,52 @@ def _tensors(part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
+def _check_parts(content: dict[str, Any], path: str) -> None:
+    """Fail if a part of a checkpoint has another type than Lightning's, or a weight is no tensor.
+
+    Raises:
+        UserError: The message names the part.
+    """
+    for name, kind in PARTS.items():
+        # A bool is an int for isinstance.
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
+            there = type(content[name]).__name__
+            what = f"the {name} in {path!r} is {there}, not {kind.__name__}"
+            raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
+    for name, value in content["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"the state_dict in {path!r} has {type(value).__name__} for {str(name)[:80]!r}, not a tensor"
+            raise UserError(what, where="checkpoint", remedy="use a .ckpt written by fit")
+
+
+def _verify_checksums(path: str) -> None:
+    """Compare the file's content with the checksums in it; torch writes them, but does not check them.
+
+    Raises:
+        UserError: If they differ.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path!r} is damaged: {error}", where="checkpoint", remedy="use another checkpoint") from error
+    if damaged is not None:
+        what = f"{path!r} is damaged: the checksum of {damaged!r} does not match"
+        raise UserError(what, where="checkpoint", remedy="use another checkpoint of this run")
+
+
+def content_digest(path: str) -> str:
+    """Digest of a checkpoint's content, from the checksums in its zip directory; reads no tensors.
+
+    Raises:
+        UserError: If the file does not exist or is not a checkpoint.
+    """
+    read_checkpoint(path, in_memory=False)
+    with zipfile.ZipFile(path) as archive:
+        parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
 def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
     """Fail if a checkpoint does not hold this module's roles in their shapes.
 
@@ -132,23 +172,6 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
             raise UserError(f"it is of another model: {name} is {shapes}", where="checkpoint", remedy=remedy)
 
 
-def check_schedules(module: RoleModule, checkpoint: dict[str, Any]) -> None:
-    """Fail if a role's learning-rate schedule was of another kind, whose state means something else.
-
-    Raises:
-        UserError: If one was.
-    """
-    for role, state in zip(module.roles.trained, checkpoint.get("lr_schedulers", ())):
-        schedule = module.roles.optimization_of(role).schedule
-        if ("lr_lambdas" in state) == (schedule == "constant"):
-            raise UserError(
-                f"it is {schedule!r}, but the checkpoint's schedule was "
-                + ("'linear' or 'cosine'" if schedule == "constant" else "'constant'"),
-                where=f"model.{role}.schedule",
-                remedy="resume with the checkpoint's, or start a new run with model.start_from",
-            )
-
-
 def take_over(module: RoleModule, path: str) -> None:
     """Load roles of another run, possibly of another method.
 
@@ -158,7 +181,9 @@ def take_over(module: RoleModule, path: str) -> None:
     Raises:
         UserError: If a role does not fit.
     """
-    theirs, roles = read_checkpoint(path)["state_dict"], module.roles
+    checkpoint = read_checkpoint(path)
+    _check_adapters(module, checkpoint, path)
+    theirs, roles = checkpoint["state_dict"], module.roles
     own = roles.state_dict()
     taken: dict[str, Any] = {}
     followers = []
@@ -179,3 +204,21 @@ def take_over(module: RoleModule, path: str) -> None:
     roles.load_state_dict(taken, strict=False)
     for spec in followers:
         roles.copy(str(spec.source), spec.name)
+
+
+def _check_adapters(module: RoleModule, checkpoint: dict[str, Any], path: str) -> None:
+    """Adapters have a meaning only with their own scale, on the network that they were trained on.
+
+    Raises:
+        UserError: If either differs. Checkpoints of earlier versions do not record them.
+    """
+    if module.lora is None or "provenance" not in checkpoint:
+        return
+    origin = read_provenance(checkpoint)
+    adapters = {key: value for key, value in origin.settings.items() if key.startswith("model.lora.")}
+    try:
+        if adapters.get("model.lora.rank") is not None:
+            raise_if_changed(adapters, adapter_settings(module), "use the same values")
+        check_teacher(module, origin)
+    except UserError as error:
+        raise UserError(error.what, where=f"model.start_from {path!r}", remedy=error.remedy) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
@@ -20,14 +21,16 @@ from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.families.fingerprint import weights_fingerprint
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.checkpointing import (
-    Provenance,
-    check_finite,
-    check_fits,
-    check_schedules,
-    learned,
-    take_over,
+from gdmd_lightning.methods.checkpointing import check_finite, check_fits, content_digest, learned, take_over
+from gdmd_lightning.methods.provenance import Provenance, read_provenance
+from gdmd_lightning.methods.random_states import global_states, restore_global_states
+from gdmd_lightning.methods.resuming import (
+    check_resumable,
+    fixed_settings,
+    report_changes,
+    use_current_optimization,
 )
 from gdmd_lightning.methods.settings import Memory
 from gdmd_lightning.prompts import Prompt, PromptBatch
@@ -74,6 +77,7 @@ class RoleModule(pl.LightningModule):
 
     Attributes:
         roles: The roles; available after :meth:`configure_model`.
+        teacher_digest: Fingerprint of the teacher's weights; empty before :meth:`configure_model`.
         updates: Updates done so far; part of the checkpoint.
         evaluations: Network evaluations of single latents in these updates on this rank; part of the checkpoint.
     """
@@ -106,6 +110,8 @@ class RoleModule(pl.LightningModule):
         self.guard = StepGuard(non_finite, self._all_ranks)
         self.updates = self.evaluations = 0
         self.provenance = Provenance()
+        self.teacher_digest = ""
+        self._random_states: Any = None
         self._only: str | None = None
 
     # What a method defines.
@@ -143,10 +149,13 @@ class RoleModule(pl.LightningModule):
         if hasattr(self, "roles"):
             return
         self.family.check_resolution(self.height, self.width)
-        self.build_roles(self.family.load())
+        network = self.family.load()
+        self.teacher_digest = weights_fingerprint(network)
+        self.build_roles(network)
         self.embeddings = PromptEmbeddings(self.family)
         if self.start_from is not None:
             take_over(self, self.start_from)
+            self.provenance = replace(self.provenance, started_from=content_digest(self.start_from))
 
     def build_roles(self, network: nn.Module) -> None:
         """Build the roles from the family's loaded network, as copies or as adapters."""
@@ -243,14 +252,6 @@ class RoleModule(pl.LightningModule):
             out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
         return out
 
-    def on_train_start(self) -> None:
-        """Set the learning rates of falling schedules: those in a checkpoint are for the ``max_steps`` of its run."""
-        for role, optimizer in zip(self.roles.trained, self.trainer.optimizers, strict=True):
-            rate = self.roles.optimization_of(role)
-            if rate.schedule != "constant":
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * rate.factor(self.updates, self.trainer.max_steps)
-
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any] | None:
         """One update of the method."""
         self.guard.settle()
@@ -299,18 +300,39 @@ class RoleModule(pl.LightningModule):
             f"after update {self.updates}",
             "earlier checkpoints are unchanged; lower the learning rates and resume from one of them",
         )
-        checkpoint["provenance"] = asdict(replace(self.provenance, updates=self.updates, evaluations=self.evaluations))
+        here: dict[str, Any] = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
+        here |= {"updates": self.updates, "evaluations": self.evaluations}
+        checkpoint["provenance"] = asdict(replace(self.provenance, **here))
+        checkpoint["random_states"] = global_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fail before any weight changes if the checkpoint does not fit; add the teacher to it."""
+        """Fail before any weight changes if the checkpoint does not fit; add the teacher to it.
+
+        The current settings replace those in the checkpoint, see ``resuming.py``.
+        """
         check_fits(self, checkpoint)
-        check_schedules(self, checkpoint)
         check_finite(learned(checkpoint), "in the checkpoint")
-        origin = checkpoint["provenance"]
-        self.updates, self.evaluations = origin["updates"], origin["evaluations"]
-        self.provenance = replace(self.provenance, scores=origin["scores"])
+        origin, mine = read_provenance(checkpoint), self.provenance
+        check_resumable(self, origin, mine.started_from)
+        self.updates, self.evaluations = origin.updates, origin.evaluations
+        self.provenance = replace(mine, scores=origin.scores, started_from=origin.started_from)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            use_current_optimization(self, checkpoint)
+            self._random_states = checkpoint.get("random_states")
+            if origin.configuration and mine.configuration:
+                report_changes(origin.configuration, mine.configuration)
         teacher = {name: value for name, value in super().state_dict().items() if self._is_frozen(name)}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **teacher}
+
+    def on_train_start(self) -> None:
+        """Continue the global random generators of a resumed run, after everything else that may draw from them."""
+        if self._random_states is None:
+            return
+        try:
+            restore_global_states(self._random_states, self.device, self.global_rank)
+        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+            raise UserError(f"its random states are malformed: {error}", where="checkpoint") from error
+        self._random_states = None
 
     def _is_frozen(self, name: str) -> bool:
         return name.startswith("roles.") and self.roles.is_frozen(name.removeprefix("roles."))

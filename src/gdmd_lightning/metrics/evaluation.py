@@ -70,5 +70,6 @@ def evaluate(
         images[0, 0, 0, 0].item()  # wait for the device
         seconds += time.perf_counter() - began
         for score in scores:
-            score.update(images, [prompts[i] for i in rows])
+            # A copy for each: a reward may change its input in place.
+            score.update(images.clone(), [prompts[i] for i in rows])
     return seconds / max(len(mine), 1)

@@ -88,3 +88,19 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
             remedy="return finite scores",
         )
     return scores.to(images.device, torch.float32)
+
+
+class AbsentReward(Reward):
+    """Stands in for the reward of a module that is restored only to generate; it scores nothing.
+
+    Args:
+        name: Name of the reward that it stands for.
+    """
+
+    differentiable = True
+
+    def __init__(self, name: str = "unknown") -> None:
+        self.name = name
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        raise UserError("the module was restored without its reward", where=f"reward {self.name!r}")

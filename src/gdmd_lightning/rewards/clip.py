@@ -28,7 +28,8 @@ class ContrastiveReward(Reward):
         name: Name in logs.
 
     Raises:
-        UserError: If a local directory has no ``config.json``, or its files do not load.
+        UserError: If a local directory has no ``config.json``, its files do not load, or they do not hold exactly the
+            model's weights.
     """
 
     differentiable = True
@@ -79,9 +80,27 @@ class ContrastiveReward(Reward):
             from transformers import CLIPModel, CLIPTokenizer
 
             try:
-                model = CLIPModel.from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
+                model, report = CLIPModel.from_pretrained(
+                    self.path, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                )
                 tokenizer = CLIPTokenizer.from_pretrained(self.path)
             except Exception as error:  # transformers and safetensors raise a dozen unrelated types here
                 raise UserError(f"{self.path!r} cannot be loaded: {error}", where=f"reward {self.name!r}") from error
+            self._check_complete(report)
             self._loaded = model.requires_grad_(False).eval().to(self._device), tokenizer
         return self._loaded
+
+    def _check_complete(self, report: dict[str, Any]) -> None:
+        """Fail if the files do not hold exactly the model's weights; transformers would draw the others at random.
+
+        Raises:
+            UserError: The message names the first weight and the number of them.
+        """
+        for kind in ("missing", "mismatched", "unexpected"):
+            if keys := sorted(map(str, report[f"{kind}_keys"])):
+                raise UserError(
+                    f"the weights in {self.path!r} are not those of its config.json: "
+                    f"{len(keys)} {kind}, the first {keys[0]}",
+                    where=f"reward {self.name!r}",
+                    remedy="save or download it again",
+                )

@@ -36,7 +36,9 @@ class CombinedReward(Reward):
         self.differentiable = all(reward.differentiable for reward in rewards)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        scores = [w * checked_score(r, images, prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
+        # A copy for each, since a reward may change its input in place.
+        own = (images.clone() for _ in self.rewards) if len(self.rewards) > 1 else iter([images])
+        scores = [w * checked_score(r, next(own), prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
         return torch.stack(scores).sum(0)
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -15,7 +15,8 @@ from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.configuration.training import DistillationCLI
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
-from gdmd_lightning.methods.checkpointing import Provenance, read_checkpoint
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.studies.contestants import student
 from gdmd_lightning.studies.scorecards import Row, TrainingCost, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tasks import Task
@@ -176,7 +177,7 @@ def _provenance(checkpoint: Path) -> Provenance:
     """What a checkpoint says about itself; nothing done if there is none."""
     if not checkpoint.is_file():
         return Provenance()
-    return Provenance(**read_checkpoint(str(checkpoint), in_memory=False)["provenance"])
+    return read_provenance(read_checkpoint(str(checkpoint), in_memory=False))
 
 
 def _check_length(run: Run, budget: int, cost: TrainingCost) -> None:

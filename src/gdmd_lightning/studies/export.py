@@ -6,10 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.base import Pipeline
 from gdmd_lightning.files import atomic_directory
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.roles import Form
@@ -23,17 +20,16 @@ def export(module: DistillationModule, out: Path, *, averaged: bool = True, form
         out: Directory to write; must not exist, and appears complete or not at all.
         averaged: Export the averaged weights.
         form: ``pipeline``: the whole pipeline, for ``from_pretrained``; ``lora``: only the adapter, for
-            ``load_lora_weights`` on the teacher's pipeline.
+            ``load_lora_weights`` on the teacher's pipeline, and the scheduler if diffusers has one.
 
     Raises:
-        UserError: If ``out`` exists or cannot be written, if no diffusers scheduler repeats the sampler,
-            or if an adapter is requested but full weights were trained.
+        UserError: If ``out`` exists or cannot be written, if a pipeline is requested and no diffusers scheduler
+            repeats the sampler, or if an adapter is requested but full weights were trained.
     """
     if out.exists():
         raise UserError(f"{str(out)!r} exists", where="export", remedy="remove it or give another directory")
-    if module.sampler.scheduler is None:
-        sampler = type(module.sampler).__name__
-        raise UserError(f"diffusers has no scheduler for {sampler}", where="sampler", remedy="use ODE or Renoise")
+    if form == "pipeline":
+        module.check_pipeline_export()
     try:
         with atomic_directory(out) as part:
             _write(module, part, "ema" if averaged else "generator", form)
@@ -57,11 +53,12 @@ def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> s
     lines = [f'pipe = diffusers.{pipeline}.from_pretrained("{path}"{absent})']
     if form == "lora":
         teacher = getattr(family.loaded, family.network_component)
-        scheduler = type(_pipeline(module, teacher).scheduler)
-        lines += [
-            f'pipe.load_lora_weights("{out}")',
-            f'pipe.scheduler = diffusers.{scheduler.__name__}.from_pretrained("{out}", subfolder="scheduler")',
-        ]
+        lines.append(f'pipe.load_lora_weights("{out}")')
+        if why := _without_scheduler(module):
+            lines.append(f"# These are not this generator's steps: {why}. Use `gdmd_lightning sample`.")
+        else:
+            kind = type(module.to_pipeline(teacher).scheduler).__name__
+            lines.append(f'pipe.scheduler = diffusers.{kind}.from_pretrained("{out}", subfolder="scheduler")')
     # Without its size a pipeline makes pictures of its own default size, on other noise levels for some families.
     size = f"height={module.height}, width={module.width}"
     call = f'pipe(prompt="a red circle", {size}, num_inference_steps={steps}, guidance_scale=1.0{more})'
@@ -71,14 +68,19 @@ def snippet(module: DistillationModule, out: Path, form: Form = "pipeline") -> s
 def _write(module: DistillationModule, directory: Path, role: Literal["ema", "generator"], form: Form) -> None:
     if form == "lora":
         base = module.roles.write_adapter(role, directory)
-        _pipeline(module, base).scheduler.save_pretrained(directory / "scheduler")
+        if not _without_scheduler(module):
+            module.to_pipeline(base).scheduler.save_pretrained(directory / "scheduler")
     else:
-        _pipeline(module, module.roles.standalone(role)).save_pretrained(directory, safe_serialization=True)
+        module.to_pipeline(module.roles.standalone(role)).save_pretrained(directory, safe_serialization=True)
 
 
-def _pipeline(module: DistillationModule, network: nn.Module) -> Pipeline:
-    stochastic = module.sampler.scheduler == "renoise"
-    return module.family.to_pipeline(network, module.steps, module.latent_shape, stochastic=stochastic)
+def _without_scheduler(module: DistillationModule) -> str:
+    """Why diffusers has no scheduler for the sampler's steps; empty if it has one."""
+    try:
+        module.check_pipeline_export()
+    except UserError as error:
+        return error.what
+    return ""
 
 
 def _card(module: DistillationModule, out: Path, averaged: bool, form: Form) -> str:
@@ -96,6 +98,8 @@ def _card(module: DistillationModule, out: Path, averaged: bool, form: Form) -> 
         "Sampler": f"{type(module.sampler).__name__}, {module.steps} steps, no guidance",
         "Resolution": f"{module.height}x{module.width}",
     }
+    if form == "lora" and (why := _without_scheduler(module)):
+        facts["Scheduler"] = f"none: {why}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     measured = f"\nScores of the averaged generator at its last evaluation:\n\n| score | value |\n|---|---|\n{scores}\n"
     return (

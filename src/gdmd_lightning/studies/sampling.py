@@ -8,13 +8,11 @@ them is in memory.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
 import re
 import tempfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from gdmd_lightning.data.readers import PromptSource, ShapesPrompts, open_source
 from gdmd_lightning.errors import UserError, without_middle
 from gdmd_lightning.files import atomic_file, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.checkpointing import content_digest
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import draw_noise, stream
 
@@ -146,10 +144,7 @@ def open_checkpoint(path: str) -> tuple[str, tuple[int, int]]:
             where="checkpoint",
             remedy="give a .ckpt written by fit; sample an exported pipeline with diffusers itself",
         )
-    read_checkpoint(path, in_memory=False)
-    with zipfile.ZipFile(path) as archive:
-        parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest(), picture_size(path)
+    return content_digest(path), picture_size(path)
 
 
 @dataclass(frozen=True)
