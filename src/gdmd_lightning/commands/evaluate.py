@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import make_directory
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
 from gdmd_lightning.studies.scorecards import score, write_scorecard
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parser.parse_args(arguments)
     task = replace(SHAPES, prompts=options.prompts)
+    make_directory(options.out)
     modules = _load(options.checkpoint)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher)
     contestants = teachers(module, options.teacher_steps, options.guidance_scale)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from gdmd_lightning.files import make_directory
 from gdmd_lightning.studies.arms import ARMS
 from gdmd_lightning.studies.comparison import Comparison, named_arms
 from gdmd_lightning.studies.tasks import SHAPES
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
         extra=tuple(options.fit),
     )
     comparison.check()
+    make_directory(options.out)
     for line in comparison.train_and_score():
         print(line, flush=True)
     print(comparison.report())

@@ -15,12 +15,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import make_directory
 from gdmd_lightning.studies.sampling import (
     Origin,
     Picture,
     checkpoint_digest,
     existing_pictures,
-    make_directory,
     read_prompts,
     write_list,
     write_pictures,
@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> int:
         try:
             write_pictures(module, missing, origin, out, options.batch_size, existing)
         except KeyboardInterrupt:
-            print("stopped by a signal; run the same command again to continue")
-            return 130
+            print("run the same command again to continue")
+            raise
         seconds = (time.perf_counter() - began) / len(missing)
     write_list(wanted, origin.seed, out / "pictures.jsonl")
     print(f"pictures: {out} ({len(missing)} made, {existing} existed)")

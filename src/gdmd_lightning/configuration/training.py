@@ -5,27 +5,31 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
+from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.restore import describe_module
+from gdmd_lightning.configuration.resuming import NAMED, place_given, resolve_checkpoint
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
 
+CallbackT = TypeVar("CallbackT", bound=Callback)
 PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 
 
@@ -37,10 +41,15 @@ class DistillationCLI(LightningCLI):
         """Training only; scoring and sampling are separate commands."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and keep the arguments: they tell what the user gave and what a shipped configuration says."""
+        self._arguments = list(args)
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint to resume from; Lightning would take the model's arguments from it."""
         path = self.config.fit.ckpt_path if "subcommand" in self.config else None
-        if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
+        if path is not None and str(path) not in NAMED:
             read_checkpoint(str(path), in_memory=False)
 
     def instantiate_classes(self) -> None:
@@ -53,6 +62,8 @@ class DistillationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes checkpoints atomically and whose DDP processes expect unused parameters."""
         trainer = super().instantiate_trainer(**kwargs)
+        # The run's directory must be known before any other callback writes to it.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunDirectory))  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
@@ -71,6 +82,37 @@ class DistillationCLI(LightningCLI):
                 where="trainer.gradient_clip_val",
                 remedy="set model.generator.gradient_clip and model.fake_score.gradient_clip",
             )
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError(
+                f"{settings.trainer.strategy!r} starts its processes without a command line of their own",
+                where="trainer.strategy",
+                remedy="use ddp",
+            )
+        self._choose_directory()
+
+    def _choose_directory(self) -> None:
+        """Find the checkpoint to resume from and decide the run's directory."""
+        given, resumed, updates = self.config.fit.ckpt_path, None, 0
+        if given is not None:
+            resumed = resolve_checkpoint(str(given), self.trainer)
+            updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
+            self.config_init.fit.ckpt_path = str(resumed)
+        _of_type(self.trainer, RunDirectory).choose(self.trainer, resumed, updates, placed=place_given(self._arguments))
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Train; report a failed write, or code that exits, as an error."""
+        try:
+            self.trainer.fit(*args, **kwargs)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None  # Lightning exits this way after Ctrl-C while loading
+            if _of_type(self.trainer, StopOnSignal).received:
+                raise
+            raise UserError(
+                f"the run was ended by sys.exit({error.code!r}) after {self.model.updates} updates",
+                where="fit",
+                remedy="raise an error in the reward, callback or data set instead",
+            ) from error
 
 
 class _ParsingCLI(DistillationCLI):
@@ -96,6 +138,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
         UserError: If the configuration is wrong.
     """
     quiet()
+    place = RunDirectory()
     try:
         return DistillationCLI(
             DistillationModule,
@@ -103,18 +146,15 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             # Read a checkpoint to resume from as tensors and plain values only.
             args=["fit", "--weights_only=true", *with_found_configs(arguments)],
             subclass_mode_model=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             parser_kwargs=PARSER,
-            trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate()]},
+            trainer_defaults={"callbacks": [place, StopOnSignal(), SaveLastUpdate()]},
             auto_configure_optimizers=False,
         )
     except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:
         raise readable_error(error, "fit") from error
-    except SystemExit as error:
-        # Lightning exits this way after Ctrl-C while loading.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
+    finally:
+        place.release()
 
 
 def parse(arguments: Sequence[str], command: str = "fit") -> Any:
@@ -158,7 +198,12 @@ def quiet() -> None:
         logging.getLogger(noisy).addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
-def signal_received(cli: DistillationCLI) -> int:
-    """The number of the signal that ended the run, or 0."""
-    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
-    return next(c.received for c in callbacks if isinstance(c, StopOnSignal))
+def stopped_by(cli: DistillationCLI) -> StopOnSignal:
+    """Whether and by which signal the run was stopped."""
+    return _of_type(cli.trainer, StopOnSignal)
+
+
+def _of_type(trainer: Trainer, kind: type[CallbackT]) -> CallbackT:
+    """The trainer's callback of a type that every run has."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, kind))

@@ -195,6 +195,9 @@ class RoleModule(pl.LightningModule):
         self.updates += 1
         for schedule in _listed(self.lr_schedulers()):
             schedule.step()
+        # Lightning's loggers use a metric of this name as their axis; it would count from 0. On the CPU, since a copy
+        # to the device would wait for it.
+        self.log("step", torch.tensor(float(self.updates)), batch_size=len(batch))
         logs = dict(done.logs)
         if "loss" in logs:
             self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,7 +204,7 @@ def write_pictures(
             pixels = (255 * generate(module, batch, origin)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
             for picture, one in zip(batch, pixels, strict=True):
                 chunks = {"prompt": picture.prompt.text, "method": type(module).__name__, **origin.text_chunks()}
-                _write(out / picture.name, encode_png(one, chunks))
+                write_atomically(out / picture.name, encode_png(one, chunks))
             bar.update(len(batch))
 
 
@@ -227,34 +226,11 @@ def write_list(pictures: Sequence[Picture], seed: int, path: Path) -> None:
     """List pictures as JSON lines: file, prompt, seed, and the prompt's metadata if it has any.
 
     Raises:
-        UserError: If the file cannot be written.
+        WriteError: If the file cannot be written.
     """
     lines = []
     for picture in pictures:
         metadata = {"metadata": picture.prompt.metadata} if picture.prompt.metadata else {}
         row = {"file": picture.name, "prompt": picture.prompt.text, "seed": seed, **metadata}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    _write(path, "".join(lines))
-
-
-def _write(path: Path, content: bytes | str) -> None:
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        remedy = "free disk space and run the same command again; it continues where it stopped"
-        raise UserError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from error
-
-
-def make_directory(out: Path) -> None:
-    """Create the directory if it is missing.
-
-    Raises:
-        UserError: If it cannot be created or written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        remedy = "give a directory that you may write to"
-        raise UserError(f"cannot be written to: {error.strerror}", where=str(out), remedy=remedy) from error
+    write_atomically(path, "".join(lines))
