@@ -10,6 +10,7 @@ from conftest import REFUSAL
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration import training
+from gdmd_lightning.errors import WriteError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 
 
@@ -52,11 +53,28 @@ def test_record_or_picture_that_cannot_be_written_warns_and_the_run_goes_on(fast
     assert not [path for path in tmp_path.rglob("*") if name in path.name or path.suffix == ".part"]
 
 
-def test_logger_that_cannot_write_warns_once_and_the_run_goes_on(fast_fit, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.fixture
+def broken_log(monkeypatch):
+    """``broken_log(n)`` makes all writes of TensorBoard fail after the first ``n``."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", fail)
+    real, calls = RecordWriter.write, []
+
+    def limit(count: int) -> None:
+        def write(self, data):
+            calls.append(data)
+            if len(calls) > count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(self, data)
+
+        monkeypatch.setattr(RecordWriter, "write", write)
+
+    return limit
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_logger_that_cannot_write_warns_once_and_the_run_goes_on(fast_fit, tmp_path, broken_log):
+    broken_log(3)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         training.run([*fast_fit, "--trainer.max_steps=3"])
@@ -64,6 +82,13 @@ def test_logger_that_cannot_write_warns_once_and_the_run_goes_on(fast_fit, tmp_p
     assert told == ["TensorBoardLogger stops logging, and the run goes on: No space left on device"]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert read_checkpoint(str(last), in_memory=False)["global_step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_logger_that_cannot_start_is_one_line(fast_fit, tmp_path, broken_log):
+    broken_log(0)
+    with pytest.raises(WriteError, match=f"^{tmp_path / 'run'}.*: cannot be written: No space left on device; "):
+        training.run([*fast_fit, "--trainer.max_steps=1"])
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["results"], ["demo"], ["pretrain"]])

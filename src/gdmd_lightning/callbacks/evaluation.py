@@ -120,4 +120,5 @@ class GenerationEvaluation(pl.Callback):
             figure.savefig(part, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("teacher and generator", figure, module.updates)
+                with warn_if_not_written():
+                    logger.experiment.add_figure("teacher and generator", figure, module.updates)

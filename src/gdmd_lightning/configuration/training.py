@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import warnings
 from collections.abc import Sequence
@@ -19,16 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
-from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig
+from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig, run_directory
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.configuration.resuming import NAMED, place_given, resolve_checkpoint
 from gdmd_lightning.data.prompt_data import PromptDataModule
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import Provenance, WholeCheckpoints, read_checkpoint
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 CallbackT = TypeVar("CallbackT", bound=Callback)
 PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 
@@ -113,6 +115,12 @@ class DistillationCLI(LightningCLI):
                 where="fit",
                 remedy="raise an error in the reward, callback or data set instead",
             ) from error
+        except OSError as error:
+            if error.errno not in FULL or isinstance(error, UserError):
+                raise
+            where = str(error.filename or run_directory(self.trainer))
+            remedy = "free disk space, or give the run another place"
+            raise WriteError(f"cannot be written: {error.strerror}", where=where, remedy=remedy) from error
 
 
 class _ParsingCLI(DistillationCLI):
