@@ -648,7 +648,6 @@ MUTATIONS = [
     *errors(
         "callbacks/run_directory.py",
         ("callbacks/test_run_directory.py",),
-        ("version of another run used", "default=-1) + 1", "default=0)"),
         ("explicit version ignored", "if logger is not None and logger._version is not None:", "if False:"),
         (
             "resumed run placed elsewhere",
