@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -91,7 +92,7 @@ class GenerationEvaluation(pl.Callback):
         values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
         found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
         module.provenance = replace(module.provenance, scores=found)
-        measured = {**values, "eval/seconds_per_picture": seconds}
+        measured: dict[str, Any] = {**values, "eval/seconds_per_picture": seconds}
         # For ModelCheckpoint only. Lightning would log them at its own interval: not at all, or again and again.
         module.log_dict(measured, logger=False, batch_size=1)
         trainer.logged_metrics.update(values)
