@@ -1,13 +1,19 @@
 """Atomic writes: the previous version or the new one, never a part of it."""
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from gdmd_lightning.files import atomic_directory, atomic_file, write_atomically
+from gdmd_lightning.errors import WriteError
+from gdmd_lightning.files import atomic_directory, atomic_file, make_directory, temporary_name, write_atomically
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints
 
 
 def test_write_atomically_creates_parents_and_replaces_the_file(tmp_path):
@@ -83,3 +89,61 @@ def test_atomic_directory_refuses_to_replace_content(tmp_path):
     with pytest.raises(OSError, match="out"), atomic_directory(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "a").read_text() == "1"
+
+
+def test_part_of_another_process_or_person_is_kept(tmp_path):
+    host = temporary_name(tmp_path / "x").name.split("@")[1]
+    alive, theirs = tmp_path / f"out.{os.getppid()}@{host}", tmp_path / "out.part"
+    others = [tmp_path / "out.12@elsewhere.part", tmp_path / f"other.99999999@{host}"]
+    dead = tmp_path / f"out.99999999@{host}"
+    for path in (alive, theirs, dead, *others):
+        path.mkdir(exist_ok=True)
+        (path / "content").write_text("1")
+    with atomic_directory(tmp_path / "out"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (alive, theirs, *others)} | {"out"}
+    assert all((path / "content").exists() for path in (alive, theirs, *others))
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_failed_write_names_the_path_and_the_cause_and_leaves_nothing(tmp_path, name):
+    writer = {"file": atomic_file, "directory": atomic_directory}[name]
+
+    def fill() -> None:
+        with writer(tmp_path / "out") as part:
+            (part / "a" if name == "directory" else part).write_text("1")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError) as failed:
+        fill()
+    assert str(failed.value).startswith(f"{tmp_path / 'out'}: cannot be written: No space left on device; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_files():
+    """A limit on file sizes makes the kernel refuse a write halfway, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_named_when_torch_or_safetensors_write(tmp_path, small_files):
+    big = {"x": torch.zeros(100_000)}
+    with pytest.raises(WriteError, match=r"/a: cannot be written: File too large; "):
+        WholeCheckpoints().save_checkpoint(big, tmp_path / "a")
+    with (
+        pytest.raises(WriteError, match=r"/b: cannot be written: .*File too large"),
+        atomic_file(tmp_path / "b") as part,
+    ):
+        save_file(big, part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_directory_checks_that_it_can_be_written(tmp_path):
+    make_directory(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file: cannot be written to: "):
+        make_directory(tmp_path / "file")

@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "__init__": 0,
     "errors": 0,
+    "directories": 0,
     "files": 0,
     "locations": 0,
     "phases": 0,
@@ -48,6 +49,9 @@ FLOORS = {
 }
 # Imports between packages of one floor, with the reason for each.
 SIDEWAYS = {
+    ("directories", "errors"),  # a directory of somebody else
+    ("directories", "files"),  # marks are written atomically
+    ("files", "errors"),  # a full disk
     ("locations", "errors"),  # a configuration that is not found
     ("ranges", "errors"),  # a number out of range
     ("schedules", "ranges"),  # levels are numbers in [0, 1]

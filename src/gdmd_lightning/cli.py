@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from gdmd_lightning import __version__
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.errors import StoppedBySignal, UserError, WriteError
 
 COMMANDS = {
     "fit": "train a generator: fit --config shapes.yaml [--trainer.max_steps 50 ...]",
@@ -58,17 +62,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Silence banners and loading progress of other libraries.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])
-    except (UserError, argparse.ArgumentError) as error:
-        if debug:
+        with _signals_raise():
+            status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])
+    except (UserError, argparse.ArgumentError, OSError) as error:
+        if debug or (isinstance(error, OSError) and not _names_a_file(error)):
             raise
-        if not isinstance(error, UserError):
-            from gdmd_lightning.configuration.messages import readable_error
-
-            error = readable_error(error, name)
-        print(f"gdmd_lightning: error: {error}", file=sys.stderr)
+        print(f"gdmd_lightning: error: {_readable(error, name)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, StoppedBySignal) else signal.SIGINT
+        print(f"{name} was stopped by signal {int(number)} ({signal.Signals(number).name})", file=sys.stderr)
+        sys.exit(128 + number)
     if status:
         sys.exit(status)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files are removed on the way out."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedBySignal(number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = [signal.SIGTERM, signal.SIGHUP] if in_main else []  # Python allows handlers in the main thread only
+    # A signal that the caller ignores or handles stays so: nohup ignores SIGHUP.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _names_a_file(error: OSError) -> bool:
+    """Whether an error of the system is about a file, such as one on a full disk, and not about a network."""
+    return isinstance(error, WriteError) or (error.errno is not None and isinstance(error.filename, str))
+
+
+def _readable(error: Exception, command: str) -> Exception:
+    """The error as one line for a person."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return UserError(f"{error.strerror}", where=str(error.filename))
+    from gdmd_lightning.configuration.messages import readable_error
+
+    return readable_error(error, command)

@@ -32,6 +32,26 @@ class UserError(Exception):
             remedy = shortened(remedy, LONGEST - len(_message(where, what, " ")) + 1)
         return _message(where, what, remedy)
 
+    def _render_traceback_(self) -> list[str]:
+        """One line in a notebook too; IPython calls this."""
+        return [f"error: {self}"]
+
+
+class WriteError(UserError, OSError):
+    """A file or directory could not be written: full disk, missing permission, wrong kind of path."""
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal ended a command early.
+
+    Args:
+        number: The signal's number; the command line exits with ``128 + number``.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
 
 def one_line(text: object) -> str:
     """A text with each run of white space, and each character that does not print, as one space."""

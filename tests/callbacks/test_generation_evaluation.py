@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.image import imread
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
@@ -68,6 +69,33 @@ def test_evaluation_runs_when_due_and_at_the_end(tiny_pipeline, tmp_path, monkey
     monkeypatch.setattr(GenerationEvaluation, "run", lambda self, trainer, module: done.append(module.updates))
     tiny.train(tiny.module(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=2)], default_root_dir=tmp_path)
     assert done == [2, 4, 5]
+
+
+class Listening(DummyLogger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars: list[tuple[int, str, float]] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.scalars += [(step, name, float(value)) for name, value in metrics.items()]
+
+
+def test_every_score_is_logged_once_at_its_update_in_every_logger(tiny_pipeline, tmp_path):
+    loggers = [Listening(), Listening()]
+    options = {"logger": loggers, "log_every_n_steps": 2, "default_root_dir": tmp_path}
+    trainer = tiny.train(tiny.module(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=3)], **options)
+    for logger in loggers:
+        steps = {}
+        for step, name, _ in logger.scalars:
+            steps.setdefault(name, []).append(step)
+        assert steps["eval/brightness/overall"] == [3, 5]
+        assert steps["eval/seconds_per_picture"] == [3, 5]
+        assert steps["loss"] == [2, 4]
+        assert not {"step", "epoch"} & set(steps)
+    last = [value for step, name, value in loggers[0].scalars if (step, name) == (5, "eval/brightness/overall")]
+    assert last == [trainer.callback_metrics["eval/brightness/overall"].item()]
 
 
 def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """The record holds a row for every judged target, and the images next to it are what was judged."""
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from gdmd_lightning.callbacks.gradient_record import COLUMNS, GradientRewardRecord
+from gdmd_lightning.callbacks.gradient_record import COLUMNS, GradientRewardRecord, read_record
 from gdmd_lightning.configuration import training
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
@@ -110,11 +111,45 @@ def test_damaged_part_is_set_aside_and_the_run_goes_on(tiny_pipeline, tmp_path, 
     parts = sorted((tmp_path / "gradient_rewards").glob("part-*.parquet"))
     os.truncate(parts[0], parts[0].stat().st_size // 2)
     fitting = tiny.trainer(3, callbacks=[GradientRewardRecord()], default_root_dir=tmp_path)
+    fitting.ckpt_path = "last.ckpt"
     fitting.strategy.connect(module)
     with caplog.at_level("INFO"):
         fitting.callbacks[-1].on_train_start(fitting, module)
     assert f"warning: {parts[0]} is damaged and dropped" in caplog.text
     assert sorted(p.name for p in parts[0].parent.iterdir()) == [parts[0].stem + ".damaged", parts[1].name]
+
+
+def test_resumed_run_with_fewer_ranks_drops_rows_of_all_ranks(recorded_run, tiny_pipeline, tmp_path):
+    """Parts and pictures that ranks 1 and 2 wrote belong to rank 0 of a run on one rank."""
+    place = tmp_path / "gradient_rewards"
+    shutil.copytree(recorded_run / "gradient_rewards", place)
+    for rank in (1, 2):
+        shutil.copy(place / "part-00000004-0.parquet", place / f"part-00000004-{rank}.parquet")
+    record, module = GradientRewardRecord(), tiny.module(tiny_pipeline)
+    trainer = tiny.trainer(1, default_root_dir=tmp_path)
+    trainer.ckpt_path = "last.ckpt"
+    module.updates = 4
+    record.on_train_start(trainer, module)
+    assert set(table(tmp_path)["step"].to_pylist()) == {0, 1, 2, 3}
+    assert {path.name for path in place.iterdir() if "pictures" in path.name} == {"pictures-00000000.safetensors"}
+
+
+def test_record_of_another_run_is_refused_and_kept(recorded_run, tiny_pipeline, tmp_path):
+    shutil.copytree(recorded_run / "gradient_rewards", tmp_path / "gradient_rewards")
+    before = table(tmp_path)
+    with pytest.raises(UserError, match="gradient_rewards: it has the record of another run; "):
+        tiny.train(tiny.module(tiny_pipeline), 1, callbacks=[GradientRewardRecord()], default_root_dir=tmp_path)
+    assert table(tmp_path) == before
+
+
+def test_read_record_is_sorted_and_refuses_a_run_without_one(recorded_run, tmp_path):
+    rows = read_record(recorded_run).select(["step", "state", "target"]).to_pylist()
+    places = [tuple(row.values()) for row in rows]
+    assert places == sorted(places)
+    assert len(places) == UPDATES * STATES * TARGETS
+    with pytest.raises(UserError, match="it has no record of gradient rewards; ") as refused:
+        read_record(tmp_path)
+    assert refused.value._render_traceback_() == [f"error: {refused.value}"]
 
 
 def test_record_of_a_method_without_targets_is_refused_before_loading(tiny_pipeline, monkeypatch):

@@ -84,3 +84,17 @@ def test_ranks_share_the_prompt_order_of_one_process(two_ranks, tmp_path):
 
 def groups(batch) -> list[str]:
     return [prompt.text for prompt in batch.prompts[:: batch.group_size]]
+
+
+def test_a_signal_to_one_rank_stops_both_with_its_status(run_cli, fast_fit, tmp_path):
+    reward = ["--model.reward=stopping.StopIn", "--model.reward.call=1", "--model.reward.rank=1"]
+    two = ["--trainer.max_steps=50", "--trainer.devices=2", "--trainer.strategy=ddp", "--model.reward.number=15"]
+    done = run_cli("fit", *fast_fit, *reward, *two)
+    assert done.returncode == 128 + 15, done.stderr
+    interrupted = tmp_path / "run" / "checkpoints" / "interrupted.ckpt"
+    assert f"stopped by signal 15 after 1 updates; resume with --ckpt_path {interrupted}\n" in done.stdout
+    assert done.stdout.count("stopped by") == 1
+    assert "Traceback" not in done.stderr
+    from gdmd_lightning.methods.checkpointing import read_checkpoint
+
+    assert read_checkpoint(str(interrupted), in_memory=False)["global_step"] == 1

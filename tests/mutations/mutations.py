@@ -1037,4 +1037,41 @@ MUTATIONS = [
         ),
         ("last micro-batch left out", "range(0, rows, step)", "range(0, rows - rows % step or rows, step)"),
     ),
+    *errors(
+        "callbacks/run_directory.py",
+        ("callbacks/test_run_directory.py",),
+        ("explicit version ignored", "if logger is not None and logger._version is not None:", "if False:"),
+        (
+            "resumed run placed elsewhere",
+            "elif own is not None and (not placed or",
+            "elif own is not None and (placed and",
+        ),
+        ("results of another run touched", "if resumed is None and any(", "if False and any("),
+        ("rows after the checkpoint kept", '"step") or 0) <= updates', '"step") or 0) >= 0'),
+        ("checkpoint directory of the user ignored", " and keeper.dirpath is None:", ":"),
+    ),
+    *errors(
+        "directories.py",
+        ("test_directories.py",),
+        ("lock not exclusive", "fcntl.LOCK_EX | ", "fcntl.LOCK_SH | "),
+        ("mark of another command accepted", ' and content["command"] == command', ""),
+        ("names of a mark not checked", "return names if ours and plain else None", "return names if ours else None"),
+    ),
+    *errors(
+        "files.py",
+        ("test_files.py",),
+        ("leftovers of running processes removed", "if matched and not _is_running(", "if matched or not _is_running("),
+        ("failed write without a name", "if reason is None:\n            raise", "if True:\n            raise"),
+    ),
+    *errors(
+        "callbacks/evaluation.py",
+        ("callbacks/test_generation_evaluation.py",),
+        ("scores at Lightning's interval", "log_dict(measured, logger=False,", "log_dict(measured,"),
+    ),
+    *errors(
+        "callbacks/gradient_record.py",
+        ("callbacks/test_gradient_record.py",),
+        ("rows of other ranks kept", "% trainer.world_size != trainer.global_rank", "!= trainer.global_rank"),
+        ("record of another run dropped", "if earlier and trainer.ckpt_path is None:", "if False:"),
+    ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,7 +12,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from gdmd_lightning.callbacks.pictures import picture_grid
+from gdmd_lightning.callbacks.run_directory import run_directory
+from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
@@ -24,7 +28,7 @@ class GenerationEvaluation(pl.Callback):
     """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
 
     Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
-    TensorBoard and to ``pictures/`` in the log directory.
+    TensorBoard and to ``pictures/`` in the run's directory.
 
     Args:
         scores: What to compute.
@@ -84,11 +88,16 @@ class GenerationEvaluation(pl.Callback):
             world_size=trainer.world_size,
         )
         values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
-        module.log_dict(values, batch_size=1)
         found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
         module.provenance = replace(module.provenance, scores=found)
-        module.log("eval/seconds_per_picture", seconds, batch_size=1)
-        directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: all ranks must call it
+        measured: dict[str, Any] = {**values, "eval/seconds_per_picture": seconds}
+        # For ModelCheckpoint only. Lightning would log them at its own interval: not at all, or again and again.
+        module.log_dict(measured, logger=False, batch_size=1)
+        trainer.logged_metrics.update(values)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in measured.items()}, step=module.updates)
+            logger.save()
+        directory = run_directory(trainer)
         if self.columns and trainer.is_global_zero:
             self._draw(trainer, module, directory / "pictures")
 
@@ -106,8 +115,9 @@ class GenerationEvaluation(pl.Callback):
             },
             texts,
         )
-        directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(directory / f"{module.updates:06d}.png")
+        with warn_if_not_written(), atomic_file(directory / f"{module.updates:06d}.png") as part:
+            figure.savefig(part, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("teacher and generator", figure, module.updates)
+                with warn_if_not_written():
+                    logger.experiment.add_figure("teacher and generator", figure, module.updates)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from gdmd_lightning.callbacks.run_directory import run_directory
+from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.record import JudgedTargets
 from gdmd_lightning.ranges import Count, Whole, ranged
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS = {
     "step": "int64", "rank": "int32", "state": "int32", "target": "int32", "prompt": "string", "sigma": "float32",
@@ -27,7 +32,7 @@ COLUMNS = {
 class GradientRewardRecord(pl.Callback):
     """Writes the judged targets that each update reports.
 
-    Parts are written to ``gradient_rewards/`` in the log directory as ``part-<first step>-<rank>.parquet``,
+    Parts are written to ``gradient_rewards/`` in the run's directory as ``part-<first step>-<rank>.parquet``,
     each one complete or absent; pyarrow, pandas and polars read them as one dataset. A resumed run drops rows
     recorded after its checkpoint, and renames a part that a failing disk has damaged to ``.damaged``.
 
@@ -50,8 +55,8 @@ class GradientRewardRecord(pl.Callback):
 
     @staticmethod
     def directory(trainer: pl.Trainer) -> Path:
-        """Directory of this run's record; all ranks must call this, since ``log_dir`` is a broadcast."""
-        return Path(trainer.log_dir or trainer.default_root_dir) / "gradient_rewards"
+        """Directory of this run's record."""
+        return run_directory(trainer) / "gradient_rewards"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fail before loading anything if the method judges no targets."""
@@ -71,7 +76,14 @@ class GradientRewardRecord(pl.Callback):
         assert isinstance(pl_module, DistillationModule)
         self._waiting.clear()
         self._place = self.directory(trainer)
-        for part in sorted(self._place.glob(f"part-*-{trainer.global_rank}.parquet")):
+        earlier = sorted(self._place.glob("part-*-*.parquet"))
+        if earlier and trainer.ckpt_path is None:
+            remedy = "continue that run with ckpt_path, or give this one a directory of its own"
+            raise UserError("it has the record of another run", where=str(self._place), remedy=remedy)
+        for part in earlier:
+            # The resumed run may have fewer ranks than the one that wrote the parts.
+            if int(part.stem.rsplit("-", 1)[1]) % trainer.world_size != trainer.global_rank:
+                continue
             try:
                 table = pq.read_table(part)
             except (pa.ArrowException, OSError) as error:
@@ -83,6 +95,10 @@ class GradientRewardRecord(pl.Callback):
                 part.unlink()
             elif len(kept) < len(table):
                 _write(kept, part)
+        if trainer.is_global_zero:
+            for pictures in self._place.glob("pictures-*.safetensors"):
+                if int(pictures.stem.removeprefix("pictures-")) >= pl_module.updates:
+                    pictures.unlink()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +109,8 @@ class GradientRewardRecord(pl.Callback):
         step = pl_module.updates - 1
         self._waiting.append((step, judged.without_latents()))
         if self.pictures_every and step % self.pictures_every == 0 and trainer.is_global_zero:
-            self._save_images(pl_module, judged, step)
+            with warn_if_not_written():
+                self._save_images(pl_module, judged, step)
         if len(self._waiting) >= self.flush_every:
             self._flush(trainer)
 
@@ -119,7 +136,8 @@ class GradientRewardRecord(pl.Callback):
             columns["rank"] += [trainer.global_rank] * (batch * size)
         schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
         first = self._waiting[0][0]
-        _write(pa.table(columns, schema), self._place / f"part-{first:08d}-{trainer.global_rank}.parquet")
+        with warn_if_not_written():
+            _write(pa.table(columns, schema), self._place / f"part-{first:08d}-{trainer.global_rank}.parquet")
         self._waiting.clear()
 
     @torch.no_grad()
@@ -134,6 +152,25 @@ class GradientRewardRecord(pl.Callback):
         }
         with atomic_file(self._place / f"pictures-{step:08d}.safetensors") as part:
             save_file({name: images.cpu().contiguous() for name, images in tensors.items()}, part)
+
+
+def read_record(run: Path) -> pa.Table:
+    """Read a run's record, sorted by update, state and target.
+
+    Args:
+        run: The run's directory.
+
+    Raises:
+        UserError: If it has no record.
+    """
+    import pyarrow.dataset as ds
+
+    parts = sorted(map(str, (Path(run) / "gradient_rewards").glob("part-*.parquet")))
+    if not parts:
+        remedy = "give the directory of a GDMD run that was trained with GradientRewardRecord"
+        raise UserError("it has no record of gradient rewards", where=str(run), remedy=remedy)
+    table: pa.Table = ds.dataset(parts).to_table()
+    return table.sort_by([(name, "ascending") for name in ("step", "rank", "state", "target")])
 
 
 def _rows(judged: JudgedTargets) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after the current update, with a checkpoint that resumes exactly."""
+"""SIGINT, SIGTERM and SIGHUP end a run after the current update, with a checkpoint that resumes exactly."""
 
 from __future__ import annotations
 
@@ -9,33 +9,48 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, run_directory
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def interrupted_checkpoint(trainer: pl.Trainer) -> Path:
     """Path of the checkpoint that :class:`StopOnSignal` writes."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+    return run_directory(trainer) / CHECKPOINTS / "interrupted.ckpt"
 
 
 class StopOnSignal(pl.Callback):
-    """On the first SIGINT or SIGTERM, finish the update, save ``interrupted.ckpt`` and stop; on a second, stop at once.
+    """On the first signal, finish the update, save ``interrupted.ckpt`` and stop; on a second, stop at once.
 
-    Its handlers are installed after Lightning installs its own SIGTERM handler and removed before Lightning removes
-    that one. Lightning's handler would end the run without a checkpoint.
+    A signal to any rank stops all of them after the same update. The handlers replace Lightning's, which would end
+    the run without a checkpoint, and stay until the last checkpoint of the run is written.
 
     Attributes:
-        received: Number of the signal, or 0. The command line exits with ``128 + received``.
+        received: Number of the signal, or 0; after the run it is the same on all ranks. The command line exits with
+            ``128 + received``.
+        stopped: Whether the signal ended the run before its last update.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._previous: dict[int, Any] = {}
+        self.stopped = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember the handlers before Lightning installs its own."""
+        self._previous = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers, which Python allows in the main thread only."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is not threading.main_thread():
+            self._previous.clear()
+        for number, previous in self._previous.items():
+            # nohup ignores SIGHUP, so that a run survives the end of its terminal.
+            if number != signal.SIGHUP or previous != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
@@ -47,11 +62,17 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop if any rank received a signal."""
-        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+        number = self.received
+        if trainer.world_size > 1:
+            received = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(received, reduce_op="max"))
+        if number:
+            self.received = number
+            self.stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
             trainer.save_checkpoint(interrupted_checkpoint(trainer))
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the previous handlers."""
         self._restore()
 

@@ -1,8 +1,6 @@
-"""Saves the last update of a run in ``last.ckpt``."""
+"""Keeps ``last.ckpt`` the last: one file under this name, and the last update of a run in it."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,23 +9,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class SaveLastUpdate(pl.Callback):
     """Saves ``last.ckpt`` at the end of a run for every ``ModelCheckpoint(save_last=True)``.
 
-    ``ModelCheckpoint`` alone saves at its interval, so the updates after that would be lost.
+    ``ModelCheckpoint`` alone saves at its interval, so the updates after that would be lost. Where a ``last.ckpt``
+    exists, it would also save ``last-v1.ckpt`` next to it and leave the first one old.
     """
 
-    def __init__(self) -> None:
-        self._saved_at = -1
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Remember that this update is saved, under any name."""
-        self._saved_at = trainer.global_step
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make every ``ModelCheckpoint`` overwrite its ``last.ckpt``; also one of an earlier run that is resumed."""
+        for keeper in _keepers(trainer):
+            name = keeper.CHECKPOINT_NAME_LAST
+            if "{" not in name:  # a name with metrics is different in every update
+                keeper.last_model_path = keeper.format_checkpoint_name({}, name)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save unless the last update is saved already."""
-        if self._saved_at == trainer.global_step:
-            return
-        for keeper in trainer.checkpoint_callbacks:
-            # A ModelCheckpoint that has not saved yet will do so itself at the end of training.
-            if isinstance(keeper, ModelCheckpoint) and keeper.save_last and keeper.last_model_path:
-                trainer.save_checkpoint(keeper.last_model_path, keeper.save_weights_only)
+        """Save every ``last.ckpt`` that does not have the last update."""
+        # A ModelCheckpoint that saves at the end of training itself does so after this, with nothing left to do.
+        current = {k.last_model_path for k in _keepers(trainer) if k._last_global_step_saved == trainer.global_step}
+        for keeper in _keepers(trainer):
+            if keeper.last_model_path and keeper.last_model_path not in current:
+                keeper._save_checkpoint(trainer, keeper.last_model_path)
+                current.add(keeper.last_model_path)
+
+
+def _keepers(trainer: pl.Trainer) -> list[ModelCheckpoint]:
+    return [k for k in trainer.checkpoint_callbacks if isinstance(k, ModelCheckpoint) and k.save_last]

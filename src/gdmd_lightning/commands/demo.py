@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.directories import DirectoryLock, claim
 from gdmd_lightning.ranges import Count
 from gdmd_lightning.studies.arms import DMD, GDMD, last_checkpoint, option, train
 from gdmd_lightning.studies.contestants import draw, student, teachers
@@ -18,20 +18,25 @@ from gdmd_lightning.studies.scorecards import score, write_scorecard
 from gdmd_lightning.studies.tables import score_table
 from gdmd_lightning.studies.tasks import SHAPES
 
+ENTRIES = ("dmd", "gdmd", "scores.json", "pictures.png", "pipeline")
+
 
 def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str]) -> None:
     """Train DMD, then GDMD from it; score both and the teacher; export GDMD's generator; print the results.
 
     Args:
-        out: Directory of everything written; an earlier demo there is replaced.
+        out: Directory of everything written; what an earlier demo wrote there is replaced.
         cold_start: DMD updates.
         updates: GDMD updates after the cold start.
         count: Test prompts.
         extra: Further arguments of both trainings.
+
+    Raises:
+        UserError: If ``out`` has files that no demo wrote.
     """
     began = time.perf_counter()
     prompts = SHAPES.read_prompts(count)  # fails before training if the count is impossible
-    shutil.rmtree(out, ignore_errors=True)
+    claim(out, "demo", ENTRIES)
     dmd, gdmd = out / "dmd", out / "gdmd"
     print(f"1/3  DMD, {cold_start} updates: from the teacher to four steps")
     train(dmd, [*DMD.arguments, option("trainer.max_steps", cold_start), *extra])
@@ -59,16 +64,18 @@ def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str])
 def main(arguments: list[str]) -> int:
     """``demo [--cold_start 60 --updates 100 ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory to write; replaced if it exists")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="directory to write; an earlier demo there is replaced"
+    )
     parser.add_argument("--cold_start", type=int, default=60, help="DMD updates")
     parser.add_argument("--updates", type=int, default=100, help="GDMD updates")
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of both trainings")
     options = parser.parse_args(arguments)
     check_options(options, cold_start=Count, updates=Count, count=Count)
+    lock = DirectoryLock(options.out)
     try:
         demo(options.out, options.cold_start, options.updates, options.count, options.fit)
-    except KeyboardInterrupt:
-        print("stopped by a signal")
-        return 130
+    finally:
+        lock.release()
     return 0

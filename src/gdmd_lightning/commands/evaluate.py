@@ -11,6 +11,7 @@ from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.configuration.restore import add_loading_options, load_module, picture_size
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import make_directory
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, NonNegative, Steps
 from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count)
     task = replace(SHAPES, prompts=options.prompts)
     task.check(options.count)
+    make_directory(options.out)
     device = usable_device(options.device)
     modules = _load(options, task, device)
     module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher, device)

@@ -1,16 +1,26 @@
-"""``fit``: train a generator; stops cleanly on SIGINT and SIGTERM."""
+"""``fit``: train a generator; stops cleanly on SIGINT, SIGTERM and SIGHUP."""
 
 from __future__ import annotations
 
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
 from gdmd_lightning.callbacks.interruption import interrupted_checkpoint
-from gdmd_lightning.configuration.training import run, signal_received
+from gdmd_lightning.configuration.training import run, stopped_by
 
 
 def main(arguments: list[str]) -> int:
     """``fit --config NAME ...``."""
     cli = run(arguments)
-    number = signal_received(cli)
-    if number:
-        print(f"stopped by signal {number}; resume with --ckpt_path {interrupted_checkpoint(cli.trainer)}")
-        return 128 + number
-    return 0
+    stop = stopped_by(cli)
+    if not stop.received:
+        return 0
+    if not cli.trainer.is_global_zero and isinstance(cli.trainer.strategy.launcher, _SubprocessScriptLauncher):
+        # Lightning kills the main process when one that it started ends with another status.
+        return 0
+    if cli.trainer.is_global_zero:
+        if stop.stopped:
+            resume = f"resume with --ckpt_path {interrupted_checkpoint(cli.trainer)}"
+            print(f"stopped by signal {stop.received} after {cli.model.updates} updates; {resume}")
+        else:
+            print(f"signal {stop.received} came with the last update; the run is complete")
+    return 128 + stop.received

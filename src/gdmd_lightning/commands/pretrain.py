@@ -19,7 +19,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import atomic_directory
+from gdmd_lightning.files import atomic_directory, make_directory, write_atomically
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints
 from gdmd_lightning.ranges import Count, Decay, Fraction, Positive, Seed, Whole, ranged, ranges_of
 from gdmd_lightning.schedules import LogitNormal
 from gdmd_lightning.shapes import pipeline as parts
@@ -100,7 +101,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     pl.seed_everything(settings.seed, verbose=False)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    make_directory(settings.out)
     tokenizer = parts.build_tokenizer()
 
     def tokens(texts: list[str]) -> Tensor:
@@ -190,7 +191,7 @@ def _tidy(config: Path) -> None:
     content.pop("_name_or_path", None)
     if "dtype" in content:
         content["dtype"] = "float32"
-    config.write_text(json.dumps(content, indent=2) + "\n")
+    write_atomically(config, json.dumps(content, indent=2) + "\n")
 
 
 def _train(
@@ -208,6 +209,7 @@ def _train(
         accelerator="cpu",
         max_steps=stage.steps,
         logger=False,
+        plugins=[WholeCheckpoints()],
         callbacks=[keep, TQDMProgressBar(refresh_rate=100), *callbacks],
         enable_model_summary=False,
     )

@@ -17,12 +17,12 @@ from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.configuration.restore import add_loading_options, load_module
 from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import make_directory
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Whole
 from gdmd_lightning.studies.sampling import (
     LIST,
     Origin,
     existing_pictures,
-    make_directory,
     open_checkpoint,
     wanted_pictures,
     write_list,
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
         try:
             write_pictures(module, wanted, existing, origin, out, options.batch_size)
         except KeyboardInterrupt:
-            print("stopped by a signal; run the same command again to continue")
-            return 130
+            print("run the same command again to continue")
+            raise
         seconds = (time.perf_counter() - began) / existing.missing
     if existing.names:  # otherwise the list was written in the order of the prompts
         write_list(wanted, origin, out)

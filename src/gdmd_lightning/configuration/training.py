@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
+from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig, run_directory
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.numbers import check_configuration
 from gdmd_lightning.configuration.references import ReferencingParser, environment_references, with_references
 from gdmd_lightning.configuration.restore import describe_module
+from gdmd_lightning.configuration.resuming import NAMED, place_given, resolve_checkpoint
 from gdmd_lightning.configuration.seeds import share_seed
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.precision import check_precision
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+CallbackT = TypeVar("CallbackT", bound=Callback)
 PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 
 
@@ -44,7 +50,7 @@ class DistillationCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, keep the arguments, and check all numbers."""
+        """Parse, check all numbers, and keep the arguments: they tell what the user gave."""
         self._arguments = list(args)
         super().parse_arguments(parser, args)
         check_configuration(self.config.fit)
@@ -52,7 +58,7 @@ class DistillationCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint to resume from; Lightning would take the model's arguments from it."""
         path = self.config.fit.ckpt_path if "subcommand" in self.config else None
-        if path is not None and str(path) not in ("last", "best", "hpc", "registry"):
+        if path is not None and str(path) not in NAMED:
             read_checkpoint(str(path), in_memory=False)
 
     def _set_seed(self) -> None:
@@ -72,6 +78,8 @@ class DistillationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes checkpoints atomically and whose DDP processes expect unused parameters."""
         trainer = super().instantiate_trainer(**kwargs)
+        # The run's directory must be known before any other callback writes to it.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunDirectory))  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
@@ -103,6 +111,43 @@ class DistillationCLI(LightningCLI):
                 remedy=f"use model.accumulate {times}, or data.batch_size {times * size} with model.micro_batch_size "
                 f"{size}: the same update",
             )
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError(
+                f"{settings.trainer.strategy!r} starts its processes without a command line of their own",
+                where="trainer.strategy",
+                remedy="use ddp",
+            )
+        self._choose_directory()
+
+    def _choose_directory(self) -> None:
+        """Find the checkpoint to resume from and decide the run's directory."""
+        given, resumed, updates = self.config.fit.ckpt_path, None, 0
+        if given is not None:
+            resumed = resolve_checkpoint(str(given), self.trainer)
+            updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
+            self.config_init.fit.ckpt_path = str(resumed)
+        _of_type(self.trainer, RunDirectory).choose(self.trainer, resumed, updates, placed=place_given(self._arguments))
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Train; report a failed write, or code that exits, as an error."""
+        try:
+            self.trainer.fit(*args, **kwargs)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None  # Lightning exits this way after Ctrl-C while loading
+            if _of_type(self.trainer, StopOnSignal).received:
+                raise
+            raise UserError(
+                f"the run was ended by sys.exit({error.code!r}) after {self.model.updates} updates",
+                where="fit",
+                remedy="raise an error in the reward, callback or data set instead",
+            ) from error
+        except OSError as error:
+            if error.errno not in FULL or isinstance(error, UserError):
+                raise
+            where = str(error.filename or run_directory(self.trainer))
+            remedy = "free disk space, or give the run another place"
+            raise WriteError(f"cannot be written: {error.strerror}", where=where, remedy=remedy) from error
 
 
 class _ParsingCLI(DistillationCLI):
@@ -128,6 +173,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
         UserError: If the configuration is wrong.
     """
     quiet()
+    place = RunDirectory()
     try:
         return DistillationCLI(
             DistillationModule,
@@ -135,19 +181,16 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             # Read a checkpoint to resume from as tensors and plain values only.
             args=["fit", "--weights_only=true", *with_found_configs(arguments)],
             subclass_mode_model=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             parser_class=ReferencingParser,
             parser_kwargs=PARSER,
-            trainer_defaults={"callbacks": [StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
+            trainer_defaults={"callbacks": [place, StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
             auto_configure_optimizers=False,
         )
     except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:
         raise readable_error(error, "fit") from error
-    except SystemExit as error:
-        # Lightning exits this way after Ctrl-C while loading.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
+    finally:
+        place.release()
 
 
 def parse(arguments: Sequence[str], command: str = "fit") -> Any:
@@ -192,7 +235,12 @@ def quiet() -> None:
         logging.getLogger(noisy).addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
-def signal_received(cli: DistillationCLI) -> int:
-    """The number of the signal that ended the run, or 0."""
-    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
-    return next(c.received for c in callbacks if isinstance(c, StopOnSignal))
+def stopped_by(cli: DistillationCLI) -> StopOnSignal:
+    """Whether and by which signal the run was stopped."""
+    return _of_type(cli.trainer, StopOnSignal)
+
+
+def _of_type(trainer: Trainer, kind: type[CallbackT]) -> CallbackT:
+    """The trainer's callback of a type that every run has."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, kind))

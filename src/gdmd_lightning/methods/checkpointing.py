@@ -37,8 +37,9 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with atomic_file(Path(path)) as part:
-            torch.save(checkpoint, part)
+        # Through Python's file, which says why a write failed; torch's own only says that it did.
+        with atomic_file(Path(path)) as part, part.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Load to the CPU, tensors and plain values only."""

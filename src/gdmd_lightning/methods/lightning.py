@@ -268,6 +268,9 @@ class RoleModule(pl.LightningModule):
         for role, schedule in zip(self.roles.trained, _listed(self.lr_schedulers()), strict=True):
             logs[f"learning_rate/{role}"] = torch.tensor(optimizers[role].param_groups[0]["lr"])
             schedule.step()
+        # Lightning's loggers use a metric of this name as their axis; it would count from 0. On the CPU, since a copy
+        # to the device would wait for it.
+        self.log("step", torch.tensor(float(self.updates)), batch_size=len(batch))
         if "loss" in logs:
             self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))

@@ -13,7 +13,7 @@ from gdmd_lightning.configuration import training
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.configuration.training import DistillationCLI
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.errors import StoppedBySignal, UserError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
@@ -67,14 +67,9 @@ class Arm:
 DMD = Arm(["shapes.yaml", "shapes_dmd.yaml"])
 GDMD = Arm(["shapes.yaml"])
 
-# No callback that evaluates or records, so that the seconds are the method's own. Without the version counter a
-# resumed run overwrites its last.ckpt, even if --out is now spelled differently; with the counter, it would write
-# last-v1.ckpt next to the last.ckpt that is scored.
+# No callback that evaluates or records, so that the seconds are the method's own.
 UNOBSERVED = {"trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 50}
-KEEP_LAST = {
-    "class_path": "ModelCheckpoint",
-    "init_args": {"save_last": True, "save_top_k": 0, "enable_version_counter": False},
-}
+KEEP_LAST = {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}}
 
 
 @dataclass(frozen=True)
@@ -129,13 +124,14 @@ def train(directory: Path, arguments: Sequence[str]) -> DistillationCLI:
     """Run ``fit`` with its logs in ``directory``.
 
     Raises:
-        KeyboardInterrupt: If a signal ended the run early.
+        StoppedBySignal: If a signal ended the run.
     """
     logger = {"save_dir": str(directory.parent), "name": directory.name, "version": "."}
     place = [option(f"trainer.logger.init_args.{key}", value) for key, value in logger.items()]
     cli = training.run([*arguments, *place])
-    if training.signal_received(cli):
-        raise KeyboardInterrupt
+    received = training.stopped_by(cli).received
+    if received:
+        raise StoppedBySignal(received)
     return cli
 
 
@@ -151,7 +147,7 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
 
     Raises:
         UserError: If the directory has a longer run, or scores on other prompts.
-        KeyboardInterrupt: If a signal ended the training early.
+        StoppedBySignal: If a signal ended the training.
     """
     spent = 0.0
     for budget in budgets:

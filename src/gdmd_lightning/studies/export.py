@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import atomic_directory
+from gdmd_lightning.errors import UserError, WriteError
+from gdmd_lightning.files import atomic_directory, write_failure
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.roles import Form
 
@@ -34,12 +34,10 @@ def export(module: DistillationModule, out: Path, *, averaged: bool = True, form
         with atomic_directory(out) as part:
             _write(module, part, "ema" if averaged else "generator", form)
             (part / "README.md").write_text(_card(module, out, averaged, form), encoding="utf-8")
-    except Exception as error:
-        # A full disk is an OSError, or safetensors' own error, which has no public base class.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            reason = f"cannot write {str(out)!r}: {error}"
-            raise UserError(reason, where="export", remedy="free disk space or give another directory") from error
-        raise
+    except WriteError as error:
+        reason = write_failure(error.__cause__ or error)
+        remedy = "free disk space or give another directory"
+        raise UserError(f"cannot write {str(out)!r}: {reason}", where="export", remedy=remedy) from error
     return out
 
 

@@ -12,10 +12,8 @@ import io
 import json
 import os
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +27,7 @@ from tqdm import tqdm
 from gdmd_lightning.configuration.restore import picture_size
 from gdmd_lightning.data.readers import PromptSource, ShapesPrompts, open_source
 from gdmd_lightning.errors import UserError, without_middle
-from gdmd_lightning.files import atomic_file, write_atomically
+from gdmd_lightning.files import atomic_file, failures_named, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import content_digest
 from gdmd_lightning.prompts import Prompt
@@ -269,10 +267,8 @@ def write_pictures(
             for picture, one in zip(pictures, pixels, strict=True):
                 chunks = {"prompt": picture.prompt.text, "method": type(module).__name__, **origin.text_chunks()}
                 chunks |= {"row": str(picture.row), "number": str(picture.number)}
-                with _explained(out / picture.name):
-                    write_atomically(out / picture.name, encode_png(one, chunks))
-                with _explained(out / LIST):
-                    _append(out / LIST, _line(picture, origin))
+                write_atomically(out / picture.name, encode_png(one, chunks))
+                _append(out / LIST, _line(picture, origin))
             bar.update(len(pictures))
 
 
@@ -294,9 +290,9 @@ def write_list(pictures: Iterable[Picture], origin: Origin, out: Path) -> None:
     """List pictures in ``out`` as JSON lines: file, prompt, row, number, seed, size, and the prompt's metadata.
 
     Raises:
-        UserError: If the file cannot be written.
+        WriteError: If the file cannot be written.
     """
-    with _explained(out / LIST), atomic_file(out / LIST) as part:
+    with atomic_file(out / LIST) as part:
         with part.open("wb") as file:
             for picture in pictures:
                 file.write(_line(picture, origin))
@@ -318,7 +314,7 @@ def _line(picture: Picture, origin: Origin) -> bytes:
 
 def _append(path: Path, line: bytes) -> None:
     """Add a line to a file, whole or not at all."""
-    with path.open("ab", buffering=0) as file:
+    with failures_named(path), path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
             if (written := file.write(line)) != len(line):
@@ -326,27 +322,3 @@ def _append(path: Path, line: bytes) -> None:
         except OSError:
             file.truncate(before)
             raise
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        remedy = "free disk space and run the same command again; it continues where it stopped"
-        raise UserError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from error
-
-
-def make_directory(out: Path) -> None:
-    """Create the directory if it is missing.
-
-    Raises:
-        UserError: If it cannot be created or written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        remedy = "give a directory that you may write to"
-        raise UserError(f"cannot be written to: {error.strerror}", where=str(out), remedy=remedy) from error

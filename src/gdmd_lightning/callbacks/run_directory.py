@@ -1,0 +1,224 @@
+"""One directory per run: configuration, checkpoints, record, pictures, and the loggers' files where possible."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from gdmd_lightning.callbacks.write_warnings import tolerate_failed_writes
+from gdmd_lightning.directories import DirectoryLock
+from gdmd_lightning.errors import UserError, WriteError
+from gdmd_lightning.files import write_atomically
+
+CHECKPOINTS = "checkpoints"
+RESULTS = (f"{CHECKPOINTS}/*.ckpt", "gradient_rewards/*", "pictures/*", "metrics.csv")
+UNNAMED = "lightning_logs"
+
+
+def run_directory(trainer: pl.Trainer) -> Path:
+    """The directory of this run, which everything that writes files must ask for.
+
+    A trainer without a :class:`RunDirectory` has Lightning's own; then all ranks must call this, since it is a
+    broadcast.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunDirectory) and callback.path is not None:
+            return callback.path
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class RunDirectory(pl.Callback):
+    """Decides the directory of a run before anything is written, and reserves it until the run ends.
+
+    It is the directory of the first TensorBoard or CSV logger, ``<save_dir>/<name>/version_N``, or, without such a
+    logger, a new directory of that form in the logger's ``save_dir`` or the trainer's ``default_root_dir``. A resumed
+    run continues in the directory of its checkpoint.
+
+    It must be the first callback. Rank 0 decides; the others follow in :meth:`setup`.
+
+    Attributes:
+        path: The directory; None before the decision.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._lock: DirectoryLock | None = None
+
+    def choose(self, trainer: pl.Trainer, resumed: Path | None, updates: int, *, placed: bool) -> None:
+        """Decide, reserve the directory, and direct loggers and checkpoints to it; call before ``trainer.fit``.
+
+        Args:
+            trainer: The trainer.
+            resumed: The checkpoint that the run continues, or None.
+            updates: Updates of that checkpoint.
+            placed: Whether the user asked for a place, so that a checkpoint elsewhere does not decide.
+
+        Raises:
+            UserError: If the directory is in use, or has results of another run.
+            WriteError: If the directory cannot be written to.
+        """
+        if not trainer.is_global_zero:
+            return
+        logger, root = versioned(trainer.loggers), run_root(trainer)
+        own = None if resumed is None else _run_of(resumed)
+        if logger is not None and logger._version is not None:
+            path = root / version_name(logger._version)
+        elif own is not None and (not placed or own.parent.resolve() == root.resolve()):
+            path = own
+        else:
+            path = _new_version(root)
+        self._lock = DirectoryLock(path)
+        if resumed is None and any(True for pattern in RESULTS for _ in path.glob(pattern)):
+            self.release()
+            raise UserError(
+                "it has results of another run",
+                where=str(path),
+                remedy=f"continue that run with --ckpt_path {path / CHECKPOINTS / 'last.ckpt'}, or use another version",
+            )
+        self.path = path
+        _direct(trainer, path, root, None if resumed is None else updates)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Tell all ranks what rank 0 decided."""
+        decided = trainer.strategy.broadcast(None if self.path is None else str(self.path))
+        self.path = None if decided is None else Path(decided)
+
+    def release(self) -> None:
+        """Give the directory back; one that is still empty is removed."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def run_root(trainer: pl.Trainer) -> Path:
+    """The directory of a trainer's runs, each of which is a ``version_N``.
+
+    Raises:
+        UserError: If no logger and not the trainer has a local directory.
+    """
+    logger = versioned(trainer.loggers)
+    if logger is not None:
+        return Path(os.path.expandvars(os.path.expanduser(logger.root_dir)))
+    first = trainer.loggers[0] if trainer.loggers else None
+    save_dir = str((first and first.save_dir) or trainer.default_root_dir)
+    if not _is_local(save_dir):
+        save_dir = trainer.default_root_dir
+    if not _is_local(save_dir):
+        raise UserError(
+            f"{save_dir!r} is not a local directory", where="trainer.default_root_dir", remedy="give a local one"
+        )
+    return Path(save_dir) / str((first and first.name) or UNNAMED)
+
+
+def versioned(loggers: list[Logger]) -> TensorBoardLogger | CSVLogger | None:
+    """The first logger that has a local directory of its own for each run."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger | CSVLogger) and _is_local(logger.root_dir):
+            return logger
+    return None
+
+
+def _is_local(place: str) -> bool:
+    return "://" not in place
+
+
+def version_name(version: int | str) -> str:
+    """The name that Lightning's loggers give to a version's directory."""
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint is of, if it still lies where the run saved it."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+
+
+def _new_version(root: Path) -> Path:
+    """Create ``version_N`` with the next number, which no other process gets."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [int(found[1]) for p in root.iterdir() if (found := re.fullmatch(r"version_(\d+)", p.name))]
+        number = max(taken, default=-1) + 1
+        while True:
+            path = root / f"version_{number}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        remedy = "give another place with trainer.logger.init_args.save_dir or trainer.default_root_dir"
+        raise WriteError(reason, where=str(root), remedy=remedy) from error
+
+
+def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) -> None:
+    """Make loggers and checkpoint callbacks that have no other place write to the run's directory.
+
+    Args:
+        trainer: The trainer.
+        path: The run's directory.
+        root: Where the trainer's runs are.
+        updates: Updates of the checkpoint that is resumed, or None; what was logged later is dropped.
+    """
+    for logger in trainer.loggers:
+        tolerate_failed_writes(logger)
+        if not isinstance(logger, TensorBoardLogger | CSVLogger) or not _is_local(logger.root_dir):
+            continue
+        if logger._version is None and Path(os.path.expandvars(logger.root_dir)).resolve() == root.resolve():
+            # Loggers decide their place when they are constructed, which is before the checkpoint is known.
+            logger._root_dir, logger._name, logger._version = str(path.parent), "", path.name
+            if isinstance(logger, CSVLogger):
+                logger._save_dir = str(path.parent)
+        if updates is None:
+            continue
+        if isinstance(logger, TensorBoardLogger):
+            logger._kwargs.setdefault("purge_step", updates + 1)
+        else:
+            logger._experiment = _ContinuedMetrics(logger.log_dir, updates)
+    for keeper in trainer.checkpoint_callbacks:
+        if isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:
+            keeper.dirpath = str((path / CHECKPOINTS).absolute())
+
+
+class _ContinuedMetrics(ExperimentWriter):
+    """Continues the ``metrics.csv`` of a resumed run; Lightning's own class deletes it."""
+
+    def __init__(self, log_dir: str, updates: int) -> None:
+        super().__init__(log_dir)
+        file = Path(self.metrics_file_path)
+        if not file.is_file():
+            return
+        import csv
+        import io
+
+        with file.open(newline="", encoding="utf-8") as text:
+            reader = csv.DictReader(text)
+            rows = [row for row in reader if float(row.get("step") or 0) <= updates]
+            self.metrics_keys = list(reader.fieldnames or [])
+        kept = io.StringIO(newline="")
+        writer = csv.DictWriter(kept, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(file, kept.getvalue())
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` to the run's directory when training starts, complete or not at all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the file; Lightning calls this on rank 0 only."""
+        text = self.parser.dump(self.config, skip_none=False)
+        write_atomically(run_directory(trainer) / "config.yaml", text)

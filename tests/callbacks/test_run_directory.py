@@ -1,0 +1,215 @@
+"""The directory of a run is decided once, is its own, and is reserved while it runs."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory
+from gdmd_lightning.configuration.resuming import place_given, resolve_checkpoint
+from gdmd_lightning.errors import UserError
+
+
+class Placeless(Logger):
+    """A logger without a directory for each run, as that of W&B is."""
+
+    name, version, save_dir = "project", "abc", None
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass
+
+
+def trainer(where: Path, logger=False, *callbacks) -> pl.Trainer:
+    keepers = [c for c in callbacks if isinstance(c, ModelCheckpoint)] or [ModelCheckpoint(save_last=True)]
+    return pl.Trainer(
+        accelerator="cpu", devices=1, logger=logger, default_root_dir=where, callbacks=[RunDirectory(), *keepers]
+    )
+
+
+def choose(chosen: pl.Trainer, resumed: Path | None = None, updates: int = 0, placed: bool = False) -> RunDirectory:
+    callback = next(c for c in chosen.callbacks if isinstance(c, RunDirectory))
+    callback.choose(chosen, resumed, updates, placed=placed)
+    return callback
+
+
+def finished(path: Path, **content) -> Path:
+    """A checkpoint of an earlier run in this directory."""
+    last = path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, "global_step": 2, **content}, last)
+    return last
+
+
+LOGGERS = {
+    "none": lambda where: False,
+    "without a directory": lambda where: Placeless(),
+    "csv": lambda where: CSVLogger(where, "project"),
+    "tensorboard": lambda where: TensorBoardLogger(where, "project"),
+    "two": lambda where: [Placeless(), CSVLogger(where, "project"), TensorBoardLogger(where, "project")],
+}
+
+
+@pytest.mark.parametrize("kind", LOGGERS)
+def test_every_run_gets_a_directory_of_its_own_for_everything(tmp_path, kind):
+    for number in (0, 1):
+        made = trainer(tmp_path, LOGGERS[kind](tmp_path))
+        run = choose(made)
+        assert run.path == tmp_path / ("lightning_logs" if kind == "none" else "project") / f"version_{number}"
+        assert run_directory(made) == run.path
+        assert made.checkpoint_callback.dirpath == str(run.path / "checkpoints")
+        for logger in made.loggers:
+            assert isinstance(logger, Placeless) or Path(logger.log_dir) == run.path
+        finished(run.path)
+        run.release()
+
+
+def test_two_runs_at_once_get_two_directories(tmp_path):
+    paths = [choose(trainer(tmp_path)).path for _ in range(2)]
+    assert [path.name for path in paths] == ["version_0", "version_1"]
+
+
+def test_run_directory_keeps_a_checkpoint_directory_that_the_user_gave(tmp_path):
+    made = trainer(tmp_path, False, ModelCheckpoint(tmp_path / "mine"))
+    choose(made)
+    assert made.checkpoint_callback.dirpath == str(tmp_path / "mine")
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    first = choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
+    with pytest.raises(UserError, match=r"version_0: another run writes to this directory \(process \d+ on "):
+        choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
+    first.release()
+    choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
+
+
+@pytest.mark.parametrize(
+    "left", ["checkpoints/last.ckpt", "gradient_rewards/part-00000000-0.parquet", "pictures/1.png", "metrics.csv"]
+)
+def test_results_of_another_run_are_refused_without_its_checkpoint(tmp_path, left):
+    file = tmp_path / "x" / "version_0" / left
+    file.parent.mkdir(parents=True)
+    file.write_text("theirs")
+    with pytest.raises(UserError, match="version_0: it has results of another run; continue that run with --ckpt_path"):
+        choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "theirs"
+
+
+def test_a_run_that_wrote_nothing_leaves_no_directory(tmp_path):
+    run = choose(trainer(tmp_path))
+    run.release()
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("kind", LOGGERS)
+@pytest.mark.parametrize("placed", [False, True])
+def test_resumed_run_continues_in_its_directory(tmp_path, kind, placed):
+    name = "lightning_logs" if kind == "none" else "project"
+    last = finished(tmp_path / name / "version_3")
+    finished(tmp_path / name / "version_4")
+    made = trainer(tmp_path, LOGGERS[kind](tmp_path))
+    assert choose(made, last, placed=placed).path == tmp_path / name / "version_3"
+    for logger in made.loggers:
+        assert isinstance(logger, Placeless) or Path(logger.log_dir) == tmp_path / name / "version_3"
+
+
+def test_resumed_run_goes_where_the_user_says(tmp_path):
+    last = finished(tmp_path / "a" / "version_0")
+    other = TensorBoardLogger(tmp_path, "b")
+    assert choose(trainer(tmp_path, other), last, placed=True).path == tmp_path / "b" / "version_0"
+    numbered = TensorBoardLogger(tmp_path, "a", 7)
+    assert choose(trainer(tmp_path, numbered), last).path == tmp_path / "a" / "version_7"
+    shipped = TensorBoardLogger(tmp_path, "b")  # the user did not choose it
+    assert choose(trainer(tmp_path, shipped), last).path == tmp_path / "a" / "version_0"
+    assert Path(shipped.log_dir) == tmp_path / "a" / "version_0"
+
+
+def test_resumed_csv_log_keeps_the_rows_up_to_the_checkpoint(tmp_path):
+    last = finished(tmp_path / "x" / "version_0")
+    csv = last.parents[1] / "metrics.csv"
+    csv.write_text("loss,step\n0.5,1\n0.4,2\n0.3,3\n")
+    logger = CSVLogger(tmp_path, "x")
+    choose(trainer(tmp_path, logger), last, updates=2)
+    logger.log_metrics({"loss": 0.25, "other": 1.0}, step=3)
+    logger.save()
+    assert [row.split(",") for row in csv.read_text().split()] == [
+        ["loss", "other", "step"],
+        ["0.5", "", "1"],
+        ["0.4", "", "2"],
+        ["0.25", "1.0", "3"],
+    ]
+
+
+def test_resumed_tensorboard_hides_what_came_after_the_checkpoint(tmp_path):
+    logger = TensorBoardLogger(tmp_path, "x")
+    choose(trainer(tmp_path, logger), finished(tmp_path / "x" / "version_0"), updates=2)
+    assert logger._kwargs["purge_step"] == 3
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/lightning_logs: cannot be written: .*; give another place"):
+        choose(trainer(tmp_path / "file"))
+
+
+# --ckpt_path last and best.
+
+
+def test_last_is_the_last_checkpoint_of_the_newest_run(tmp_path):
+    for number in (0, 2, 10):
+        finished(tmp_path / "x" / f"version_{number}")
+    (tmp_path / "x" / "version_11").mkdir()
+    found = resolve_checkpoint("last", trainer(tmp_path, TensorBoardLogger(tmp_path, "x")))
+    assert found == tmp_path / "x" / "version_10" / "checkpoints" / "last.ckpt"
+    one = resolve_checkpoint("last", trainer(tmp_path, TensorBoardLogger(tmp_path, "x", 2)))
+    assert one == tmp_path / "x" / "version_2" / "checkpoints" / "last.ckpt"
+
+
+def test_last_without_a_run_is_refused(tmp_path):
+    finished(tmp_path / "other" / "version_0")
+    with pytest.raises(UserError, match=r"ckpt_path last: no run in '.*x' has a last.ckpt; give the path of a .ckpt"):
+        resolve_checkpoint("last", trainer(tmp_path, TensorBoardLogger(tmp_path, "x")))
+
+
+def test_best_needs_a_monitored_score(tmp_path):
+    finished(tmp_path / "x" / "version_0")
+    with pytest.raises(UserError, match="ckpt_path: no ModelCheckpoint monitors a score"):
+        resolve_checkpoint("best", trainer(tmp_path, TensorBoardLogger(tmp_path, "x")))
+
+
+def test_best_is_the_one_that_the_last_checkpoint_knows(tmp_path):
+    state = {"monitor": "eval/x", "best_model_path": "/moved/best.ckpt"}
+    last = finished(tmp_path / "x" / "version_0", callbacks={"ModelCheckpoint": state})
+    made = trainer(tmp_path, TensorBoardLogger(tmp_path, "x"), ModelCheckpoint(monitor="eval/x"))
+    with pytest.raises(UserError, match="that run has no best checkpoint"):
+        resolve_checkpoint("best", made)
+    (last.parent / "best.ckpt").write_text("")
+    assert resolve_checkpoint("best", made) == last.parent / "best.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "{shipped}", "--trainer.max_steps=3"], False),
+        (["--config", "{shipped}", "--trainer.logger.init_args.name", "x"], True),
+        (["--trainer.logger=CSVLogger"], True),
+        (["--trainer.default_root_dir=x"], True),
+        (["--config={mine}"], True),
+        (["--config", "{mine}"], True),
+        (["-c", "{other}"], False),
+    ],
+)
+def test_place_given_is_what_the_user_wrote(tmp_path, arguments, expected):
+    from gdmd_lightning.locations import find_config
+
+    mine, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
+    mine.write_text("trainer: {logger: {class_path: CSVLogger}}")
+    other.write_text("trainer: {max_steps: 3}\nmodel:\n")
+    places = {"shipped": find_config("shapes.yaml"), "mine": mine, "other": other}
+    assert place_given([argument.format(**places) for argument in arguments]) is expected

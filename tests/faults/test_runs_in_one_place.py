@@ -1,0 +1,86 @@
+"""Runs that share a working directory: one directory each, and a resumed run continues in its own."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+
+from gdmd_lightning.cli import main
+from gdmd_lightning.configuration import training
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+
+
+def contents(place: Path) -> dict[str, str]:
+    files = [path for path in place.rglob("*") if path.is_file()]
+    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def placeless(fast_fit: list[str]) -> list[str]:
+    """The cheap configuration without its logger."""
+    return [*fast_fit, "--trainer.logger=false", "--trainer.max_steps=2"]
+
+
+@pytest.fixture
+def place(fast_fit, tmp_path, monkeypatch) -> Path:
+    """A working directory without the configuration's own files."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "lightning_logs"
+
+
+def test_second_run_leaves_the_first_unchanged_and_a_resumed_one_continues_it(fast_fit, place):
+    training.run(placeless(fast_fit))
+    before = contents(place)
+    kinds = {re.sub(r"\d{6,}", "N", name) for name in before}
+    assert kinds == {
+        "version_0/config.yaml",
+        "version_0/checkpoints/last.ckpt",
+        "version_0/gradient_rewards/part-N-0.parquet",
+        "version_0/gradient_rewards/pictures-N.safetensors",
+        "version_0/pictures/N.png",
+    }
+    training.run(placeless(fast_fit))
+    after = contents(place)
+    assert {name: after[name] for name in before} == before
+    assert {name.replace("version_1", "version_0") for name in after} == set(before)
+    # The first run is continued twice from update 2, as after a kill: each update is recorded once.
+    last = place / "version_0" / "checkpoints" / "last.ckpt"
+    two = shutil.copy(last, last.parent / "two.ckpt")
+    for end in (5, 4):
+        training.run([*placeless(fast_fit), f"--trainer.max_steps={end}", f"--ckpt_path={two}"])
+        assert read_checkpoint(str(last), in_memory=False)["global_step"] == end
+    parts = sorted(map(str, (place / "version_0" / "gradient_rewards").glob("part-*.parquet")))
+    steps = ds.dataset(parts).to_table()["step"].to_pylist()
+    assert {step: steps.count(step) for step in steps} == dict.fromkeys(range(4), 8 * 2)
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "two.ckpt"}
+    assert {path.name for path in place.iterdir()} == {"version_0", "version_1"}
+    # "last" is the run that was written to last.
+    cli = training.run([*placeless(fast_fit), "--trainer.max_steps=5", "--ckpt_path=last"])
+    assert cli.trainer.ckpt_path == str(last)
+    assert cli.trainer.global_step == 5
+
+
+def test_last_without_a_run_is_an_error(fast_fit, place, complaint):
+    assert complaint("fit", *placeless(fast_fit), "--ckpt_path=last").startswith("ckpt_path last: no run in ")
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("name", ["hpc", "registry"])
+def test_other_names_of_checkpoints_are_refused(fast_fit, complaint, name):
+    assert complaint("fit", *fast_fit, f"--ckpt_path={name}").startswith(f"checkpoint: no checkpoint '{name}'; ")
+
+
+def test_last_checkpoint_is_the_last_with_several_callbacks(fast_fit, tmp_path):
+    config = tmp_path / "keepers.yaml"
+    keepers = [
+        "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}",
+        "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 3, save_top_k: -1, filename: '{step}'}}",
+        "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1, save_last: true, save_top_k: 1}}",
+    ]
+    config.write_text(f"trainer: {{callbacks: [{', '.join(keepers)}]}}\n")
+    main(["fit", *fast_fit, "--config", str(config), "--trainer.max_steps=3"])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"last.ckpt", "step=3.ckpt", "epoch=0-step=3.ckpt"}
+    assert read_checkpoint(str(checkpoints / "last.ckpt"), in_memory=False)["global_step"] == 3

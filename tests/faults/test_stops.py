@@ -1,0 +1,89 @@
+"""Every early stop is saved and reported, and no status says that the run is complete."""
+
+import os
+import signal
+
+import pytest
+
+from gdmd_lightning.cli import main
+from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
+
+
+def status(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def stopping(call: int = 2, number: int = 0, rank: int = 0) -> list[str]:
+    options = {"call": call, "number": number, "rank": rank}
+    return ["--model.reward=stopping.StopIn", *(f"--model.reward.{key}={value}" for key, value in options.items())]
+
+
+def step_of(path) -> int:
+    return read_checkpoint(str(path), in_memory=False)["global_step"]
+
+
+def test_hangup_during_training_saves_and_ends_with_its_status(fast_fit, tmp_path, capsys):
+    """As SIGINT and SIGTERM, which ``test_interruption.py`` sends to a process."""
+    number = int(signal.SIGHUP)
+    assert status("fit", *fast_fit, *stopping(1, number)) == 128 + number
+    checkpoints = tmp_path / "run" / "checkpoints"
+    sentence = f"stopped by signal {number} after 1 updates; resume with --ckpt_path {checkpoints}/interrupted.ckpt"
+    assert capsys.readouterr().out.strip() == sentence
+    assert [step_of(checkpoints / name) for name in ("interrupted.ckpt", "last.ckpt")] == [1, 1]
+
+
+def test_signal_while_the_last_checkpoint_is_written_loses_nothing(fast_fit, tmp_path, capsys, monkeypatch):
+    real = WholeCheckpoints.save_checkpoint
+
+    def interrupted(self, checkpoint, path, storage_options=None):
+        os.kill(os.getpid(), signal.SIGINT)
+        real(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", interrupted)
+    assert status("fit", *fast_fit, "--trainer.max_steps=1") == 130
+    assert step_of(tmp_path / "run" / "checkpoints" / "last.ckpt") == 1
+    assert "signal 2 came with the last update; the run is complete" in capsys.readouterr().out
+
+
+def test_sys_exit_in_a_reward_is_an_error(complaint, fast_fit):
+    line = complaint("fit", *fast_fit, *stopping(2))
+    assert line.startswith("fit: the run was ended by sys.exit(0) after 1 updates; ")
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP"), (2, "SIGINT")])
+def test_signal_outside_of_training_ends_a_command_with_its_status(tmp_path, monkeypatch, capsys, number, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gdmd_lightning.commands.demo.demo", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert status("demo") == 128 + number
+    assert capsys.readouterr().err == f"demo was stopped by signal {int(number)} ({name})\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_signal_during_a_training_of_demo_ends_it_with_the_status_of_the_signal(fast_fit, tmp_path, monkeypatch):
+    from gdmd_lightning.commands import demo as command
+    from gdmd_lightning.studies.arms import Arm
+
+    monkeypatch.chdir(tmp_path)
+    arm = Arm("DMD", (), {})
+    monkeypatch.setattr(command, "DMD", arm)
+    monkeypatch.setattr(type(arm), "arguments", property(lambda _: [*fast_fit, *stopping(1, signal.SIGTERM)]))
+    assert status("demo", "--out=out", "--count=12") == 143
+    assert step_of(tmp_path / "out" / "dmd" / "checkpoints" / "last.ckpt") == 1
+
+
+def test_demo_refuses_a_directory_of_somebody_else(complaint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert complaint("demo", "--out=.").startswith(".: it has files that demo did not write, such as notes.txt; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_strategies_that_spawn_are_refused_before_training(complaint, fast_fit, tmp_path, strategy):
+    line = complaint("fit", *fast_fit, "--trainer.devices=2", f"--trainer.strategy={strategy}")
+    assert line.startswith(f"trainer.strategy: '{strategy}' ")
+    assert line.endswith("; use ddp")
+    assert not (tmp_path / "run").exists()
