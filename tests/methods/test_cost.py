@@ -14,8 +14,15 @@ B, K, C, UPDATES = 8, 4, 3, 2
 ROLLOUT = B * (K - 1) / 2 + B
 
 
-def cost(pipeline, method, fake_score_samples="reused", guidance_scale=3.0, **options) -> dict[str, float]:
-    matching = Matching(fake_score_updates=C, fake_score_samples=fake_score_samples, guidance_scale=guidance_scale)
+def cost(
+    pipeline, method, fake_score_samples="reused", guidance_scale=3.0, guidance_levels="shared", **options
+) -> dict[str, float]:
+    matching = Matching(
+        fake_score_updates=C,
+        fake_score_samples=fake_score_samples,
+        guidance_scale=guidance_scale,
+        guidance_levels=guidance_levels,
+    )
     module = tiny.module(pipeline, method, matching=matching, steps=K, **options)
     tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
     return {role: count / UPDATES for role, count in module.roles.evaluations.items()}
@@ -27,6 +34,11 @@ def test_dmd_evaluations_equal_the_closed_form(tiny_pipeline):
 
 def test_teacher_without_guidance_costs_half(tiny_pipeline):
     assert cost(tiny_pipeline, DMD, guidance_scale=1.0)["teacher"] == B
+
+
+def test_guidance_at_its_own_levels_costs_another_conditional_evaluation(tiny_pipeline):
+    found = cost(tiny_pipeline, DMD, guidance_levels="above")
+    assert found == {"generator": ROLLOUT, "teacher": 3 * B, "fake_score": B + C * B}
 
 
 def test_fresh_fake_score_samples_cost_a_rollout_each(tiny_pipeline):

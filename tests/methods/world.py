@@ -261,6 +261,19 @@ class World:
             return answer
 
         self.roles.velocity = velocity
+        self._record_guidance()
+
+    def _record_guidance(self) -> None:
+        """Questions about guidance alone are those to the role ``<role> guidance``."""
+        ask: Callable[..., Tensor] = self.roles.guidance
+
+        def guidance(role: str, latents: NoisyLatents, scale: float) -> Tensor:
+            c = latents.conditioning.sequence[:, 0].clone()
+            x = latents.x.detach().clone()
+            self.asked.append(Question(f"{role} guidance", x, latents.sigma, c, scale, self.roles.learner, False))
+            return ask(role, latents, scale)
+
+        self.roles.guidance = guidance
 
 
 def noise_in(question: Question, x: Tensor) -> Tensor:

@@ -33,6 +33,54 @@ def errors(file: str, tests: tuple[str, ...], *entries: tuple[str, str, str]) ->
 MUTATIONS = [
     *errors(
         "methods/matching.py",
+        ("methods/test_decoupled_guidance.py",),
+        (
+            "guidance of its own level subtracted",
+            'latents) + self.roles.guidance("teacher", at_guidance, scale)',
+            'latents) - self.roles.guidance("teacher", at_guidance, scale)',
+        ),
+        (
+            "guidance asked at the level of the matching",
+            'self.roles.guidance("teacher", at_guidance, scale)',
+            'self.roles.guidance("teacher", latents, scale)',
+        ),
+        ("guidance asked of the fake score", 'guidance("teacher", at', 'guidance("fake_score", at'),
+        ("guidance levels forgotten", 'if choice == "shared" or', 'if choice != "other" or'),
+        (
+            "guidance above the end of the step",
+            'self.sigmas[state.step_index] if choice == "above"',
+            'self.sigmas[state.step_index + 1] if choice == "above"',
+        ),
+        ("guidance at all levels only above", 'if choice == "above" else None', 'if choice != "shared" else None'),
+        ("guidance levels of the matching's stream", 'self.stream("guidance level")', 'self.stream("level")'),
+        (
+            "guidance levels of the first micro-batch",
+            "None if self.guidance_sigma is None else self.guidance_sigma[rows]",
+            "None if self.guidance_sigma is None else self.guidance_sigma[: len(self.sigma[rows])]",
+        ),
+    ),
+    *errors(
+        "families/base.py",
+        ("methods/test_decoupled_guidance.py",),
+        ("guidance one too large", "(guidance_scale - 1) * (conditional", "guidance_scale * (conditional"),
+    ),
+    *errors(
+        "families/flux2.py",
+        ("families/test_guidance.py",),
+        ("embedded guidance without its base", "return guided - plain", "return guided"),
+    ),
+    *errors(
+        "roles/base.py",
+        ("methods/test_decoupled_guidance.py", "families/test_guidance.py"),
+        (
+            "guidance counted once",
+            "self._evaluate(role, latents, call, 2, 1.0, False)",
+            "self._evaluate(role, latents, call, 1, 1.0, False)",
+        ),
+        ("guidance of the wrong sign", "return -per_sample(latents.sigma", "return per_sample(latents.sigma"),
+    ),
+    *errors(
+        "methods/matching.py",
         DMD + GDMD + PARTS,
         ("target sign flipped", "return self.x - dm_direction(", "return self.x + dm_direction("),
         ("gradient log without normalizer", ".abs().mean(1) / self.n", ".abs().mean(1)"),
@@ -50,8 +98,8 @@ MUTATIONS = [
         ("renoise with the level stream", 'self.stream("level"), sigma_min', 'self.stream("renoise"), sigma_min'),
         (
             "teacher without guidance",
-            'self.roles.x0("teacher", latents, guidance_scale=self.matching.guidance_scale)',
-            'self.roles.x0("teacher", latents)',
+            'self.roles.x0("teacher", latents, guidance_scale=scale)',
+            'self.roles.x0("teacher", latents) + 0',
         ),
         (
             "teacher swapped with fake score",
@@ -452,7 +500,11 @@ MUTATIONS = [
         ("through ignored", "(role == self.learner or through)", "(role == self.learner)"),
         ("all roles carry gradient", "(role == self.learner or through)", "True"),
         ("frozen weights get gradient", "weight.requires_grad_(False)", "weight.requires_grad_(True)"),
-        ("guidance dropped in velocity", "part.conditioning, guidance_scale)", "part.conditioning)"),
+        (
+            "guidance dropped in velocity",
+            "predict_velocity(network, part.x, part.sigma, part.conditioning, guidance_scale)",
+            "predict_velocity(network, part.x, part.sigma, part.conditioning)",
+        ),
         (
             "x0 drops through",
             "adapter_scale=adapter_scale, through=through)\n        return latents",

@@ -244,5 +244,14 @@ class Flux2Family(Flux2KleinFamily):
         guidance = torch.full_like(sigma, guidance_scale)
         return self._call_transformer(network, x_sigma, sigma, cast, guidance).to(x_sigma.dtype)
 
+    def guidance(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """The velocity at ``guidance_scale`` minus that at 1."""
+        guided, plain = (
+            self.predict_velocity(network, x_sigma, sigma, conditioning, scale) for scale in (guidance_scale, 1.0)
+        )
+        return guided - plain
+
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self._call_transformer(network, x_sigma, sigma, conditioning, torch.ones_like(sigma))

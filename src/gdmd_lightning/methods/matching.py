@@ -32,14 +32,17 @@ class RenoiseDraw:
     Args:
         sigma: ``[B, M]``.
         eps: Standard normal, ``[B, M, C, H, W]``.
+        guidance_sigma: Levels of the teacher's guidance, ``[B, M]``; ``None`` where it shares those of the matching.
     """
 
     sigma: Tensor
     eps: Tensor
+    guidance_sigma: Tensor | None = None
 
     def select(self, rows: slice) -> RenoiseDraw:
         """The draws of the given samples."""
-        return RenoiseDraw(self.sigma[rows], self.eps[rows])
+        guidance_sigma = None if self.guidance_sigma is None else self.guidance_sigma[rows]
+        return RenoiseDraw(self.sigma[rows], self.eps[rows], guidance_sigma)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Match:
     Args:
         x: The samples, ``[N, C, H, W]``, detached.
         latents: The renoised samples.
-        real: The teacher's ``x0``, ``[N, C, H, W]``.
+        real: The teacher's guided ``x0``, ``[N, C, H, W]``; its guidance may be that of another level.
         fake: The fake score's ``x0``, ``[N, C, H, W]``.
         n: Normalizer, ``[N]``.
     """
@@ -121,7 +124,22 @@ class MatchingModule(DistillationModule, ABC):
         distribution, sigma_min = self.matching.renoise_distribution, self.sigma_min(state)
         sigma = draw_renoise_sigmas(distribution, batch, levels, self.stream("level"), sigma_min=sigma_min)
         eps = draw_noise((batch * group, *self.latent_shape), self.stream("renoise"), self.device)
-        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)))
+        guidance_sigma = self._guidance_sigma(state, levels)
+        if guidance_sigma is not None:
+            guidance_sigma = guidance_sigma.expand(batch, group).to(eps)
+        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)), guidance_sigma)
+
+    def _guidance_sigma(self, state: State, levels: int) -> Tensor | None:
+        """Levels of the teacher's guidance, ``[B, levels]`` on the CPU; ``None`` for those of the matching.
+
+        Source: Decoupled DMD (2511.22677): guidance above the generator's own level, matching over all levels.
+        """
+        choice = self.matching.guidance_levels
+        if choice == "shared" or self.matching.guidance_scale == 1.0:
+            return None
+        above = self.sigmas[state.step_index] if choice == "above" else None
+        rng = self.stream("guidance level")
+        return draw_renoise_sigmas(self.matching.renoise_distribution, len(state.latents), levels, rng, sigma_min=above)
 
     @torch.no_grad()
     def match(
@@ -144,9 +162,23 @@ class MatchingModule(DistillationModule, ABC):
         sigma = draw.sigma.flatten()
         latents = NoisyLatents(renoise(x, sigma, draw.eps.flatten(0, 1)), sigma, conditioning.repeat(group))
         with phase("targets"):
-            real = self.roles.x0("teacher", latents, guidance_scale=self.matching.guidance_scale)
+            real = self._ask_teacher(x, latents, draw)
             fake = self._ask(scores, latents, torch.arange(group).repeat(batch))
         return Match(x, latents, real, fake, normalizer(x, real, self.matching.floor))
+
+    def _ask_teacher(self, x: Tensor, latents: NoisyLatents, draw: RenoiseDraw) -> Tensor:
+        """The teacher's guided ``x0``, ``[N, C, H, W]``; guidance at another level is renoised with the same noise.
+
+        ``fake - real = (fake - c) - (w - 1)(c' - u')``; at equal levels ``c + (w - 1)(c - u)`` is the guided ``x0``.
+
+        Source: Decoupled DMD (2511.22677).
+        """
+        scale = self.matching.guidance_scale
+        if draw.guidance_sigma is None:
+            return self.roles.x0("teacher", latents, guidance_scale=scale)
+        sigma = draw.guidance_sigma.flatten()
+        at_guidance = NoisyLatents(renoise(x, sigma, draw.eps.flatten(0, 1)), sigma, latents.conditioning)
+        return self.roles.x0("teacher", latents) + self.roles.guidance("teacher", at_guidance, scale)
 
     def keep_snapshot(self, snapshots: tuple[str, ...], every: int) -> None:
         """Copy the fake score to one of the snapshot roles, in turn, if this update is due.

@@ -25,6 +25,9 @@ class Matching:
             as in DMD2's code.
         interval: Levels at which a sample is matched and shown to the fake score: ``whole``: all; ``step``: only those
             above the level at which its step ends. Below it the next step takes over.
+        guidance_levels: Levels at which the teacher's guidance is evaluated: ``shared``: those of the matching (DMD);
+            ``above``: drawn for guidance alone, above the level at which the generator's step starts (Decoupled DMD);
+            ``all``: drawn for guidance alone, from the whole distribution. Without guidance there is nothing to draw.
         floor: Lower limit of the normalizer ``n``, above 0.
 
     Raises:
@@ -37,6 +40,7 @@ class Matching:
     fake_score_updates: int = 5
     fake_score_samples: Literal["reused", "fresh"] = "reused"
     interval: Literal["whole", "step"] = "whole"
+    guidance_levels: Literal["shared", "above", "all"] = "shared"
     floor: float = 1e-3
 
     def __post_init__(self) -> None:

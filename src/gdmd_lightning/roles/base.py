@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import NoisyLatents, in_micro_batches
 from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec, check_specs
+from gdmd_lightning.schedules import per_sample
 
 Form = Literal["pipeline", "lora"]
 
@@ -84,6 +85,17 @@ class Roles(nn.Module, ABC):
         """A role's clean latents ``[B, C, H, W]``; arguments and errors as in :meth:`velocity`."""
         v = self.velocity(role, latents, guidance_scale=guidance_scale, adapter_scale=adapter_scale, through=through)
         return latents.x0(v)
+
+    def guidance(self, role: str, latents: NoisyLatents, guidance_scale: float) -> Tensor:
+        """What guidance adds to a role's clean latents, ``(w - 1)(c - u)`` in ``x0``, ``[B, C, H, W]``.
+
+        Source: Decoupled DMD (2511.22677), which evaluates it at levels of its own.
+        """
+
+        def call(network: nn.Module, part: NoisyLatents) -> Tensor:
+            return self.family.guidance(network, part.x, part.sigma, part.conditioning, guidance_scale)
+
+        return -per_sample(latents.sigma, latents.x) * self._evaluate(role, latents, call, 2, 1.0, False)
 
     def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
         """Intermediate features ``[B, tokens, D]`` of a role's network, for a GAN head; see :meth:`velocity`.
