@@ -10,6 +10,7 @@ from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -22,6 +23,8 @@ __all__ = [
     "CPS",
     "DMD",
     "GDMD",
+    "GNDM",
+    "GNDMR",
     "ODE",
     "SDE",
     "CombinedReward",

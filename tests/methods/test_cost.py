@@ -6,6 +6,7 @@ import tiny
 from gdmd_lightning.methods.advantages import TargetGroup
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.reward_terms import Policy
 from gdmd_lightning.methods.settings import Matching
@@ -88,6 +89,18 @@ def test_prompts_are_encoded_once_in_a_run(tiny_pipeline, tmp_path):
     trainer = tiny.trainer(4)
     trainer.fit(module, datamodule=data)
     assert sorted(encoded) == ["", "a blue triangle", "a green square", "a red circle"]
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_gndm_costs_what_dmd_costs(tiny_pipeline, size):
+    """In micro-batches its samples are computed twice, since groups are matched whole."""
+    found = cost(tiny_pipeline, GNDM, micro_batch_size=size)
+    assert found == {"generator": ROLLOUT + (B if size else 0), "teacher": 2 * B, "fake_score": B + C * B}
+
+
+def test_gndmr_also_asks_both_policies(tiny_pipeline):
+    found = cost(tiny_pipeline, GNDMR, reward=tiny.Brightness())
+    assert found == {"generator": ROLLOUT + B, "teacher": 2 * B, "fake_score": B + C * B, "old": B}
 
 
 def test_refl_evaluations_are_the_rollouts_only(tiny_pipeline):

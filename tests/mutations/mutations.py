@@ -32,6 +32,42 @@ def errors(file: str, tests: tuple[str, ...], *entries: tuple[str, str, str]) ->
 
 MUTATIONS = [
     *errors(
+        "methods/gndm.py",
+        ("methods/test_gndm_update.py",),
+        (
+            "samples normalized alone",
+            "return match, group_mean(match.n, batch.groups.to(x.device))",
+            "return match, match.n",
+        ),
+        ("level of the last member", 'places, "amin")', 'places, "amax")'),
+        ("levels not shared in a group", "self.draw_renoise(state).with_levels_of(first)", "self.draw_renoise(state)"),
+        (
+            "group normalizers of other rows",
+            "match.target[rows], n[rows])\n                backward",
+            "match.target[rows], n[: len(part)])\n                backward",
+        ),
+        ("gndmr: normalizers of other rows", "n[rows], o[rows], eps[rows]", "n[: len(y)], o[rows], eps[rows]"),
+        ("gndmr: advantages of other rows", "n[rows], o[rows], eps[rows]", "n[rows], o[: len(y)], eps[rows]"),
+        ("gndmr: noise of other rows", "n[rows], o[rows], eps[rows]", "n[rows], o[rows], eps[: len(y)]"),
+        ("gndmr: reward's weight ignored", "matching + self.weight * group", "matching + group"),
+        ("gndmr: matching is no reward", "return matching + self.weight", "return self.weight"),
+        ("gndmr: policy weight ignored", "+ self.lambda_policy * term", "+ term"),
+        ("gndmr: clip ignored", "optimality(advantages, self.combination.clip)", "optimality(advantages)"),
+        ("gndmr: spread ignored for matching", "match.fake), groups, self.spread)", "match.fake), groups)"),
+        ("gndmr: spread ignored for the reward", "(rewards, groups, self.spread)", "(rewards, groups)"),
+        ("gndmr: policy noise of renoising", 'self.stream("policy")', 'self.stream("renoise")'),
+    ),
+    *errors(
+        "objectives/distribution_matching.py",
+        ("methods/test_gndm_update.py",),
+        ("R_dm of the wrong sign", "return toward_fake - toward_real", "return toward_real - toward_fake"),
+    ),
+    *errors(
+        "methods/base.py",
+        ("methods/test_gndm_update.py",),
+        ("single samples not refused", 'getattr(data, "group_size", 2) < 2', 'getattr(data, "group_size", 2) < 1'),
+    ),
+    *errors(
         "methods/matching.py",
         ("methods/test_decoupled_guidance.py",),
         (
@@ -224,7 +260,7 @@ MUTATIONS = [
             "self.advantages(rewards, sample_reward, batch.groups.to(x.device))",
             "self.advantages(rewards, sample_reward, 0 * batch.groups.to(x.device))",
         ),
-        ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
+        ("advantage clip ignored", "optimality(advantages, self.combination.clip)", "optimality(advantages)"),
         (
             "verdict reversed for all",
             "optimality(advantages, self.advantages.clip)",

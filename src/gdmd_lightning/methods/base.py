@@ -54,6 +54,8 @@ class DistillationModule(RoleModule, ABC):
     """
 
     judge: Judge | None = None
+    needs_groups: ClassVar[bool] = False
+    """Whether the method compares the samples of a prompt, so that a prompt needs several."""
     keeps_record: ClassVar[bool] = False
     """Whether updates carry a record of judged targets."""
 
@@ -69,6 +71,17 @@ class DistillationModule(RoleModule, ABC):
             RoleSpec("generator", optimizer=self.generator),
             RoleSpec("ema", average_of="generator", decay=self.ema_decay),
         )
+
+    def setup(self, stage: str) -> None:
+        """Fail early if the method compares the samples of a prompt and the data has one for each."""
+        super().setup(stage)
+        data: Any = self.trainer.datamodule if stage == "fit" else None  # type: ignore[attr-defined]
+        if self.needs_groups and getattr(data, "group_size", 2) < 2:
+            raise UserError(
+                f"it is 1, but {type(self).__name__} compares the samples of a prompt",
+                where="data.group_size",
+                remedy="use at least 2",
+            )
 
     def build_roles(self, network: nn.Module) -> None:
         super().build_roles(network)

@@ -6,7 +6,7 @@ Source: DMD (2311.18828), DMD2 (2405.14867).
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,12 @@ class RenoiseDraw:
         """The draws of the given samples."""
         guidance_sigma = None if self.guidance_sigma is None else self.guidance_sigma[rows]
         return RenoiseDraw(self.sigma[rows], self.eps[rows], guidance_sigma)
+
+    def with_levels_of(self, rows: Tensor) -> RenoiseDraw:
+        """The same noise at the levels of other samples; ``rows`` names one for each sample, ``[B]`` on the CPU."""
+        rows = rows.to(self.sigma.device)
+        guidance_sigma = None if self.guidance_sigma is None else self.guidance_sigma[rows]
+        return replace(self, sigma=self.sigma[rows], guidance_sigma=guidance_sigma)
 
 
 @dataclass(frozen=True)
