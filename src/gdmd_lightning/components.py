@@ -8,6 +8,7 @@ from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
@@ -20,6 +21,7 @@ from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
 from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
 
 __all__ = [
+    "ACDMD",
     "CPS",
     "DMD",
     "GDMD",

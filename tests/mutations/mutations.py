@@ -32,6 +32,121 @@ def errors(file: str, tests: tuple[str, ...], *entries: tuple[str, str, str]) ->
 
 MUTATIONS = [
     *errors(
+        "methods/ac_dmd.py",
+        ("methods/test_ac_dmd_update.py",),
+        ("ac_dmd: renoised as clean samples", "s[rows], t, draw.eps", "0 * s[rows], t, draw.eps"),
+        (
+            "ac_dmd: ends of other rows",
+            "self.generator_transition(latents, s[rows], noise",
+            "self.generator_transition(latents, s[: len(latents)], noise",
+        ),
+        ("ac_dmd: noise of other rows", "s[rows], noise[rows])", "s[rows], noise[: len(latents)])"),
+        ("ac_dmd: noise back of other rows", "back[rows])", "back[: len(latents)])"),
+        ("ac_dmd: one noise forth and back", 'self.noise(batch, "transition back")', 'self.noise(batch, "transition")'),
+        ("ac_dmd: levels of other rows", "t = draw.sigma[rows, 0]", "t = draw.sigma[: len(latents), 0]"),
+    ),
+    *errors(
+        "methods/ambient.py",
+        ("methods/test_ac_dmd_update.py",),
+        (
+            "ambient: ends of the previous step",
+            "self.sigmas[state.step_index + 1].to",
+            "self.sigmas[state.step_index].to",
+        ),
+        (
+            "ambient: teacher without guidance",
+            'velocity("teacher", at, guidance_scale=scale)',
+            'velocity("teacher", at)',
+        ),
+        (
+            "ambient: fake score steps back with other noise",
+            'velocity("fake_score", at), s, noise',
+            'velocity("fake_score", at), s, -noise',
+        ),
+        ("ambient: normalizer of the fake score", "normalizer(x_s, real", "normalizer(x_s, fake"),
+        ("ambient: normalizer floor ignored", "normalizer(x_s, real, self.matching.floor)", "normalizer(x_s, real)"),
+        (
+            "ambient: critic levels ignored",
+            "self.matching.fake_score_renoise_distribution or self.matching.renoise",
+            "self.matching.renoise",
+        ),
+        ("ambient: critic levels below s", "sigma_min=self.sigma_min(state))", "sigma_min=None)"),
+        (
+            "ambient: critic learns clean samples",
+            "NoisyLatents(ambient_renoise(x_s, s, t, eps)",
+            "NoisyLatents(ambient_renoise(x_s, 0 * s, t, eps)",
+        ),
+        (
+            "ambient: every turn draws the same",
+            'self.stream("critic", turn), self.ends',
+            'self.stream("critic"), self.ends',
+        ),
+        (
+            "ambient: every turn takes the same step down",
+            'self.stream("consistency", turn)',
+            'self.stream("consistency")',
+        ),
+        (
+            "ambient: consistency weight ignored",
+            "matching + self.consistency.weight * consistency",
+            "matching + consistency",
+        ),
+        (
+            "ambient: gradient through the step down",
+            "self.transition(at, v.detach(), lower",
+            "self.transition(at, v, lower",
+        ),
+        (
+            "ambient: consistency at the upper level",
+            "NoisyLatents(x, lower, at.conditioning)",
+            "NoisyLatents(x, at.sigma, at.conditioning)",
+        ),
+        ("ambient: one transition instead of two", "after[0], after[1])", "after[0], after[0])"),
+        ("ambient: anchor without gradient", "consistency_loss(at.x0(v)", "consistency_loss(at.x0(v.detach())"),
+        (
+            "ambient: stale transitions",
+            "x_s = self.generator_transition(state.latents, self.ends(state), noise)",
+            "self.generator_transition(state.latents, self.ends(state), noise)",
+        ),
+        ("ambient: fresh transitions with one noise", 'f"critic transition {turn}"', '"transition"'),
+        (
+            "ambient: noises of other rows",
+            "[noise[rows] for noise in noises]",
+            "[noise[: len(part)] for noise in noises]",
+        ),
+        ("ambient: lower levels of other rows", "v, lower[rows],", "v, lower[: len(part)],"),
+        ("ambient: logs not averaged over turns", "weighted_sum(logs, share / updates,", "weighted_sum(logs, share,"),
+        (
+            "ambient: one noise for all estimators refused nothing",
+            "consistency.weight > 0 and not",
+            "consistency.weight < 0 and not",
+        ),
+        ("ambient: low levels accepted", "highest <= float(self.sigmas[1])", "highest < 0"),
+    ),
+    *errors(
+        "methods/settings.py",
+        ("methods/test_ac_dmd_update.py",),
+        ("consistency: reach ignored", "down = self.reach *", "down ="),
+        ("consistency: steps up", "(t - down).clamp", "(t + down).clamp"),
+        ("consistency: asked at level 0", "clamp(min=LOWEST_LEVEL)", "clamp(min=0)"),
+        ("consistency: one noise for both", "_ in range(2)]", "_ in range(1)] * 2"),
+    ),
+    *errors(
+        "objectives/ambient.py",
+        ("objectives/test_ambient_loss.py",),
+        (
+            "ambient: sign of the target",
+            "* eps - per_sample(q / (1 - s), x_s) * x_s",
+            "* eps + per_sample(q / (1 - s), x_s) * x_s",
+        ),
+        ("ambient: square forgotten", "t + (1 - t) * s**2 / (1 - s) ** 2", "t + (1 - t) * s / (1 - s)"),
+        ("ambient: prediction not scaled", "per_sample(q, x_s) * velocity - scaled", "velocity - scaled"),
+        ("ambient: variance of the noise", "t**2 - a**2 * s**2", "t**2 - s**2"),
+        ("ambient: weight unlimited", "clamp(min=1 / largest_weight)", "clamp(min=1e-9)"),
+        ("ambient: no weight", "(error / (q**2).clamp(min=1 / largest_weight)).mean()", "error.mean()"),
+        ("ambient: consistency of one draw", "((h_1 - h) * (h_2 - h)).mean()", "(h_1 - h).square().mean()"),
+    ),
+    *errors(
         "methods/gndm.py",
         ("methods/test_gndm_update.py",),
         (

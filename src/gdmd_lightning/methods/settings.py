@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.rewards.judge import Placement
 from gdmd_lightning.schedules import RenoiseDistribution, Uniform
+from gdmd_lightning.streams import draw_noise
+
+LOWEST_LEVEL = 1e-3
+"""At which a network is asked: at 0 there is no noise to predict."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,38 @@ class Matching:
                 where="model.matching",
                 remedy="use at least 1 update and a floor above 0",
             )
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """AC-DMD's consistency term: the fake score should predict the same clean latents before and after a step down.
+
+    Args:
+        weight: Weight of the term, at least 0; 0 for none, which saves two evaluations of the fake score.
+        reach: Longest step down, in (0, 1]; steps are uniform up to it and end above 0.
+
+    Raises:
+        UserError: If a value is out of range.
+
+    Source: RTDMD (2605.26108): weight 0.01, 1 to 200 of 1000 timesteps.
+    """
+
+    weight: float = 0.01
+    reach: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0 or not 0 < self.reach <= 1:
+            raise UserError(
+                f"weight is {self.weight} and reach {self.reach}",
+                where="model.consistency",
+                remedy="use a weight of at least 0 and a reach in (0, 1]",
+            )
+
+    def draw(self, t: Tensor, like: Tensor, rng: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+        """Where steps down from levels ``t`` ``[B]`` end, and two independent noises of the shape of ``like``."""
+        down = self.reach * (1 - torch.rand(len(t), generator=rng)).to(t)
+        noises = [draw_noise(tuple(like.shape), rng, like.device) for _ in range(2)]
+        return (t - down).clamp(min=LOWEST_LEVEL), noises
 
 
 @dataclass(frozen=True)
