@@ -10,6 +10,7 @@ from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmdr import DMDR
 from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
@@ -26,6 +27,7 @@ __all__ = [
     "ACDMD",
     "CPS",
     "DMD",
+    "DMDR",
     "GDMD",
     "GNDM",
     "GNDMR",

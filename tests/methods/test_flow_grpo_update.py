@@ -5,8 +5,8 @@ import math
 import pytest
 import tiny
 import torch
-from torch import Tensor
-from world import GaussianFamily, Liking, World, liking, near
+from closed_forms import Rollout, advantages_of, column, grpo_gradient
+from world import GaussianFamily, Liking, World, near
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.advantages import SampleAdvantages
@@ -22,69 +22,9 @@ def flow_grpo(**options) -> World:
     return World(FlowGRPO, **{"reward": Liking(), "steps": 4, "each": 4, **options})
 
 
-def column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def closed_step(sampler, x: Tensor, x0: Tensor, s: float, s_next: float, s_max: float):
-    """Mean and standard deviation of a step, and the derivative of its mean in ``x0``."""
-    if isinstance(sampler, SDE):
-        g2 = sampler.noise_level**2 * s / (1 - min(s, s_max))
-        dt = s_next - s
-        slope = -(1 + g2 * (1 - s) / (2 * s)) * dt / s
-        return x * (1 + g2 * dt / (2 * s)) + slope * (x0 - x), math.sqrt(-g2 * dt), slope
-    eta = sampler.eta if isinstance(sampler, CPS) else 1.0
-    kept = s_next * math.cos(eta * math.pi / 2) / s  # of the predicted noise, (x - (1 - s) x0) / s
-    slope = 1 - s_next - kept * (1 - s)
-    return kept * x + slope * x0, s_next * math.sin(eta * math.pi / 2), slope
-
-
-def advantages_of(rewards: Tensor, each: int) -> Tensor:
-    centered = (rewards.view(-1, each) - rewards.view(-1, each).mean(1, keepdim=True)).flatten()
-    return centered / centered.square().mean().sqrt()
-
-
-class Rollout:
-    """An update's rollouts in closed form, from what the generator was asked without gradient."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.sigmas = world, world.module.sigmas.double()
-        asked = world.questions("generator", learning=False)
-        self.states = [q.x for q in asked]
-        last = asked[-1]
-        self.x0 = world.x0("generator", last.x, last.sigma, last.c)
-        images = GaussianFamily().decode(self.x0)
-        self.rewards = liking(images, world.batch.prompts)
-
-    def step(self, k: int, role: str = "generator", now: bool = False):
-        """Mean, std and slope of step ``k``, and where it led."""
-        x, s, s_next = self.states[k], self.sigmas[k], self.sigmas[k + 1]
-        x0 = self.world.x0(role, x, s.expand(len(x)), self.world.c, now=now)
-        sampler = self.world.module.grpo.sampler
-        return *closed_step(sampler, x, x0, float(s), float(s_next), float(self.sigmas[1])), self.states[k + 1]
-
-    def pull_back(self, k: int, d_mean: Tensor, slope: float) -> dict[str, Tensor]:
-        sigma = self.sigmas[k].expand(len(d_mean))
-        return self.world.pull_back("generator", sigma, self.world.c, slope * d_mean)
-
-
 def trained_steps(world: World) -> list[int]:
     sigmas = world.module.sigmas.tolist()
     return [sigmas.index(float(q.sigma[0])) for q in world.questions("generator", learning=True)]
-
-
-def expected_gradient(world: World, advantages: Tensor, kl_weight: float = 0.0, steps: tuple[int, ...] = (0, 1, 2)):
-    """Of ``-mean A log p + kl_weight KL``, averaged over the steps."""
-    r, total = Rollout(world), {"gain": 0.0, "shift": 0.0}
-    for k in steps:
-        mean, std, slope, led_to = r.step(k)
-        size = mean.numel() * len(steps) * (std**2 if world.module.grpo.log_prob == "gaussian" else 0.5)
-        d_mean = -column(advantages) * (led_to - mean) / size
-        if kl_weight:
-            d_mean = d_mean + kl_weight * (mean - r.step(k, "teacher")[0]) / std**2 / mean.numel() / len(steps)
-        part = r.pull_back(k, d_mean, slope)
-        total = {name: total[name] + part[name] for name in part}
-    return total
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.04, 3.0])
@@ -93,13 +33,13 @@ def test_generator_gradient_is_the_closed_form(sampler, kl_weight):
     world = flow_grpo(grpo=GRPO(sampler), kl_weight=kl_weight)
     _, steps = world.update()
     advantages = advantages_of(Rollout(world).rewards, 4)
-    near(steps[0].gradient, expected_gradient(world, advantages, kl_weight), rtol=1e-5)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), advantages, kl_weight), rtol=1e-5)
 
 
 def test_squared_errors_replace_log_probabilities_where_asked():
     world = flow_grpo(grpo=GRPO(CPS(0.9), log_prob="squared_error"), kl_weight=0.0)
     _, steps = world.update()
-    near(steps[0].gradient, expected_gradient(world, advantages_of(Rollout(world).rewards, 4)), rtol=1e-5)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), advantages_of(Rollout(world).rewards, 4)), rtol=1e-5)
 
 
 def test_advantages_are_clipped():
@@ -107,14 +47,14 @@ def test_advantages_are_clipped():
     _, steps = world.update()
     advantages = advantages_of(Rollout(world).rewards, 4)
     assert (advantages.abs() > 0.5).any()
-    near(steps[0].gradient, expected_gradient(world, advantages.clamp(-0.5, 0.5)), rtol=1e-5)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), advantages.clamp(-0.5, 0.5)), rtol=1e-5)
 
 
 def test_second_epoch_is_on_the_same_rollouts_and_drops_what_is_beyond_the_clip():
     world = flow_grpo(grpo=GRPO(clip=1e-3), kl_weight=0.0, inner_epochs=2, steps=2)
     _, steps = world.update(rate=0.02)
     r, advantages = Rollout(world), advantages_of(Rollout(world).rewards, 4)
-    near(steps[0].gradient, expected_gradient(world, advantages, steps=(0,)), rtol=1e-5)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), advantages, steps=(0,)), rtol=1e-5)
     network = world.roles.standalone("generator")
     between = {n: p - 0.02 * steps[0].gradient[n] for n, p in world.start["generator"].named_parameters()}
     network.load_state_dict(between, strict=False)
@@ -144,7 +84,7 @@ def test_one_step_makes_better_samples_likelier():
 def test_a_flat_reward_moves_the_generator_toward_the_teacher_only():
     world = flow_grpo(reward=Liking(strength=0.0), kl_weight=0.5)
     _, steps = world.update()
-    near(steps[0].gradient, expected_gradient(world, torch.zeros(12), 0.5), rtol=1e-5)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), torch.zeros(12), 0.5), rtol=1e-5)
 
 
 def test_a_flat_reward_without_kl_changes_nothing():
@@ -238,7 +178,7 @@ def test_separately_normalized_rewards_do_not_decide_by_their_scale(spread):
         size = centered.square().mean(1, keepdim=True).sqrt() if spread == "group" else centered.square().mean().sqrt()
         total += weight * (centered / size).flatten()
     advantages = total / total.square().mean().sqrt()
-    near(steps[0].gradient, expected_gradient(world, advantages), rtol=1e-4)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), advantages), rtol=1e-4)
     near(done.logs["reward_sample"], (r.rewards + 2 * red).mean(), rtol=1e-5)
 
 
@@ -248,14 +188,16 @@ def test_jointly_normalized_rewards_are_summed_first():
     _, steps = world.update()
     r = Rollout(world)
     red = 1000 * GaussianFamily().decode(r.x0)[:, 0].mean((1, 2))
-    near(steps[0].gradient, expected_gradient(world, advantages_of(r.rewards + 2 * red, 4)), rtol=1e-4)
+    near(steps[0].gradient, grpo_gradient(Rollout(world), advantages_of(r.rewards + 2 * red, 4)), rtol=1e-4)
 
 
 def test_spread_reaches_the_advantages():
     world = flow_grpo(advantages=SampleAdvantages("none"), kl_weight=0.0)
     _, steps = world.update()
     rewards = Rollout(world).rewards.view(3, 4)
-    near(steps[0].gradient, expected_gradient(world, (rewards - rewards.mean(1, keepdim=True)).flatten()), rtol=1e-5)
+    near(
+        steps[0].gradient, grpo_gradient(Rollout(world), (rewards - rewards.mean(1, keepdim=True)).flatten()), rtol=1e-5
+    )
 
 
 # Bad settings.

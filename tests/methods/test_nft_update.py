@@ -1,11 +1,12 @@
 """One update of DiffusionNFT in the world that is known in closed form."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
-from world import GaussianFamily, Liking, World, liking, near, noise_in
+from closed_forms import JudgedByOld, column
+from world import GaussianFamily, Liking, World, near, noise_in
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.advantages import SampleAdvantages
@@ -19,58 +20,19 @@ def nft(**options) -> World:
     return World(DiffusionNFT, **{"reward": Liking(), "steps": 3, "each": 4, **options})
 
 
-def column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-class Judged:
-    """An update's samples and their optimality in closed form, from what the old policy was asked in its rollouts."""
-
-    def __init__(self, world: World) -> None:
-        self.world, module = world, world.module
-        rollouts = world.questions("old")[: module.steps]
-        last = rollouts[-1]
-        self.x0 = world.x0("old", last.x, last.sigma, last.c)
-        self.rewards = liking(GaussianFamily().decode(self.x0), world.batch.prompts)
-        centered = (self.rewards.view(-1, 4) - self.rewards.view(-1, 4).mean(1, keepdim=True)).flatten()
-        self.advantages = centered / centered.square().mean().sqrt()
-        clip = module.nft.advantage_clip
-        self.o = (self.advantages.clamp(-clip, clip) / clip + 1) / 2
-        self.trained = world.questions("generator", learning=True)
-
-    def gradient(self) -> dict[str, Tensor]:
-        """Of the loss, with the two policies written out: ``x+ = x_old + b d`` and ``x- = x_old - b d``."""
-        world, settings, total = self.world, self.world.module.nft, {"gain": 0.0, "shift": 0.0}
-        count = len(self.trained)
-        for q in self.trained:
-            x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", "teacher"))
-            difference = settings.beta * (x - old)
-            d_x0 = torch.zeros_like(x)
-            for policy, weight, sign in ((old + difference, self.o, 1.0), (old - difference, 1 - self.o, -1.0)):
-                error = policy - self.x0
-                size = error.abs().mean((1, 2, 3), keepdim=True)
-                d_x0 += sign * 2 * column(weight) * error / size  # beta of the policy over beta of the loss
-            d_x0 = settings.advantage_clip * d_x0 / x.numel() / count
-            # The velocity is (x_sigma - x0) / sigma.
-            d_x0 += world.module.kl_weight * 2 * (x - base) / column(q.sigma) ** 2 / x.numel() / count
-            part = world.pull_back("generator", q.sigma, q.c, d_x0)
-            total = {name: total[name] + part[name] for name in part}
-        return total
-
-
 @pytest.mark.parametrize("kl_weight", [0.0, 1e-4, 2.0])
 @pytest.mark.parametrize("settings", [NFT(), NFT(beta=0.1), NFT(advantage_clip=0.8)])
 def test_generator_gradient_is_the_closed_form(settings, kl_weight):
     world = nft(nft=settings, kl_weight=kl_weight)
     _, steps = world.update()
-    near(steps[0].gradient, Judged(world).gradient(), rtol=1e-5)
+    near(steps[0].gradient, JudgedByOld(world).gradient(kl_weight), rtol=1e-5)
 
 
 def test_generator_moves_toward_better_samples():
     world = nft(kl_weight=0.0)
     world.make_equal("old", "generator")
     world.update(rate=1e-3)
-    j = Judged(world)
+    j = JudgedByOld(world)
     gain = 0.0
     for q in j.trained:
         before, after = (world.x0("generator", q.x, q.sigma, q.c, now=now) for now in (False, True))
@@ -85,7 +47,7 @@ def test_rollouts_are_the_old_policys():
     assert world.questions("generator", learning=False) == []
     rollouts = world.questions("old")[:3]
     assert [float(q.sigma[0]) for q in rollouts] == world.module.sigmas[:3].tolist()
-    for one, other in zip(rollouts[:-1], rollouts[1:], strict=True):
+    for one, other in pairwise(rollouts):
         v = (one.x - world.x0("old", one.x, one.sigma, one.c)) / column(one.sigma)
         near(other.x, one.x + column(other.sigma - one.sigma) * v)
 
@@ -94,7 +56,7 @@ def test_rollouts_are_the_old_policys():
 def test_every_sample_is_renoised_to_different_levels(train_steps, expected):
     world = nft(nft=NFT(train_steps=train_steps), prompts=5)
     world.update()
-    j = Judged(world)
+    j = JudgedByOld(world)
     levels = torch.stack([q.sigma for q in j.trained], dim=1)
     assert levels.shape == (20, expected)
     assert all(len(row.unique()) == expected for row in levels)
@@ -106,7 +68,7 @@ def test_every_sample_is_renoised_to_different_levels(train_steps, expected):
 def test_every_level_has_noise_of_its_own():
     world = nft(prompts=5, each=4)
     world.update()
-    j = Judged(world)
+    j = JudgedByOld(world)
     noise = torch.stack([noise_in(q, j.x0).flatten() for q in j.trained])
     assert abs(float(noise.std()) - 1) < 0.1
     assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 0.25
@@ -136,7 +98,7 @@ def test_reward_scores_decoded_samples_under_their_prompts():
     world = nft()
     world.update()
     ((images, prompts),) = world.module.judge.reward.asked
-    near(images, GaussianFamily().decode(Judged(world).x0))
+    near(images, GaussianFamily().decode(JudgedByOld(world).x0))
     assert prompts == world.batch.prompts
 
 
@@ -148,7 +110,7 @@ def test_spread_reaches_the_advantages():
 def test_logs_are_the_closed_form_figures():
     world = nft(kl_weight=0.5)
     done, _ = world.update()
-    j = Judged(world)
+    j = JudgedByOld(world)
     loss, kl = [], []
     for q in j.trained:
         x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", "teacher"))

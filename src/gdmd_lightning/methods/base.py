@@ -87,6 +87,11 @@ class DistillationModule(RoleModule, ABC):
         super().build_roles(network)
         self.sigmas = self.family.few_step_sigmas(self.steps, self.latent_shape)
 
+    @property
+    def fullest_update(self) -> int:
+        """Number of an update that has all parts, for plans of its memory."""
+        return 0
+
     # What updates are written with.
 
     def judge_with(self, reward: Reward) -> Judge:

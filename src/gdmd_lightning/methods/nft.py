@@ -12,16 +12,14 @@ from torch import Tensor
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
-from gdmd_lightning.latents import Batch, NoisyLatents
+from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.advantages import SampleAdvantages
 from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
-from gdmd_lightning.methods.nft_terms import NFT, nft_term
+from gdmd_lightning.methods.nft_terms import NFT, nft_term, renoised_samples
 from gdmd_lightning.objectives.policy import optimality
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
-from gdmd_lightning.schedules import renoise
-from gdmd_lightning.streams import draw_noise
 
 
 class DiffusionNFT(DistillationModule):
@@ -75,8 +73,7 @@ class DiffusionNFT(DistillationModule):
         logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": x0.std()}
         with learn("generator") as backward:
             for turn, step in enumerate(index.unbind(1)):
-                sigma, eps = self.sigmas[step].to(x0), draw_noise(x0.shape, self.stream("renoise", turn), x0.device)
-                renoised = NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning)
+                renoised = renoised_samples(x0, self.sigmas[step], batch.conditioning, self.stream("renoise", turn))
                 for rows, share in self.micro_batches(len(batch)):
                     latents, weight = renoised.select(rows), share / index.shape[1]
                     loss, v = nft_term(self.roles, self.nft, x0[rows], latents, o[rows])

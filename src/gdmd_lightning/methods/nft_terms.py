@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.latents import NoisyLatents
+from gdmd_lightning.latents import Conditioning, NoisyLatents
 from gdmd_lightning.objectives.policy import nft_loss, policy_pair
 from gdmd_lightning.roles import Roles
+from gdmd_lightning.schedules import renoise
+from gdmd_lightning.streams import draw_noise
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ class NFT:
     def draw_steps(self, batch: int, steps: int, rng: torch.Generator) -> Tensor:
         """Step indices to train in an update, ``[B, train_steps]``, different ones in each row, on the CPU."""
         return torch.rand(batch, steps, generator=rng).argsort(1)[:, : self.train_steps]
+
+
+def renoised_samples(x0: Tensor, sigma: Tensor, conditioning: Conditioning, rng: torch.Generator) -> NoisyLatents:
+    """Samples ``[B, C, H, W]`` renoised to levels ``sigma`` ``[B]`` with fresh noise."""
+    sigma = sigma.to(x0)
+    return NoisyLatents(renoise(x0, sigma, draw_noise(tuple(x0.shape), rng, x0.device)), sigma, conditioning)
 
 
 def nft_term(roles: Roles, nft: NFT, x0: Tensor, latents: NoisyLatents, o: Tensor) -> tuple[Tensor, Tensor]:

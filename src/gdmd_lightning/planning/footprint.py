@@ -129,6 +129,7 @@ def plan(
             f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use 32-true, {', '.join(LOWER)}"
         )
     reward = _take_reward(module)
+    module.updates = module.fullest_update
     module.build_roles(module.family.sketch())
     module.to(META)
     if isinstance(module, MatchingModule):
