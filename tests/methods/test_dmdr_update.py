@@ -324,7 +324,7 @@ def test_scaled_adapter_is_between_the_teacher_and_the_fake_score(tiny_pipeline)
         ({"joint": "grpo", "margin": 1.0}, r"model\.margin: set, but joint is 'grpo'"),
         ({"grpo": GRPO(clip=1e-3)}, r"model\.grpo: set, but joint is 'refl'"),
         ({"nft": NFT(beta=0.1)}, r"model\.nft: set, but joint is 'refl'"),
-        ({"advantages": SampleAdvantages("group")}, r"model\.advantages: set, but joint is 'refl'"),
+        ({"sample_advantages": SampleAdvantages("group")}, r"model\.sample_advantages: set, but joint is 'refl'"),
         ({"joint": "nft", "grpo": GRPO(clip=1e-3)}, r"model\.grpo: set, but joint is 'nft'"),
         ({"joint": "grpo", "grpo": GRPO(train_steps=4)}, r"model\.grpo\.train_steps: it is 4"),
         ({"joint": "grpo", "steps": 1}, r"model\.steps: it is 1"),

@@ -167,7 +167,7 @@ class Redness(Liking):
 @pytest.mark.parametrize("spread", ["group", "batch"])
 def test_separately_normalized_rewards_do_not_decide_by_their_scale(spread):
     reward = CombinedReward([Liking(), Redness()], [1.0, 2.0])
-    world = flow_grpo(reward=reward, advantages=SampleAdvantages(spread, "separately"), kl_weight=0.0)
+    world = flow_grpo(reward=reward, sample_advantages=SampleAdvantages(spread, "separately"), kl_weight=0.0)
     done, steps = world.update()
     r = Rollout(world)
     red = 1000 * GaussianFamily().decode(r.x0)[:, 0].mean((1, 2))
@@ -192,7 +192,7 @@ def test_jointly_normalized_rewards_are_summed_first():
 
 
 def test_spread_reaches_the_advantages():
-    world = flow_grpo(advantages=SampleAdvantages("none"), kl_weight=0.0)
+    world = flow_grpo(sample_advantages=SampleAdvantages("none"), kl_weight=0.0)
     _, steps = world.update()
     rewards = Rollout(world).rewards.view(3, 4)
     near(

@@ -103,7 +103,7 @@ def test_reward_scores_decoded_samples_under_their_prompts():
 
 
 def test_spread_reaches_the_advantages():
-    one, other = (nft(advantages=SampleAdvantages(spread)).update()[1] for spread in ("batch", "group"))
+    one, other = (nft(sample_advantages=SampleAdvantages(spread)).update()[1] for spread in ("batch", "group"))
     assert not torch.allclose(one[0].gradient["gain"], other[0].gradient["gain"])
 
 

@@ -44,7 +44,7 @@ class DMDR(MatchingModule):
         margin: Samples with a reward of at least this much give no gradient; null for no limit. For ``refl``.
         grpo: Rollouts and the clipped ratio, for ``grpo``.
         nft: The velocity policies, for ``nft``.
-        advantages: How rewards become advantages, for ``grpo`` and ``nft``.
+        sample_advantages: How rewards become advantages, for ``grpo`` and ``nft``.
         cold_start: The first updates; null for none.
         matching_module: Arguments of :class:`MatchingModule`.
 
@@ -63,7 +63,7 @@ class DMDR(MatchingModule):
         margin: float | None = None,
         grpo: GRPO = GRPO(),
         nft: NFT = NFT(),
-        advantages: SampleAdvantages = SampleAdvantages(),
+        sample_advantages: SampleAdvantages = SampleAdvantages(),
         cold_start: ColdStart | None = None,
         **matching_module: Any,
     ) -> None:
@@ -71,7 +71,8 @@ class DMDR(MatchingModule):
         if not reward_weight >= 0:
             raise UserError(f"it is {reward_weight}", where="model.reward_weight", remedy="use at least 0")
         self.reward_weight, self.joint, self.margin = reward_weight, joint, margin
-        self.grpo, self.nft, self.advantages, self.cold_start = grpo, nft, advantages, cold_start
+        self.grpo, self.nft = grpo, nft
+        self.sample_advantages, self.cold_start = sample_advantages, cold_start
         self.needs_groups = joint != "refl" and reward_weight > 0
         self._check_settings(reward)
         self.judge = self.judge_with(reward)
@@ -79,10 +80,10 @@ class DMDR(MatchingModule):
     def _check_settings(self, reward: Reward) -> None:
         own: dict[str, tuple[str, ...]] = {
             "refl": ("margin",),
-            "grpo": ("grpo", "advantages"),
-            "nft": ("nft", "advantages"),
+            "grpo": ("grpo", "sample_advantages"),
+            "nft": ("nft", "sample_advantages"),
         }
-        defaults = {"margin": None, "grpo": GRPO(), "nft": NFT(), "advantages": SampleAdvantages()}
+        defaults = {"margin": None, "grpo": GRPO(), "nft": NFT(), "sample_advantages": SampleAdvantages()}
         for name, default in defaults.items():
             if name not in own[self.joint] and getattr(self, name) != default:
                 raise UserError(f"set, but joint is {self.joint!r}", where=f"model.{name}", remedy="remove one of them")
@@ -155,7 +156,7 @@ class DMDR(MatchingModule):
     def _grpo(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of GRPO on the generator's rollouts; matching takes the place of its KL term."""
         path = self.rollout(batch, "reward rollout", self.grpo.sampler)
-        rewards, advantages = self.advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        rewards, advantages = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
         logs = {"reward_sample": rewards.mean()}
         for k in steps:
@@ -169,7 +170,7 @@ class DMDR(MatchingModule):
     def _nft(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of DiffusionNFT on the old policy's rollouts."""
         x0 = self.rollout(batch, "reward rollout", role="old").x0
-        rewards, advantages = self.advantages(self.judge, x0, batch.prompts, batch.groups)
+        rewards, advantages = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
         o = optimality(advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
         logs = {"reward_sample": rewards.mean()}

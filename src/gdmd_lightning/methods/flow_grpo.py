@@ -29,7 +29,7 @@ class FlowGRPO(DistillationModule):
         reward: Judges samples.
         steps: Steps of a rollout, and of generation, at least 2.
         grpo: Rollouts and the clipped ratio.
-        advantages: How rewards become advantages.
+        sample_advantages: How rewards become advantages.
         kl_weight: Weight of the KL divergence from the frozen teacher's steps, at least 0; 0 for none, which saves the
             teacher's evaluations.
         inner_epochs: Generator steps per update, all on the same rollouts, at least 1.
@@ -48,7 +48,7 @@ class FlowGRPO(DistillationModule):
         reward: Reward,
         steps: int = 10,
         grpo: GRPO = GRPO(),
-        advantages: SampleAdvantages = SampleAdvantages(),
+        sample_advantages: SampleAdvantages = SampleAdvantages(),
         kl_weight: float = 0.04,
         inner_epochs: int = 1,
         **distillation: Any,
@@ -59,7 +59,7 @@ class FlowGRPO(DistillationModule):
             raise UserError(f"it is {kl_weight}", where="model.kl_weight", remedy="use at least 0")
         if inner_epochs < 1:
             raise UserError(f"it is {inner_epochs}", where="model.inner_epochs", remedy="use at least 1")
-        self.grpo, self.advantages = grpo, advantages
+        self.grpo, self.sample_advantages = grpo, sample_advantages
         self.kl_weight, self.inner_epochs = kl_weight, inner_epochs
         self.judge = self.judge_with(reward)
 
@@ -67,7 +67,7 @@ class FlowGRPO(DistillationModule):
         """Roll out and judge once, then step the generator on the trained steps of all samples."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        rewards, advantages = self.advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        rewards, advantages = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
         logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": path.x0.std()}
         for _ in range(self.inner_epochs):

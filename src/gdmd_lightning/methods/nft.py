@@ -30,7 +30,7 @@ class DiffusionNFT(DistillationModule):
         reward: Judges samples.
         steps: Steps of a rollout, and of generation; their levels are those at which the generator learns.
         nft: The velocity policies.
-        advantages: How rewards become advantages.
+        sample_advantages: How rewards become advantages.
         kl_weight: Weight of the mean squared distance from the frozen teacher's velocity, at least 0; 0 for none,
             which saves the teacher's evaluations.
         distillation: Arguments of :class:`DistillationModule`.
@@ -48,7 +48,7 @@ class DiffusionNFT(DistillationModule):
         reward: Reward,
         steps: int = 10,
         nft: NFT = NFT(),
-        advantages: SampleAdvantages = SampleAdvantages(),
+        sample_advantages: SampleAdvantages = SampleAdvantages(),
         kl_weight: float = 1e-4,
         **distillation: Any,
     ) -> None:
@@ -56,7 +56,7 @@ class DiffusionNFT(DistillationModule):
         nft.check_steps(steps)
         if not kl_weight >= 0:
             raise UserError(f"it is {kl_weight}", where="model.kl_weight", remedy="use at least 0")
-        self.nft, self.advantages, self.kl_weight = nft, advantages, kl_weight
+        self.nft, self.sample_advantages, self.kl_weight = nft, sample_advantages, kl_weight
         self.judge = self.judge_with(reward)
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
@@ -67,7 +67,7 @@ class DiffusionNFT(DistillationModule):
         """The old policy's samples are judged; the generator learns from them at its own levels."""
         self.judge.check(batch.prompts)
         x0 = self.rollout(batch, role="old").x0
-        rewards, advantages = self.advantages(self.judge, x0, batch.prompts, batch.groups)
+        rewards, advantages = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
         o = optimality(advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
         logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": x0.std()}
