@@ -10,8 +10,11 @@ from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmdr import DMDR
+from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
+from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -24,6 +27,7 @@ __all__ = [
     "ACDMD",
     "CPS",
     "DMD",
+    "DMDR",
     "GDMD",
     "GNDM",
     "GNDMR",
@@ -31,6 +35,8 @@ __all__ = [
     "SDE",
     "CombinedReward",
     "ContrastiveReward",
+    "DiffusionNFT",
+    "FlowGRPO",
     "Flux2Family",
     "Flux2KleinFamily",
     "GenEvalScore",

@@ -135,6 +135,24 @@ class LogitNormal(RenoiseDistribution):
         return shift_sigma(torch.sigmoid(self.mean + self.std * z), self.shift).clamp(self.low, self.high)
 
 
+@dataclass(frozen=True)
+class Tilted(RenoiseDistribution):
+    """Another distribution with its quantiles drawn from ``Beta(alpha, beta)`` instead of evenly.
+
+    ``Beta(1, 1)`` changes nothing; more weight falls on high levels where ``alpha > beta``. Of a uniform distribution
+    on [0, 1] this is ``Beta(alpha, beta)`` itself.
+    """
+
+    base: RenoiseDistribution
+    alpha: float
+    beta: float
+
+    def quantile(self, u: Tensor) -> Tensor:
+        from scipy.special import betaincinv
+
+        return self.base.quantile(torch.from_numpy(betaincinv(self.alpha, self.beta, u.double().numpy())).to(u.dtype))
+
+
 def draw_renoise_sigmas(
     distribution: RenoiseDistribution,
     batch: int,

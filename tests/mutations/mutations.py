@@ -636,8 +636,8 @@ MUTATIONS = [
         ("decoding skipped", "images = self.family.decode(latents)", "images = latents"),
         (
             "prompts of the first part",
-            "self._score(latents[rows], prompts[rows])",
-            "self._score(latents[rows], prompts[: len(latents[rows])])",
+            "self._score(latents[rows], prompts[rows], rewards)",
+            "self._score(latents[rows], prompts[: len(latents[rows])], rewards)",
         ),
         (
             "rewards scored whole",

@@ -118,6 +118,10 @@ class MatchingModule(DistillationModule, ABC):
         """
         return self.sigmas[state.step_index + 1] if self.matching.interval == "step" else None
 
+    def renoise_law(self, distribution: RenoiseDistribution) -> RenoiseDistribution:
+        """The configured distribution of levels as it is in this update; a method may change it over time."""
+        return distribution
+
     def draw_renoise(self, state: State, group: int = 1, *, share_sigma: bool = False) -> RenoiseDraw:
         """Levels and noise for ``group`` matches of each sample; levels are stratified within a group.
 
@@ -127,7 +131,7 @@ class MatchingModule(DistillationModule, ABC):
             share_sigma: Use one level for all matches of a sample.
         """
         batch, levels = len(state.latents), 1 if share_sigma else group
-        distribution, sigma_min = self.matching.renoise_distribution, self.sigma_min(state)
+        distribution, sigma_min = self.renoise_law(self.matching.renoise_distribution), self.sigma_min(state)
         sigma = draw_renoise_sigmas(distribution, batch, levels, self.stream("level"), sigma_min=sigma_min)
         eps = draw_noise((batch * group, *self.latent_shape), self.stream("renoise"), self.device)
         guidance_sigma = self._guidance_sigma(state, levels)
@@ -231,7 +235,8 @@ class MatchingModule(DistillationModule, ABC):
 
         Source: DMD2 (2405.14867), section 4.2.
         """
-        distribution = self.matching.fake_score_renoise_distribution or self.matching.renoise_distribution
+        own = self.matching.fake_score_renoise_distribution
+        distribution = self.renoise_law(own or self.matching.renoise_distribution)
         logs: dict[str, Tensor] = {}
         for turn in range(self.matching.fake_score_updates):
             if self.matching.fake_score_samples == "fresh":

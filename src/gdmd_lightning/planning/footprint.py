@@ -83,9 +83,9 @@ class _Unasked(Reward):
 class _PlannedJudge(Judge):
     """Decodes, and stands in for a reward, which cannot score images without pixels."""
 
-    def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def _score(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
         with phase("decoding"):
-            return self.family.decode(latents).flatten(1).mean(1)
+            return self.family.decode(latents).flatten(1).mean(1, keepdim=True).expand(-1, len(rewards))
 
 
 class _TracedEngine(Engine):
@@ -129,6 +129,7 @@ def plan(
             f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use 32-true, {', '.join(LOWER)}"
         )
     reward = _take_reward(module)
+    module.updates = module.fullest_update
     module.build_roles(module.family.sketch())
     module.to(META)
     if isinstance(module, MatchingModule):

@@ -31,6 +31,11 @@ class CombinedReward(Reward):
         self.name = "+".join(reward.name for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
 
+    @property
+    def parts(self) -> tuple[tuple[Reward, float], ...]:
+        pairs = zip(self.rewards, self.weights, strict=True)
+        return tuple((part, weight * inner) for reward, weight in pairs for part, inner in reward.parts)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         scores = [w * checked_score(r, images, prompts) for r, w in zip(self.rewards, self.weights, strict=True)]
         return torch.stack(scores).sum(0)

@@ -171,6 +171,10 @@ class Roles(nn.Module, ABC):
             if spec.average_of == role:
                 self._average(spec.name, role, spec.decay)
 
+    def move_average(self, average: str, role: str, decay: float) -> None:
+        """``average = decay average + (1 - decay) role``, for averages that the method moves itself."""
+        self._average(average, role, decay)
+
     def reset_followers(self) -> None:
         """Make every average and snapshot equal to the role that it follows."""
         for spec in self.specs:

@@ -74,8 +74,8 @@ class RoleSpec:
         optimizer: Settings of a trained role.
         average_of: Name of the trained role that this is the exponential moving average of.
         decay: Decay of the average per step of that role, in [0, 1).
-        snapshot_of: Name of the trained role that this is a past state of; the method decides when it is
-            taken.
+        snapshot_of: Name of the trained role that this is a past state of, or an average of past states; the method
+            decides when it is taken or moved.
 
     Raises:
         ValueError: If the spec contradicts itself.
