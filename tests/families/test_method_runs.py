@@ -4,11 +4,13 @@ import pytest
 import tiny
 import torch
 
+from gdmd_lightning.data.images import ShapesImages
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import LoRA
@@ -16,6 +18,7 @@ from gdmd_lightning.schedules import UniformTimestep
 
 METHODS = {
     "decoupled dmd": (DMD, {"guidance_levels": "above"}),
+    "dmd2": (DMD2, {}),
     "gndm": (GNDM, {}),
     "gndmr": (GNDMR, {}),
     "ac_dmd": (ACDMD, {"interval": "step"}),
@@ -44,7 +47,7 @@ def build(method, family, path, lora):
     kind, options = METHODS[method]
     if family == "sdxl":
         options = {**options, "renoise_distribution": UniformTimestep()}
-    more = {"reward": tiny.Brightness()} if kind is GNDMR else {}
+    more = {GNDMR: {"reward": tiny.Brightness()}, DMD2: {"images": ShapesImages()}}.get(kind, {})
     return kind(
         FAMILIES[family][1](path),
         height=32,

@@ -3,9 +3,11 @@
 import pytest
 import tiny
 
+from gdmd_lightning.data.images import ShapesImages
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.advantages import TargetGroup
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.refl import ReFL
@@ -107,6 +109,12 @@ def test_gndmr_also_asks_both_policies(tiny_pipeline):
 def test_ac_dmd_consistency_costs_two_evaluations_per_fake_score_update(tiny_pipeline, weight, passes):
     found = cost(tiny_pipeline, ACDMD, settings={"interval": "step"}, consistency=Consistency(weight))
     assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": B + C * passes * B}
+
+
+def test_dmd2_asks_the_fake_score_for_features(tiny_pipeline):
+    """Of each sample in the generator's step, of real and generated latents in each of the fake score's steps."""
+    found = cost(tiny_pipeline, DMD2, images=ShapesImages())
+    assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": 2 * B + 3 * C * B}
 
 
 def test_refl_evaluations_are_the_rollouts_only(tiny_pipeline):
