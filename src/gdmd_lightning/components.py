@@ -5,11 +5,13 @@ Importing this registers them with jsonargparse; none of these modules imports d
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
+from gdmd_lightning.data.images import CaptionedImages, ShapesImages
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.dmdr import DMDR
 from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gdmd import GDMD
@@ -27,12 +29,14 @@ __all__ = [
     "ACDMD",
     "CPS",
     "DMD",
+    "DMD2",
     "DMDR",
     "GDMD",
     "GNDM",
     "GNDMR",
     "ODE",
     "SDE",
+    "CaptionedImages",
     "CombinedReward",
     "ContrastiveReward",
     "DiffusionNFT",
@@ -48,6 +52,7 @@ __all__ = [
     "RewardScore",
     "SD3Family",
     "SDXLFamily",
+    "ShapesImages",
     "ShapesReward",
     "Uniform",
     "UniformTimestep",

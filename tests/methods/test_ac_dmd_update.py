@@ -77,9 +77,9 @@ class Matched:
 # The generator's step.
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_generator_gradient_is_the_closed_form(sampler):
-    m = Matched(ac_dmd(sampler), SAMPLERS[sampler][1])
+@pytest.mark.parametrize(("sampler", "floor"), [("cps", 1e-3), ("cps", 0.9), ("ode", 1e-3), ("renoise", 1e-3)])
+def test_generator_gradient_is_the_closed_form(sampler, floor):
+    m = Matched(ac_dmd(sampler, matching=matching(floor=floor)), SAMPLERS[sampler][1])
     near(m.asked.x, m.x_t)
     d_x_s = (m.fake - m.real) / column(m.n) / m.x_s.numel()
     d_x0 = slope(m.state.sigma, m.s, m.eta) * d_x_s

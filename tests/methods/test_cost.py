@@ -3,26 +3,28 @@
 import pytest
 import tiny
 
+from gdmd_lightning.data.images import ShapesImages
+from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.advantages import TargetGroup
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.reward_terms import Policy
-from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.methods.settings import Consistency, Matching
 
 B, K, C, UPDATES = 8, 4, 3, 2
 ROLLOUT = B * (K - 1) / 2 + B
 
 
-def cost(
-    pipeline, method, fake_score_samples="reused", guidance_scale=3.0, guidance_levels="shared", **options
-) -> dict[str, float]:
+def cost(pipeline, method, fake_score_samples="reused", guidance_scale=3.0, settings=None, **options):
+    """Evaluations per update, by role; ``settings`` are further ones of the matching."""
     matching = Matching(
         fake_score_updates=C,
         fake_score_samples=fake_score_samples,
         guidance_scale=guidance_scale,
-        guidance_levels=guidance_levels,
+        **(settings or {}),
     )
     module = tiny.module(pipeline, method, matching=matching, steps=K, **options)
     tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
@@ -38,7 +40,7 @@ def test_teacher_without_guidance_costs_half(tiny_pipeline):
 
 
 def test_guidance_at_its_own_levels_costs_another_conditional_evaluation(tiny_pipeline):
-    found = cost(tiny_pipeline, DMD, guidance_levels="above")
+    found = cost(tiny_pipeline, DMD, settings={"guidance_levels": "above"})
     assert found == {"generator": ROLLOUT, "teacher": 3 * B, "fake_score": B + C * B}
 
 
@@ -101,6 +103,18 @@ def test_gndm_costs_what_dmd_costs(tiny_pipeline, size):
 def test_gndmr_also_asks_both_policies(tiny_pipeline):
     found = cost(tiny_pipeline, GNDMR, reward=tiny.Brightness())
     assert found == {"generator": ROLLOUT + B, "teacher": 2 * B, "fake_score": B + C * B, "old": B}
+
+
+@pytest.mark.parametrize(("weight", "passes"), [(0.0, 1), (0.01, 3)])
+def test_ac_dmd_consistency_costs_two_evaluations_per_fake_score_update(tiny_pipeline, weight, passes):
+    found = cost(tiny_pipeline, ACDMD, settings={"interval": "step"}, consistency=Consistency(weight))
+    assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": B + C * passes * B}
+
+
+def test_dmd2_asks_the_fake_score_for_features(tiny_pipeline):
+    """Of each sample in the generator's step, of real and generated latents in each of the fake score's steps."""
+    found = cost(tiny_pipeline, DMD2, images=ShapesImages())
+    assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": 2 * B + 3 * C * B}
 
 
 def test_refl_evaluations_are_the_rollouts_only(tiny_pipeline):

@@ -32,6 +32,90 @@ def errors(file: str, tests: tuple[str, ...], *entries: tuple[str, str, str]) ->
 
 MUTATIONS = [
     *errors(
+        "methods/dmd2.py",
+        ("methods/test_dmd2_update.py",),
+        (
+            "dmd2: no gradient through the fake score",
+            'features("fake_score", noisy, through=True)',
+            'features("fake_score", noisy)',
+        ),
+        ("dmd2: generator's weight ignored", "+ self.gan.generator_weight * adversarial", "+ adversarial"),
+        (
+            "dmd2: real and generated swapped",
+            "((real, pair.eps_real), (x0, pair.eps_fake))",
+            "((x0, pair.eps_fake), (real, pair.eps_real))",
+        ),
+        (
+            "dmd2: weights swapped",
+            "weight = batch.real_x0, self.gan.fake_score_weight",
+            "weight = batch.real_x0, self.gan.generator_weight",
+        ),
+        (
+            "dmd2: critic compares at the generator's levels",
+            'self.stream("gan critic", turn)',
+            'self.stream("gan", turn)',
+        ),
+        (
+            "dmd2: every turn compares at the same levels",
+            'self.stream("gan critic", turn)',
+            'self.stream("gan critic")',
+        ),
+        ("dmd2: images of other rows", "pair.renoised(x[rows], eps_of", "pair.renoised(x[: len(x[rows])], eps_of"),
+        (
+            "dmd2: head's gradient does not reach the fake score",
+            'logits("discriminator", each, through=True) for',
+            'logits("discriminator", each) for',
+        ),
+        (
+            "dmd2: discriminator's weight ignored",
+            "share * weight * gan_discriminator_loss",
+            "share * gan_discriminator_loss",
+        ),
+        ("dmd2: discriminator's share ignored", "backward(share * weight * gan", "backward(weight * gan"),
+        ("dmd2: images of the first update", 'self.stream("images")', "torch.Generator()"),
+        ("dmd2: images unchecked", "self.images.check(data)", "pass"),
+        ("dmd2: seed ignored", "Head(self.gan.hidden, self.seed)", "Head(self.gan.hidden)"),
+    ),
+    *errors(
+        "methods/gan_terms.py",
+        ("methods/test_dmd2_update.py",),
+        ("gan: noise of other rows", "renoise(x, sigma, eps[rows])", "renoise(x, sigma, eps[: len(x)])"),
+        ("gan: levels of other rows", "sigma = self.sigma[rows]", "sigma = self.sigma[: len(x)]"),
+        (
+            "gan: one noise for both",
+            "return cls(sigma.to(eps_real), eps_real, eps_fake)",
+            "return cls(sigma.to(eps_real), eps_real, eps_real)",
+        ),
+        ("gan: levels of matching", "draw_renoise_sigmas(gan.renoise_distribution,", "draw_renoise_sigmas(Uniform(),"),
+    ),
+    *errors(
+        "objectives/gan.py",
+        ("methods/test_dmd2_update.py",),
+        ("gan: generator's sign", "return softplus(-fake).mean()", "return softplus(fake).mean()"),
+        ("gan: discriminator's real sign", "softplus(-real) + softplus(fake)", "softplus(real) + softplus(fake)"),
+        ("gan: discriminator's fake sign", "softplus(-real) + softplus(fake)", "softplus(-real) + softplus(-fake)"),
+    ),
+    *errors(
+        "roles/heads.py",
+        ("methods/test_dmd2_update.py",),
+        ("head: seed ignored in its weights", 'named_seed("head", settings.seed)', 'named_seed("head")'),
+        ("head: first token only", "logits.mean((1, 2))", "logits[:, 0, 0]"),
+    ),
+    *errors(
+        "roles/adapters.py",
+        ("methods/test_dmd2_update.py",),
+        ("head taken for the teacher", ' and name.split(".")[0] not in self.heads', ""),
+    ),
+    *errors(
+        "data/images.py",
+        ("data/test_images.py",),
+        ("images: first file always", "files[chosen]", "files[0]"),
+        ("images: width and height swapped", "(width, height), Image", "(height, width), Image"),
+        ("images: not scaled to 1", "permute(2, 0, 1) / 255", "permute(2, 0, 1) / 256"),
+        ("images: same scenes every time", "np.random.default_rng(seed)", "np.random.default_rng(0)"),
+        ("images: missing files accepted", "if not file.is_file():", "if False:"),
+    ),
+    *errors(
         "methods/ac_dmd.py",
         ("methods/test_ac_dmd_update.py",),
         ("ac_dmd: renoised as clean samples", "s[rows], t, draw.eps", "0 * s[rows], t, draw.eps"),

@@ -86,6 +86,14 @@ class ModelFamily(ABC):
         """
         raise UserError(f"{type(self).__name__} has no features", where="family", remedy="implement feature_module()")
 
+    def feature_width(self, network: nn.Module) -> int:
+        """``D`` of :meth:`features`.
+
+        Raises:
+            UserError: If the family does not implement this.
+        """
+        raise UserError(f"{type(self).__name__} has no features", where="family", remedy="implement feature_width()")
+
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> Conditioning:
         """Embed prompts. :meth:`encode` calls this, without gradient, unless the encoders are freed."""

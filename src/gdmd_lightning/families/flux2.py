@@ -126,6 +126,9 @@ class Flux2KleinFamily(ModelFamily):
         blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
         return blocks[len(blocks) // 2]
 
+    def feature_width(self, network: Any) -> int:
+        return int(network.config.num_attention_heads * network.config.attention_head_dim)
+
     def _image_tokens(self, output: Any, x_sigma: Tensor) -> Tensor:
         # A single-stream block returns text and image tokens in one sequence, text first.
         return super()._image_tokens(output, x_sigma)[:, -x_sigma[0, 0].numel() :]

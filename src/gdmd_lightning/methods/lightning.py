@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.checkpointing import Provenance, check_fits, take_over
 from gdmd_lightning.methods.settings import Memory
-from gdmd_lightning.prompts import PromptBatch
+from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec
 from gdmd_lightning.streams import stream
 
@@ -133,6 +134,10 @@ class RoleModule(pl.LightningModule):
         if self.memory.gradient_checkpointing:
             self.roles.checkpoint_activations()
 
+    def real_x0(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Latents of real images of these prompts, ``[B, C, H, W]``; ``None`` if the method needs none."""
+        return None
+
     def only_role(self, role: str) -> None:
         """Build only one role besides the teacher, for sampling and export; call before :meth:`configure_model`."""
         self._only = role
@@ -190,7 +195,8 @@ class RoleModule(pl.LightningModule):
         conditioning = self.embeddings([prompt.text for prompt in batch.prompts])
         optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
         done = self.update(
-            Batch(batch.prompts, batch.groups, conditioning), LightningEngine(self, self.roles, optimizers)
+            Batch(batch.prompts, batch.groups, conditioning, self.real_x0(batch.prompts)),
+            LightningEngine(self, self.roles, optimizers),
         )
         self.updates += 1
         for schedule in _listed(self.lr_schedulers()):

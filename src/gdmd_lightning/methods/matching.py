@@ -235,22 +235,32 @@ class MatchingModule(DistillationModule, ABC):
 
         Source: DMD2 (2405.14867), section 4.2.
         """
-        own = self.matching.fake_score_renoise_distribution
-        distribution = self.renoise_law(own or self.matching.renoise_distribution)
         logs: dict[str, Tensor] = {}
         for turn in range(self.matching.fake_score_updates):
             if self.matching.fake_score_samples == "fresh":
                 state = self.rollout_state(batch, f"critic rollout {turn}")
                 with torch.no_grad():
                     x0 = self.student_x0(state.latents)
-            rng = self.stream("critic", turn)
-            sigma = self._fake_score_sigma(distribution, state, rng).to(x0)
-            eps = draw_noise(tuple(x0.shape), rng, x0.device)
-            latents = NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning)
-            with learn("fake_score") as backward:
-                for rows, share in self.micro_batches(len(x0)):
-                    v = self.roles.velocity("fake_score", latents.select(rows))
-                    loss = velocity_loss(v, x0[rows], eps[rows])
-                    backward(share * loss)
-                    weighted_sum(logs, share / self.matching.fake_score_updates, fake_score_loss=loss)
+            done = self.fake_score_step(batch, state, x0, turn, learn)
+            weighted_sum(logs, 1 / self.matching.fake_score_updates, **done)
         return logs
+
+    def fake_score_step(self, batch: Batch, state: State, x0: Tensor, turn: int, learn: Learn) -> dict[str, Tensor]:
+        """One of the fake score's steps, the ``turn``-th of an update; returns its losses."""
+        latents, eps = self.renoised_for_fake_score(batch, state, x0, turn)
+        logs: dict[str, Tensor] = {}
+        with learn("fake_score") as backward:
+            for rows, share in self.micro_batches(len(x0)):
+                loss = velocity_loss(self.roles.velocity("fake_score", latents.select(rows)), x0[rows], eps[rows])
+                backward(share * loss)
+                weighted_sum(logs, share, fake_score_loss=loss)
+        return logs
+
+    def renoised_for_fake_score(self, batch: Batch, state: State, x0: Tensor, turn: int) -> tuple[NoisyLatents, Tensor]:
+        """Samples ``[B, C, H, W]`` as the fake score sees them in a turn, and their noise."""
+        own = self.matching.fake_score_renoise_distribution
+        distribution = self.renoise_law(own or self.matching.renoise_distribution)
+        rng = self.stream("critic", turn)
+        sigma = self._fake_score_sigma(distribution, state, rng).to(x0)
+        eps = draw_noise(tuple(x0.shape), rng, x0.device)
+        return NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning), eps

@@ -184,7 +184,8 @@ def _follow(
             modes.enter_context(Autocast(LOWER[precision]))
         modes.enter_context(trace)
         modes.enter_context(listening(trace.phase))
-        batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size))
+        real_x0 = module.real_x0(prompts.prompts)
+        batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size), real_x0)
         module.update(batch, _TracedEngine(module.roles, optimizers))
     return trace.phases
 

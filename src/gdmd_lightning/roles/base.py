@@ -108,6 +108,13 @@ class Roles(nn.Module, ABC):
 
         return self._evaluate(role, latents, call, 1, 1.0, through)
 
+    def logits(self, role: str, features: Tensor, *, through: bool = False) -> Tensor:
+        """Logits ``[B]`` of a head on features ``[B, tokens, D]``; gradient as in :meth:`velocity`."""
+        gradient = torch.is_grad_enabled() and (role == self.learner or through)
+        with torch.set_grad_enabled(gradient), nullcontext() if role == self.learner else self._frozen(role):
+            logits: Tensor = self.get_submodule(role)(features)
+            return logits
+
     def _evaluate(
         self,
         role: str,
@@ -164,6 +171,11 @@ class Roles(nn.Module, ABC):
     def optimization_of(self, role: str) -> Optimization:
         """Optimizer settings of a trained role; raises ``KeyError`` for any other."""
         return {spec.name: spec.optimizer for spec in self.specs if spec.optimizer is not None}[role]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the roles that are heads."""
+        return tuple(spec.name for spec in self.specs if spec.head is not None)
 
     def update_averages(self, role: str) -> None:
         """Move the averages of a trained role toward it."""
