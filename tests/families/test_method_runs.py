@@ -1,4 +1,4 @@
-"""Methods that match distributions train on every family, with copies and with adapters, and resume to the bit."""
+"""Methods train on every family, with copies and with adapters, and resume to the bit."""
 
 import pytest
 import tiny
@@ -9,9 +9,14 @@ from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.ac_dmd import ACDMD
+from gdmd_lightning.methods.cold_start import ColdStart
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.dmd2 import DMD2
+from gdmd_lightning.methods.dmdr import DMDR
+from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
+from gdmd_lightning.methods.matching import MatchingModule
+from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import LoRA
 from gdmd_lightning.schedules import UniformTimestep
@@ -22,7 +27,13 @@ METHODS = {
     "gndm": (GNDM, {}),
     "gndmr": (GNDMR, {}),
     "ac_dmd": (ACDMD, {"interval": "step"}),
+    "dmdr": (DMDR, {}),
+    "dmdr grpo": (DMDR, {}),
+    "dmdr nft": (DMDR, {}),
+    "flow_grpo": (FlowGRPO, {}),
+    "nft": (DiffusionNFT, {}),
 }
+SLOW = ("dmdr grpo", "dmdr nft")
 FAMILIES = {
     "sd3": (tiny.save_pipeline, tiny.family),
     "sdxl": (tiny.save_sdxl, lambda path: SDXLFamily(str(path))),
@@ -47,22 +58,26 @@ def build(method, family, path, lora):
     kind, options = METHODS[method]
     if family == "sdxl":
         options = {**options, "renoise_distribution": UniformTimestep()}
-    more = {GNDMR: {"reward": tiny.Brightness()}, DMD2: {"images": ShapesImages()}}.get(kind, {})
-    return kind(
-        FAMILIES[family][1](path),
-        height=32,
-        width=32,
-        matching=Matching(fake_score_updates=2, **options),
-        lora=LoRA(4, 8) if lora else None,
-        **more,
-    )
+    more = {}
+    if kind in (GNDMR, DMDR, FlowGRPO, DiffusionNFT):
+        more["reward"] = tiny.Brightness()
+    if kind is DMD2:
+        more["images"] = ShapesImages()
+    if kind is DMDR:  # the reward joins before the run is interrupted, both ramps end after it
+        more |= {"joint": method.removeprefix("dmdr").strip() or "refl"}
+        more["cold_start"] = ColdStart(updates=1, ramp=3, adapter_scale=0.5 if lora else 0.0)
+    if issubclass(kind, MatchingModule):
+        more["matching"] = Matching(fake_score_updates=2, **options)
+    else:
+        more["steps"] = 3
+    return kind(FAMILIES[family][1](path), height=32, width=32, lora=LoRA(4, 8) if lora else None, **more)
 
 
 def combinations():
     for method in METHODS:
         for family in FAMILIES:
             for lora in (True, False):
-                quick = (family, lora) == ("sd3", True)
+                quick = (family, lora) == ("sd3", True) and method not in SLOW
                 name = f"{method}-{family}-{'adapters' if lora else 'copies'}"
                 yield pytest.param(method, family, lora, id=name, marks=[] if quick else [pytest.mark.slow])
 
