@@ -290,8 +290,8 @@ MUTATIONS = [
         ("guidance levels of the matching's stream", 'self.stream("guidance level")', 'self.stream("level")'),
         (
             "guidance levels of the first micro-batch",
-            "None if self.guidance_sigma is None else self.guidance_sigma[rows]",
-            "None if self.guidance_sigma is None else self.guidance_sigma[: len(self.sigma[rows])]",
+            "self.guidance_sigma[rows]\n        return RenoiseDraw",
+            "self.guidance_sigma[: len(self.sigma[rows])]\n        return RenoiseDraw",
         ),
     ),
     *errors(
@@ -321,8 +321,8 @@ MUTATIONS = [
         ("gradient log without normalizer", ".abs().mean(1) / self.n", ".abs().mean(1)"),
         (
             "one renoise noise for a group",
-            "eps.unflatten(0, (batch, group)))",
-            "eps.unflatten(0, (batch, group))[:, :1].expand(batch, group, *self.latent_shape))",
+            "eps.unflatten(0, (batch, group)), guidance_sigma)",
+            "eps.unflatten(0, (batch, group))[:, :1].expand(batch, group, *self.latent_shape), guidance_sigma)",
         ),
         (
             "one level for all targets",
@@ -375,8 +375,8 @@ MUTATIONS = [
         ),
         (
             "critic levels ignored",
-            "self.matching.fake_score_renoise_distribution or self.matching.renoise_distribution",
-            "self.matching.renoise_distribution",
+            "self.renoise_law(own or self.matching.renoise_distribution)",
+            "self.renoise_law(self.matching.renoise_distribution)",
         ),
         ("critic never steps twice", "range(self.matching.fake_score_updates)", "range(1)"),
         ("every critic turn draws the same", 'self.stream("critic", turn)', 'self.stream("critic")'),
@@ -404,13 +404,13 @@ MUTATIONS = [
         ),
         (
             "critic target with x0 and eps exchanged",
-            "velocity_loss(v, x0[rows], eps[rows])",
-            "velocity_loss(v, eps[rows], x0[rows])",
+            "latents.select(rows)), x0[rows], eps[rows])",
+            "latents.select(rows)), eps[rows], x0[rows])",
         ),
         (
             "critic target of the wrong rows",
-            "velocity_loss(v, x0[rows], eps[rows])",
-            "velocity_loss(v, x0[rows], eps[:len(x0[rows])])",
+            "latents.select(rows)), x0[rows], eps[rows])",
+            "latents.select(rows)), x0[rows], eps[:len(x0[rows])])",
         ),
         (
             "critic input renoised with other noise",
@@ -418,7 +418,11 @@ MUTATIONS = [
             "NoisyLatents(renoise(x0, sigma, eps.flip(0)), sigma, batch",
         ),
         ("critic share forgotten", "backward(share * loss)", "backward(loss)"),
-        ("critic loss log not averaged", "share / self.matching.fake_score_updates", "share"),
+        (
+            "critic loss log not averaged",
+            "weighted_sum(logs, 1 / self.matching.fake_score_updates, **done)",
+            "weighted_sum(logs, 1.0, **done)",
+        ),
         ("critic steps the generator", 'with learn("fake_score") as backward', 'with learn("generator") as backward'),
         ("step interval ignored", 'if self.matching.interval == "step" else None', "if False else None"),
         ("step interval of the start", "self.sigmas[state.step_index + 1]", "self.sigmas[state.step_index]"),
@@ -459,7 +463,7 @@ MUTATIONS = [
             "self.advantages(rewards, sample_reward, batch.groups.to(x.device))",
             "self.advantages(rewards, sample_reward, 0 * batch.groups.to(x.device))",
         ),
-        ("advantage clip ignored", "optimality(advantages, self.combination.clip)", "optimality(advantages)"),
+        ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
         (
             "verdict reversed for all",
             "optimality(advantages, self.advantages.clip)",
