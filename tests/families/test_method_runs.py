@@ -12,6 +12,7 @@ from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
+from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import LoRA
 from gdmd_lightning.schedules import UniformTimestep
@@ -22,6 +23,7 @@ METHODS = {
     "gndm": (GNDM, {}),
     "gndmr": (GNDMR, {}),
     "ac_dmd": (ACDMD, {"interval": "step"}),
+    "rtdmd": (RTDMD, {"interval": "step"}),
 }
 FAMILIES = {
     "sd3": (tiny.save_pipeline, tiny.family),
@@ -47,7 +49,9 @@ def build(method, family, path, lora):
     kind, options = METHODS[method]
     if family == "sdxl":
         options = {**options, "renoise_distribution": UniformTimestep()}
-    more = {GNDMR: {"reward": tiny.Brightness()}, DMD2: {"images": ShapesImages()}}.get(kind, {})
+    more = {DMD2: {"images": ShapesImages()}}.get(kind, {})
+    if kind in (GNDMR, RTDMD):
+        more = {"reward": tiny.Brightness()}
     return kind(
         FAMILIES[family][1](path),
         height=32,
