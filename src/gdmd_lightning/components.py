@@ -18,6 +18,7 @@ from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.refl import ReFL
+from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.clip import ContrastiveReward
 from gdmd_lightning.rewards.combine import CombinedReward
@@ -35,6 +36,7 @@ __all__ = [
     "GNDM",
     "GNDMR",
     "ODE",
+    "RTDMD",
     "SDE",
     "CaptionedImages",
     "CombinedReward",

@@ -17,6 +17,7 @@ from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.nft import DiffusionNFT
+from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import LoRA
 from gdmd_lightning.schedules import UniformTimestep
@@ -32,6 +33,7 @@ METHODS = {
     "dmdr nft": (DMDR, {}),
     "flow_grpo": (FlowGRPO, {}),
     "nft": (DiffusionNFT, {}),
+    "rtdmd": (RTDMD, {"interval": "step"}),
 }
 SLOW = ("dmdr grpo", "dmdr nft")
 FAMILIES = {
@@ -59,7 +61,7 @@ def build(method, family, path, lora):
     if family == "sdxl":
         options = {**options, "renoise_distribution": UniformTimestep()}
     more = {}
-    if kind in (GNDMR, DMDR, FlowGRPO, DiffusionNFT):
+    if kind in (GNDMR, RTDMD, DMDR, FlowGRPO, DiffusionNFT):
         more["reward"] = tiny.Brightness()
     if kind is DMD2:
         more["images"] = ShapesImages()

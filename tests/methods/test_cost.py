@@ -18,6 +18,7 @@ from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.nft_terms import NFT
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.reward_terms import Policy
+from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.methods.settings import Consistency, Matching
 from gdmd_lightning.roles import LoRA
 
@@ -122,6 +123,11 @@ def test_dmd2_asks_the_fake_score_for_features(tiny_pipeline):
     """Of each sample in the generator's step, of real and generated latents in each of the fake score's steps."""
     found = cost(tiny_pipeline, DMD2, images=ShapesImages())
     assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": 2 * B + 3 * C * B}
+
+
+def test_rtdmd_evaluates_full_rollouts_and_some_of_their_steps_again(tiny_pipeline):
+    found = cost(tiny_pipeline, RTDMD, settings={"interval": "step"}, reward=tiny.Brightness())
+    assert found == {"generator": K * B + 2 * B + B, "teacher": 2 * B, "fake_score": B + 3 * C * B}
 
 
 def test_refl_evaluations_are_the_rollouts_only(tiny_pipeline):

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.engines.base import Learn
-from gdmd_lightning.latents import Batch, NoisyLatents
+from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.ambient import AmbientModule
 from gdmd_lightning.methods.base import Update, weighted_sum
-from gdmd_lightning.objectives.ambient import ambient_renoise
-from gdmd_lightning.objectives.distribution_matching import dm_loss
 
 
 class ACDMD(AmbientModule):
@@ -29,11 +27,8 @@ class ACDMD(AmbientModule):
         with learn("generator") as backward:
             for rows, share in self.micro_batches(len(batch)):
                 latents = state.latents.select(rows)
-                x_s = self.generator_transition(latents, s[rows], noise[rows])
-                t = draw.sigma[rows, 0]
-                x_t = ambient_renoise(x_s.detach(), s[rows], t, draw.eps[rows, 0])
-                match = self.match_transition(x_s, s[rows], NoisyLatents(x_t, t, latents.conditioning), back[rows])
-                loss = dm_loss(x_s, match.target, match.n)
+                parts = draw.select(rows), noise[rows], back[rows]
+                x_s, match, loss = self.transition_loss(latents, s[rows], *parts)
                 backward(share * loss)
                 samples.append(x_s.detach())
                 weighted_sum(logs, share, loss=loss, gradient=match.gradient.mean(), normalizer=match.n.mean())

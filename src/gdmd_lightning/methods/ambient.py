@@ -19,10 +19,10 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, NoisyLatents
 from gdmd_lightning.methods.base import State, weighted_sum
-from gdmd_lightning.methods.matching import Match, MatchingModule
+from gdmd_lightning.methods.matching import Match, MatchingModule, RenoiseDraw
 from gdmd_lightning.methods.settings import Consistency, Matching
 from gdmd_lightning.objectives.ambient import ambient_loss, ambient_renoise, consistency_loss
-from gdmd_lightning.objectives.distribution_matching import normalizer
+from gdmd_lightning.objectives.distribution_matching import dm_loss, normalizer
 from gdmd_lightning.phases import phase
 from gdmd_lightning.samplers import CPS, SDE, Sampler
 from gdmd_lightning.schedules import draw_renoise_sigmas
@@ -98,6 +98,23 @@ class AmbientModule(MatchingModule, ABC):
             fake = self.transition(at, self.roles.velocity("fake_score", at), s, noise)
         x_s = x_s.detach()
         return Match(x_s, at, real, fake, normalizer(x_s, real, self.matching.floor))
+
+    def transition_loss(
+        self, latents: NoisyLatents, s: Tensor, draw: RenoiseDraw, noise: Tensor, back: Tensor
+    ) -> tuple[Tensor, Match, Tensor]:
+        """The generator's ``x_s`` with gradient, how it matches, and the loss of distribution matching.
+
+        Args:
+            latents: Where the step starts, ``B`` rows.
+            s: Where it ends, ``[B]``.
+            draw: Levels above ``s`` and noise, ``[B, 1]``.
+            noise: Of the generator's step, ``[B, C, H, W]``.
+            back: Of both estimators' step back to ``s``, ``[B, C, H, W]``.
+        """
+        x_s, t = self.generator_transition(latents, s, noise), draw.sigma[:, 0]
+        x_t = ambient_renoise(x_s.detach(), s, t, draw.eps[:, 0])
+        match = self.match_transition(x_s, s, NoisyLatents(x_t, t, latents.conditioning), back)
+        return x_s, match, dm_loss(x_s, match.target, match.n)
 
     def train_ambient_fake_score(self, batch: Batch, state: State, x_s: Tensor, learn: Learn) -> dict[str, Tensor]:
         """Ambient matching of the fake score on transitions, ``matching.fake_score_updates`` times.

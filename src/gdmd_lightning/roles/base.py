@@ -110,7 +110,7 @@ class Roles(nn.Module, ABC):
 
     def logits(self, role: str, features: Tensor, *, through: bool = False) -> Tensor:
         """Logits ``[B]`` of a head on features ``[B, tokens, D]``; gradient as in :meth:`velocity`."""
-        gradient = torch.is_grad_enabled() and (role == self.learner or through)
+        gradient = self._carries_gradient(role, through)
         with torch.set_grad_enabled(gradient), nullcontext() if role == self.learner else self._frozen(role):
             logits: Tensor = self.get_submodule(role)(features)
             return logits
@@ -125,7 +125,7 @@ class Roles(nn.Module, ABC):
         through: bool,
     ) -> Tensor:
         self.evaluations[role] += len(latents) * passes
-        gradient = torch.is_grad_enabled() and (role == self.learner or through)
+        gradient = self._carries_gradient(role, through)
         with self._active(role, adapter_scale) as network, torch.set_grad_enabled(gradient):
             if gradient:
                 with nullcontext() if role == self.learner else self._frozen(role):
@@ -133,6 +133,9 @@ class Roles(nn.Module, ABC):
             return in_micro_batches(
                 lambda rows: call(network, latents.select(rows)), len(latents), self.micro_batch_size
             )
+
+    def _carries_gradient(self, role: str, through: bool) -> bool:
+        return torch.is_grad_enabled() and (role == self.learner or through)
 
     @contextmanager
     def _frozen(self, role: str) -> Iterator[None]:
