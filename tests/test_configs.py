@@ -98,7 +98,7 @@ OVERLAYS = sorted(path.name for path in shipped_configs().glob("shapes_*.yaml") 
 
 def leaves(values, at=()):
     """Paths and values of a nested mapping."""
-    if isinstance(values, dict) and values:
+    if isinstance(values, dict):
         return {path: leaf for key, value in values.items() for path, leaf in leaves(value, (*at, key)).items()}
     return {at: values}
 
