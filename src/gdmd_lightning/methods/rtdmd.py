@@ -32,7 +32,7 @@ class RTDMD(AmbientModule):
         family: The teacher's pipeline.
         reward: Judges samples; must be differentiable unless ``refl_weight`` is 0.
         grpo: Rollouts and the clipped ratio.
-        advantages: How rewards become advantages.
+        sample_advantages: How rewards become advantages.
         grpo_weight: Weight of the policy gradient, at least 0.
         matching_weight: Weight of AC-DMD's loss at the last step, at least 0.
         refl_weight: Weight of the reward's own gradient through the last step, at least 0; 0 for none.
@@ -51,7 +51,7 @@ class RTDMD(AmbientModule):
         family: ModelFamily,
         reward: Reward,
         grpo: GRPO = GRPO(CPS(), clip=1e-5, log_prob="squared_error", train_steps=2),
-        advantages: SampleAdvantages = SampleAdvantages(),
+        sample_advantages: SampleAdvantages = SampleAdvantages(),
         grpo_weight: float = 1.0,
         matching_weight: float = 1e-3,
         refl_weight: float = 1e-4,
@@ -73,7 +73,7 @@ class RTDMD(AmbientModule):
                 where="model.matching.fake_score_samples",
                 remedy="use reused",
             )
-        self.grpo, self.advantages, self.margin = grpo, advantages, margin
+        self.grpo, self.sample_advantages, self.margin = grpo, sample_advantages, margin
         self.grpo_weight, self.matching_weight, self.refl_weight = grpo_weight, matching_weight, refl_weight
         self.needs_groups = grpo_weight > 0
         self.judge = self.judge_with(reward)
@@ -82,7 +82,7 @@ class RTDMD(AmbientModule):
         """Roll out and judge once; one generator step on all terms; then the fake score's steps."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        rewards, advantages = self.advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        rewards, advantages = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps")) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
