@@ -88,6 +88,14 @@ def test_refl_adds_the_rewards_own_gradient_on_the_matched_samples(weight):
     assert prompts == world.batch.prompts
 
 
+def test_refl_judges_each_micro_batch_with_its_own_prompts():
+    world = dmdr(micro_batch_size=5)
+    world.update()
+    asked = world.module.judge.reward.asked
+    assert [len(images) for images, _ in asked] == [5, 5, 2]
+    assert [prompt for _, prompts in asked for prompt in prompts] == list(world.batch.prompts)
+
+
 def test_refl_margin_drops_samples_that_are_good_enough():
     world = dmdr(margin=-1e6)
     near(world.update()[1][0].gradient, without_reward(world), rtol=1e-12)

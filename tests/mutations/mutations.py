@@ -843,7 +843,7 @@ MUTATIONS = [
         ("nft optimality of other rows", "o[rows])", "o[: len(latents)])"),
         ("nft samples of other rows", "self.nft, x0[rows]", "self.nft, x0[: len(latents)]"),
         ("nft one noise for all levels", 'self.stream("renoise", turn)', 'self.stream("renoise")'),
-        ("nft level of the next step", "self.sigmas[step]", "self.sigmas[(step + 1) % self.steps]"),
+        ("nft level of the next step", "self.sigmas[step]", "self.sigmas[step + 1]"),
         ("nft kl to the average", 'self.roles.velocity("teacher", latents)', 'self.roles.velocity("ema", latents)'),
         ("nft kl weight ignored", "loss = loss + self.kl_weight * kl", "loss = loss + kl"),
         ("nft levels summed, not averaged", "share / index.shape[1]", "share"),
