@@ -150,7 +150,6 @@ MUTATIONS = [
             "state.latents.select(slice(0, rows.stop - rows.start))",
         ),
         ("rtdmd: levels of other rows", "draw.select(rows)", "draw.select(slice(0, len(latents)))"),
-        ("rtdmd: noise back of other rows", "back[rows])", "back[: len(latents)])"),
         ("rtdmd: share forgotten", "backward(share * loss)", "backward(loss)"),
         ("rtdmd: fresh samples accepted", 'fake_score_samples != "reused"', 'fake_score_samples == "other"'),
         ("rtdmd: too few steps accepted", "grpo.check_steps(self.steps)", "grpo.check_steps(9)"),

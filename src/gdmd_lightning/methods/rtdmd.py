@@ -86,7 +86,7 @@ class RTDMD(AmbientModule):
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps")) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
-        s, draw, back = self.ends(state), self.draw_renoise(state), self.noise(batch, "transition back")
+        s, draw = self.ends(state), self.draw_renoise(state)
         logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": path.x0.std()}
         with learn("generator") as backward:
             for k in steps:
@@ -97,8 +97,8 @@ class RTDMD(AmbientModule):
                     weighted_sum(logs, weight, policy_loss=loss, clipped=clipped)
             for rows, share in self.micro_batches(len(batch)):
                 latents = state.latents.select(rows)
-                none = torch.zeros_like(latents.x)  # the last step is deterministic
-                x, match, matching = self.transition_loss(latents, s[rows], draw.select(rows), none, back[rows])
+                none = torch.zeros_like(latents.x)  # a step to level 0 is deterministic, there and back
+                x, match, matching = self.transition_loss(latents, s[rows], draw.select(rows), none, none)
                 loss = self.matching_weight * matching
                 if self.refl_weight > 0:
                     refl = refl_loss(self.judge(x, batch.prompts[rows], gradient=True), self.margin)

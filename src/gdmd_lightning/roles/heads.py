@@ -28,5 +28,5 @@ class FeatureHead(nn.Module):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.layers(features.to(self.layers[0].weight.dtype))
+        logits: Tensor = self.layers(features.to(next(self.parameters()).dtype))
         return logits.mean((1, 2))
