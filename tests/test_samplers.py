@@ -414,6 +414,7 @@ def test_trajectory_select_keeps_the_rows_of_every_state_and_step() -> None:
     assert len(part.states) == 5
     for k in range(3):
         assert torch.equal(part.log_prob(k), path.log_prob(k)[1:])
+        assert torch.equal(part.transitions[k].sample, path.transitions[k].sample[1:])
         torch.testing.assert_close(part.redo(predict, k).mean, path.redo(predict, k).mean[1:])
 
 
