@@ -9,6 +9,8 @@ import torch
 import yaml
 
 from gdmd_lightning.cli import main
+from gdmd_lightning.configuration.restore import build_module
+from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.locations import shipped_configs
 
 REAL = {
@@ -89,6 +91,29 @@ def test_config_of_a_published_model_plans_and_trains_on_a_tiny_pipeline(
     assert state["global_step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["state_dict"].values())
     assert len(list((tmp_path / "runs").glob("*_embeddings/*.safetensors"))) == (overlay == "lora_24gb")
+
+
+OVERLAYS = sorted(path.name for path in shipped_configs().glob("shapes_*.yaml") if path.name != "shapes_teacher.yaml")
+
+
+def leaves(values, at=()):
+    """Paths and values of a nested mapping."""
+    if isinstance(values, dict):
+        return {path: leaf for key, value in values.items() for path, leaf in leaves(value, (*at, key)).items()}
+    return {at: values}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_of_a_method_on_shapes_builds_that_method_with_its_values(overlay):
+    written = yaml.safe_load((shipped_configs() / overlay).read_text())["model"]
+    parsed = parse(["--config", "shapes.yaml", "--config", overlay]).model
+    assert type(build_module(parsed)).__name__ == written["class_path"]
+    found = leaves(parsed.as_dict()["init_args"])
+    for path, value in leaves(written.get("init_args", {})).items():
+        if path[-1] == "class_path":
+            assert found[path].rsplit(".", 1)[-1] == value
+        else:
+            assert found[path] == value, path
 
 
 @pytest.mark.slow

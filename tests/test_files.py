@@ -39,7 +39,7 @@ def test_atomic_file_flushes_the_file_before_the_rename_and_the_directory_after_
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), flush(file)))
     monkeypatch.setattr(os, "replace", lambda one, other: (done.append("rename"), replace(one, other)))
     write_atomically(tmp_path / "b.txt", "one")
-    assert [Path(each).name for each in done] == ["b.txt.part", "rename", tmp_path.name]
+    assert [Path(each).name for each in done] == [temporary_name(tmp_path / "b.txt").name, "rename", tmp_path.name]
 
 
 KILLED = """

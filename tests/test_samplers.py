@@ -17,6 +17,7 @@ from gdmd_lightning.samplers import (
     Sampler,
     Trajectory,
     Transition,
+    draws_noise,
     rollout,
     step_cps,
     step_ode,
@@ -386,3 +387,39 @@ def test_sde_with_one_step_is_euler() -> None:
 )
 def test_sampler_names_the_scheduler_that_repeats_it(sampler: Sampler, stochastic: bool, scheduler: str | None) -> None:
     assert (sampler.stochastic, sampler.scheduler) == (stochastic, scheduler)
+
+
+def test_squared_error_log_prob_is_the_gaussian_ones_without_its_scale_and_constants() -> None:
+    """RTDMD's convention: differences of log-probabilities differ by the factor 2 std^2."""
+    step = Transition(X, torch.tensor([0.5, 1.0, 2.0], dtype=F64), X)
+    near, far = X + NOISE / 10, X + V
+    assert torch.equal(step.log_prob(X, "squared_error"), torch.zeros(3, dtype=F64))
+    torch.testing.assert_close(step.log_prob(far, "squared_error"), -V.square().mean((1, 2, 3)))
+    gaussian = step.log_prob(near) - step.log_prob(far)
+    plain = step.log_prob(near, "squared_error") - step.log_prob(far, "squared_error")
+    torch.testing.assert_close(plain, gaussian * 2 * step.std**2)
+
+
+def test_trajectory_log_prob_takes_both_conventions() -> None:
+    path, _ = trajectory(CPS(0.9))
+    error = (path.states[2] - path.transitions[1].mean).square().mean((1, 2, 3))
+    assert torch.equal(path.log_prob(1, "squared_error"), -error)
+    assert not torch.allclose(path.log_prob(1), path.log_prob(1, "squared_error"))
+
+
+def test_trajectory_select_keeps_the_rows_of_every_state_and_step() -> None:
+    path, predict = trajectory(CPS(0.9))
+    part = path.select(slice(1, 3))
+    assert torch.equal(part.x0, path.x0[1:])
+    assert len(part.states) == 5
+    for k in range(3):
+        assert torch.equal(part.log_prob(k), path.log_prob(k)[1:])
+        assert torch.equal(part.transitions[k].sample, path.transitions[k].sample[1:])
+        torch.testing.assert_close(part.redo(predict, k).mean, path.redo(predict, k).mean[1:])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "noisy"), [(ODE(), False), (CPS(0.0), False), (CPS(0.1), True), (SDE(0.7), True), (Renoise(), True)]
+)
+def test_draws_noise_tells_whether_steps_have_a_density(sampler: Sampler, noisy: bool) -> None:
+    assert draws_noise(sampler) == noisy

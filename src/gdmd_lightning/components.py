@@ -6,12 +6,20 @@ Importing this registers them with jsonargparse; none of these modules imports d
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.evaluation_budget import EvaluationBudget
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
+from gdmd_lightning.data.images import CaptionedImages, ShapesImages
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
+from gdmd_lightning.methods.dmdr import DMDR
+from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.gndm import GNDM, GNDMR
+from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.refl import ReFL
+from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.clip import ContrastiveReward
 from gdmd_lightning.rewards.combine import CombinedReward
@@ -20,14 +28,23 @@ from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
 from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
 
 __all__ = [
+    "ACDMD",
     "CPS",
     "DMD",
+    "DMD2",
+    "DMDR",
     "GDMD",
+    "GNDM",
+    "GNDMR",
     "ODE",
+    "RTDMD",
     "SDE",
+    "CaptionedImages",
     "CombinedReward",
     "ContrastiveReward",
+    "DiffusionNFT",
     "EvaluationBudget",
+    "FlowGRPO",
     "Flux2Family",
     "Flux2KleinFamily",
     "GenEvalScore",
@@ -39,6 +56,7 @@ __all__ = [
     "RewardScore",
     "SD3Family",
     "SDXLFamily",
+    "ShapesImages",
     "ShapesReward",
     "Uniform",
     "UniformTimestep",

@@ -107,13 +107,13 @@ class Batch:
         prompts: One per sample.
         groups: Index of each sample's prompt, ``[B]`` from 0 without gaps, on the CPU.
         conditioning: ``B`` rows, on the device.
-        images: Real images ``[B, 3, H, W]`` in [0, 1], for methods that need them.
+        real_x0: Latents of real images of the prompts, ``[B, C, H, W]``, for methods that need them.
     """
 
     prompts: tuple[Prompt, ...]
     groups: Tensor
     conditioning: Conditioning
-    images: Tensor | None = None
+    real_x0: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -57,6 +57,7 @@ Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, below=True)]
+OpenLow = Annotated[float, Range(0, 1, above=True)]
 OpenFraction = Annotated[float, Range(0, 1, above=True, below=True)]
 
 

@@ -22,6 +22,9 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``predict(x_sigma [B, ...], sigma [B], rows [B]) -> velocity [B, ...]``; ``rows`` are the indices of the
 samples in the batch, on the CPU."""
 
+LogProb = Literal["gaussian", "squared_error"]
+"""How the log-probability of a step is counted, see :meth:`Transition.log_prob`."""
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -37,13 +40,21 @@ class Transition:
     std: Tensor
     sample: Tensor
 
-    def log_prob(self, sample: Tensor) -> Tensor:
-        """Gaussian log-probability of ``sample`` ``[B, ...]`` under this step, averaged over elements, ``[B]``.
+    def log_prob(self, sample: Tensor, form: LogProb = "gaussian") -> Tensor:
+        """Log-probability of ``sample`` ``[B, ...]`` under this step, averaged over elements, ``[B]``.
 
-        A deterministic step has none: the result is infinite or NaN where ``std`` is 0.
+        A deterministic step has none: the Gaussian one is infinite or NaN where ``std`` is 0.
 
-        Source: Flow-GRPO (2505.05470), which averages over elements instead of summing.
+        Args:
+            sample: Where the step led.
+            form: ``gaussian``; or ``squared_error``, ``-(sample - mean)^2`` without ``1 / (2 std^2)`` and constants,
+                whose ratios, and so clip ranges, are on another scale.
+
+        Source: Flow-GRPO (2505.05470), which averages over elements instead of summing; RTDMD's code
+        (2605.26108) for ``squared_error``.
         """
+        if form == "squared_error":
+            return -((sample - self.mean) ** 2).flatten(1).mean(1)
         std = per_sample(self.std, sample)
         log_prob = -((sample - self.mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
         return log_prob.flatten(1).mean(1)
@@ -212,9 +223,14 @@ class Trajectory:
         """The last state: the samples of a full rollout."""
         return self.states[-1]
 
-    def log_prob(self, k: int) -> Tensor:
+    def select(self, rows: slice) -> Trajectory:
+        """The paths of the given samples."""
+        steps = (Transition(step.mean[rows], step.std[rows], step.sample[rows]) for step in self.transitions)
+        return Trajectory(self.sampler, self.sigmas, tuple(x[rows] for x in self.states), tuple(steps))
+
+    def log_prob(self, k: int, form: LogProb = "gaussian") -> Tensor:
         """Log-probability of the ``k``-th step as it was taken, ``[B]``, see :meth:`Transition.log_prob`."""
-        return self.transitions[k].log_prob(self.states[k + 1])
+        return self.transitions[k].log_prob(self.states[k + 1], form)
 
     def redo(self, predict: Predict, k: int) -> Transition:
         """Repeat the ``k``-th step with gradient of ``predict``; only its ``mean`` and ``std`` are useful."""
@@ -267,6 +283,12 @@ def rollout(
         states.append(x)
         transitions.append(step)
     return Trajectory(sampler, sigmas, tuple(states), () if stop is not None else tuple(transitions))
+
+
+def draws_noise(sampler: Sampler) -> bool:
+    """Whether steps above level 0 have a density: not for ODE steps, nor for CPS with ``eta`` 0."""
+    x, sigma = torch.ones(1, 1), torch.ones(1)
+    return bool(sampler.step(x, x, sigma, sigma / 2, x, 0.5).std > 0)
 
 
 def _sigma_max(sigmas: Tensor) -> float:

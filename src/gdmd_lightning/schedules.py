@@ -151,6 +151,25 @@ class LogitNormal(RenoiseDistribution):
         return shift_sigma(torch.sigmoid(self.mean + self.std * z), self.shift).clamp(self.low, self.high)
 
 
+@ranged
+@dataclass(frozen=True)
+class Tilted(RenoiseDistribution):
+    """Another distribution with its quantiles drawn from ``Beta(alpha, beta)`` instead of evenly.
+
+    ``Beta(1, 1)`` changes nothing; more weight falls on high levels where ``alpha > beta``. Of a uniform distribution
+    on [0, 1] this is ``Beta(alpha, beta)`` itself.
+    """
+
+    base: RenoiseDistribution
+    alpha: Positive
+    beta: Positive
+
+    def quantile(self, u: Tensor) -> Tensor:
+        from scipy.special import betaincinv
+
+        return self.base.quantile(torch.from_numpy(betaincinv(self.alpha, self.beta, u.double().numpy())).to(u.dtype))
+
+
 def _check_order(settings: RenoiseDistribution, low: str, high: str) -> None:
     if getattr(settings, low) > getattr(settings, high):
         raise UserError(

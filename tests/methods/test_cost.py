@@ -3,19 +3,37 @@
 import pytest
 import tiny
 
+from gdmd_lightning.data.images import ShapesImages
+from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.advantages import TargetGroup
+from gdmd_lightning.methods.cold_start import ColdStart
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
+from gdmd_lightning.methods.dmdr import DMDR
+from gdmd_lightning.methods.flow_grpo import FlowGRPO
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.gndm import GNDM, GNDMR
+from gdmd_lightning.methods.grpo_terms import GRPO
+from gdmd_lightning.methods.nft import DiffusionNFT
+from gdmd_lightning.methods.nft_terms import NFT
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.reward_terms import Policy
-from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.methods.rtdmd import RTDMD
+from gdmd_lightning.methods.settings import Consistency, Matching
+from gdmd_lightning.roles import LoRA
 
 B, K, C, UPDATES = 8, 4, 3, 2
 ROLLOUT = B * (K - 1) / 2 + B
 
 
-def cost(pipeline, method, fake_score_samples="reused", guidance_scale=3.0, **options) -> dict[str, float]:
-    matching = Matching(fake_score_updates=C, fake_score_samples=fake_score_samples, guidance_scale=guidance_scale)
+def cost(pipeline, method, fake_score_samples="reused", guidance_scale=3.0, settings=None, **options):
+    """Evaluations per update, by role; ``settings`` are further ones of the matching."""
+    matching = Matching(
+        fake_score_updates=C,
+        fake_score_samples=fake_score_samples,
+        guidance_scale=guidance_scale,
+        **(settings or {}),
+    )
     module = tiny.module(pipeline, method, matching=matching, steps=K, **options)
     tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
     return {role: count / UPDATES for role, count in module.roles.evaluations.items()}
@@ -27,6 +45,11 @@ def test_dmd_evaluations_equal_the_closed_form(tiny_pipeline):
 
 def test_teacher_without_guidance_costs_half(tiny_pipeline):
     assert cost(tiny_pipeline, DMD, guidance_scale=1.0)["teacher"] == B
+
+
+def test_guidance_at_its_own_levels_costs_another_conditional_evaluation(tiny_pipeline):
+    found = cost(tiny_pipeline, DMD, settings={"guidance_levels": "above"})
+    assert found == {"generator": ROLLOUT, "teacher": 3 * B, "fake_score": B + C * B}
 
 
 def test_fresh_fake_score_samples_cost_a_rollout_each(tiny_pipeline):
@@ -78,6 +101,35 @@ def test_prompts_are_encoded_once_in_a_run(tiny_pipeline, tmp_path):
     assert sorted(encoded) == ["", "a blue triangle", "a green square", "a red circle"]
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_gndm_costs_what_dmd_costs(tiny_pipeline, size):
+    """In micro-batches its samples are computed twice, since groups are matched whole."""
+    found = cost(tiny_pipeline, GNDM, micro_batch_size=size)
+    assert found == {"generator": ROLLOUT + (B if size else 0), "teacher": 2 * B, "fake_score": B + C * B}
+
+
+def test_gndmr_also_asks_both_policies(tiny_pipeline):
+    found = cost(tiny_pipeline, GNDMR, reward=tiny.Brightness())
+    assert found == {"generator": ROLLOUT + B, "teacher": 2 * B, "fake_score": B + C * B, "old": B}
+
+
+@pytest.mark.parametrize(("weight", "passes"), [(0.0, 1), (0.01, 3)])
+def test_ac_dmd_consistency_costs_two_evaluations_per_fake_score_update(tiny_pipeline, weight, passes):
+    found = cost(tiny_pipeline, ACDMD, settings={"interval": "step"}, consistency=Consistency(weight))
+    assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": B + C * passes * B}
+
+
+def test_dmd2_asks_the_fake_score_for_features(tiny_pipeline):
+    """Of each sample in the generator's step, of real and generated latents in each of the fake score's steps."""
+    found = cost(tiny_pipeline, DMD2, images=ShapesImages())
+    assert found == {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": 2 * B + 3 * C * B}
+
+
+def test_rtdmd_evaluates_full_rollouts_and_some_of_their_steps_again(tiny_pipeline):
+    found = cost(tiny_pipeline, RTDMD, settings={"interval": "step"}, reward=tiny.Brightness())
+    assert found == {"generator": K * B + 2 * B + B, "teacher": 2 * B, "fake_score": B + 3 * C * B}
+
+
 def test_refl_evaluations_are_the_rollouts_only(tiny_pipeline):
     module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=K)
     tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
@@ -88,3 +140,46 @@ def test_gdmd_in_micro_batches_computes_its_samples_twice(tiny_pipeline):
     policy = Policy(form="weighted")
     found = cost(tiny_pipeline, GDMD, policy=policy, targets=TargetGroup(2), micro_batch_size=3)
     assert found == {"generator": ROLLOUT + B, "teacher": 4 * B, "fake_score": 2 * B + C * B}
+
+
+def policy_cost(pipeline, method, **options) -> dict[str, float]:
+    module = tiny.module(pipeline, method, reward=tiny.Brightness(), steps=K, **options)
+    tiny.train(module, UPDATES, data={"batch_size": B, "group_size": B // K})
+    return {role: count / UPDATES for role, count in module.roles.evaluations.items()}
+
+
+@pytest.mark.parametrize(("train_steps", "trained"), [(None, K - 1), (2, 2)])
+@pytest.mark.parametrize(("kl_weight", "base"), [(0.04, 1), (0.0, 0)])
+def test_flow_grpo_evaluations_equal_the_closed_form(tiny_pipeline, train_steps, trained, kl_weight, base):
+    grpo = GRPO(train_steps=train_steps)
+    found = policy_cost(tiny_pipeline, FlowGRPO, grpo=grpo, kl_weight=kl_weight, inner_epochs=2)
+    expected = {"generator": K * B + 2 * trained * B, "teacher": base * 2 * trained * B}
+    assert found == {role: count for role, count in expected.items() if count}
+
+
+@pytest.mark.parametrize(("train_steps", "trained"), [(None, K), (2, 2)])
+@pytest.mark.parametrize(("kl_weight", "base"), [(1e-4, 1), (0.0, 0)])
+def test_nft_evaluations_equal_the_closed_form(tiny_pipeline, train_steps, trained, kl_weight, base):
+    found = policy_cost(tiny_pipeline, DiffusionNFT, nft=NFT(train_steps=train_steps), kl_weight=kl_weight)
+    expected = {"generator": trained * B, "old": K * B + trained * B, "teacher": base * trained * B}
+    assert found == {role: count for role, count in expected.items() if count}
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({}, {}),
+        ({"joint": "grpo", "grpo": GRPO(train_steps=2)}, {"generator": K * B + 2 * B}),
+        ({"joint": "nft"}, {"generator": K * B, "old": 2 * K * B}),
+    ],
+    ids=["refl", "grpo", "nft"],
+)
+def test_dmdr_costs_what_dmd_costs_and_its_reward_term(tiny_pipeline, options, more):
+    expected = {"generator": ROLLOUT, "teacher": 2 * B, "fake_score": B + C * B}
+    expected = {role: expected.get(role, 0) + more.get(role, 0) for role in {**expected, **more}}
+    assert cost(tiny_pipeline, DMDR, reward=tiny.Brightness(), **options) == expected
+
+
+def test_cold_start_asks_the_fake_score_in_place_of_the_teacher(tiny_pipeline):
+    options = {"reward": tiny.Brightness(), "lora": LoRA(2, 4), "cold_start": ColdStart(ramp=5)}
+    assert cost(tiny_pipeline, DMDR, **options) == {"generator": ROLLOUT, "fake_score": 3 * B + C * B}

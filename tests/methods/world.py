@@ -39,12 +39,13 @@ class GaussianNetwork(nn.Module):
         super().__init__()
         self.gain, self.shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.zeros(SHAPE))
         self.register_buffer("variance", torch.tensor(0.5))
+        self.tap = nn.Identity()
 
     def forward(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
         sigma = sigma.view(-1, 1, 1, 1)
         mean = self.gain * c[:, :, None, None] + self.shift
         surprise = (x - (1 - sigma) * mean) / ((1 - sigma) ** 2 * self.variance + sigma**2)
-        return sigma * surprise - (mean + (1 - sigma) * self.variance * surprise)
+        return self.tap(sigma * surprise - (mean + (1 - sigma) * self.variance * surprise))
 
 
 class GaussianFamily(ModelFamily):
@@ -71,7 +72,15 @@ class GaussianFamily(ModelFamily):
         return torch.einsum("pc,bchw->bphw", COLORS.to(latents), latents)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """A linear map; images of this world are as small as their latents."""
+        return images[:, :2] - 0.5 * images[:, 2:]
+
+    def feature_module(self, network: Any) -> nn.Module:
+        """Features are the velocity, one token per position."""
+        return network.tap
+
+    def feature_width(self, network: nn.Module) -> int:
+        return 2
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -171,7 +180,7 @@ class World:
         self.roles: Any = self.module.roles
         dtype = torch.get_default_dtype()
         self.roles.to(dtype)
-        for k, spec in enumerate(self.roles.specs):
+        for k, spec in enumerate(spec for spec in self.roles.specs if spec.head is None):
             self.set(spec.name, gain=0.6 + 0.1 * k, shift=0.3 - 0.15 * k, variance=0.35 + 0.1 * k)
         texts = [text for text in TEXTS[:prompts] for _ in range(each)]
         self.batch = self.batch_of(texts, each)
@@ -265,6 +274,33 @@ class World:
             return answer
 
         self.roles.velocity = velocity
+        self._record_guidance()
+
+    def _record_guidance(self) -> None:
+        """Questions about guidance alone are those to the role ``<role> guidance``."""
+        ask: Callable[..., Tensor] = self.roles.guidance
+
+        def guidance(role: str, latents: NoisyLatents, scale: float) -> Tensor:
+            c = latents.conditioning.sequence[:, 0].clone()
+            x = latents.x.detach().clone()
+            self.asked.append(Question(f"{role} guidance", x, latents.sigma, c, scale, self.roles.learner, False))
+            return ask(role, latents, scale)
+
+        self.roles.guidance = guidance
+        self._record_features()
+
+    def _record_features(self) -> None:
+        """Questions about features are those to the role ``<role> features``."""
+        ask: Callable[..., Tensor] = self.roles.features
+
+        def features(role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
+            answer = ask(role, latents, through=through)
+            c, x = latents.conditioning.sequence[:, 0].clone(), latents.x.detach().clone()
+            learner, name = self.roles.learner, f"{role} features"
+            self.asked.append(Question(name, x, latents.sigma, c, 1.0, learner, answer.requires_grad))
+            return answer
+
+        self.roles.features = features
 
 
 def noise_in(question: Question, x: Tensor) -> Tensor:

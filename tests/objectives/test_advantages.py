@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdmd_lightning.objectives.advantages import Spread, center_within, group_advantages, group_mean
+from gdmd_lightning.objectives.advantages import (
+    Spread,
+    center_within,
+    decoupled_advantages,
+    group_advantages,
+    group_mean,
+)
 from gdmd_lightning.objectives.policy import gradient_weight, optimality
 
 SPREADS = get_args(Spread)
@@ -114,3 +120,40 @@ def test_center_within_leaves_zero_mean_in_every_stratum() -> None:
     strata = torch.arange(3).repeat(3)
     mean = group_mean(center_within(rewards(), strata), strata)
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-15)
+
+
+# Several rewards, each normalized on its own (GDPO).
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_decoupled_advantages_of_one_reward_are_the_joint_ones_up_to_the_batchs_scale(spread: Spread) -> None:
+    joint = group_advantages(rewards(), GROUPS, spread)
+    found = decoupled_advantages(rewards()[:, None], torch.tensor([2.5]), GROUPS, spread)
+    torch.testing.assert_close(found, joint / joint.square().mean().sqrt())
+
+
+def test_decoupled_advantages_do_not_depend_on_the_rewards_scales() -> None:
+    two, weights = torch.stack([rewards(0), rewards(1)], dim=1), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    found = decoupled_advantages(two, weights, GROUPS)
+    torch.testing.assert_close(decoupled_advantages(two * torch.tensor([1.0, 1000.0]), weights, GROUPS), found)
+    joint = group_advantages(two @ weights, GROUPS, "group")
+    assert not torch.allclose(group_advantages(two @ (weights * torch.tensor([1.0, 1000.0])), GROUPS, "group"), joint)
+
+
+def test_decoupled_advantages_are_the_weighted_sum_over_the_batchs_spread() -> None:
+    two, weights = torch.stack([rewards(0), rewards(1)], dim=1), torch.tensor([1.0, -0.5], dtype=torch.float64)
+    total = sum(w * group_advantages(two[:, k], GROUPS, "group") for k, w in enumerate(weights))
+    torch.testing.assert_close(decoupled_advantages(two, weights, GROUPS), total / total.square().mean().sqrt())
+
+
+def test_decoupled_advantages_tell_apart_what_sums_confuse() -> None:
+    """Of (0, 2) and (2, 0) against rewards of different spreads the sum is the same, the advantage is not."""
+    two = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, -2.0], [0.0, 4.0]], dtype=torch.float64)
+    group, one = torch.zeros(4, dtype=torch.long), torch.ones(2, dtype=torch.float64)
+    assert group_advantages(two.sum(1), group)[0] == group_advantages(two.sum(1), group)[1]
+    found = decoupled_advantages(two, one, group)
+    assert found[0] < found[1]
+
+
+def test_decoupled_advantages_of_equal_rewards_are_zero() -> None:
+    assert torch.equal(decoupled_advantages(torch.full((9, 2), 0.1), torch.ones(2), GROUPS), torch.zeros(9))

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.objectives.distribution_matching import dm_loss
-from gdmd_lightning.objectives.policy import gradient_weight, optimality, policy_loss, policy_pair
+from gdmd_lightning.objectives.policy import (
+    gradient_weight,
+    mean_absolute_error,
+    nft_loss,
+    optimality,
+    policy_loss,
+    policy_pair,
+)
 from gdmd_lightning.schedules import x0_from_velocity
 
 BATCH, GROUP = 3, 4
@@ -141,3 +148,41 @@ def test_gradient_weight_is_negative_only_above_strength_one() -> None:
     o = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert (gradient_weight(o, 1.0) >= 0).all()
     assert (gradient_weight(o, 1.5) < 0).any()
+
+
+# DiffusionNFT's loss on samples.
+
+
+def nft_arguments(o: float = 0.7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *(random(*SHAPE, seed=seed) for seed in (1, 2, 3)), torch.full((BATCH,), o, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("beta", "advantage_clip"), [(1.0, 5.0), (0.1, 2.0)])
+def test_nft_loss_divides_each_squared_error_by_its_own_size(beta: float, advantage_clip: float) -> None:
+    plus, minus, x0, o = nft_arguments()
+    expected = 0.0
+    for i in range(BATCH):
+        toward, away = (plus[i] - x0[i]).flatten(), (minus[i] - x0[i]).flatten()
+        expected += 0.7 * (toward @ toward) / toward.abs().sum() + 0.3 * (away @ away) / away.abs().sum()
+    torch.testing.assert_close(nft_loss(plus, minus, x0, o, beta, advantage_clip), advantage_clip * expected / beta / 3)
+
+
+def test_nft_loss_does_not_differentiate_the_sizes() -> None:
+    plus, minus, x0, o = nft_arguments(1.0)
+    (gradient,) = torch.autograd.grad(nft_loss(plus.requires_grad_(), minus, x0, o, 1.0, 1.0), plus)
+    size = (plus.detach() - x0).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(gradient, 2 * (plus.detach() - x0) / size / plus.numel())
+
+
+def test_mean_absolute_error_is_double_and_floored() -> None:
+    x = torch.zeros(2, 2, 3, 3)
+    y = x.clone()
+    y[1] = 1e-4
+    found = mean_absolute_error(x, y)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor([1e-5, 1e-4], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_nft_loss_of_a_perfect_prediction_is_zero_not_nan() -> None:
+    _, _, x0, o = nft_arguments()
+    assert nft_loss(x0, x0, x0, o, 1.0, 5.0) == 0

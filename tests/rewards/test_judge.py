@@ -141,3 +141,29 @@ def test_metrics_refuse_pictures_that_are_not_finite():
     images[1, 0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="decoded pictures: 1 of 2 pictures are not finite, the first with prompt '1'"):
         RewardScore(Blind()).judge(images, PROMPTS[:2])
+
+
+class Size(Placed):
+    """The images' mean square."""
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        return images.square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_judge_gives_the_parts_of_a_combined_reward_and_decodes_once(size):
+    nested = CombinedReward([Placed(), CombinedReward([Size(), Placed()], [0.5, 2.0])], [1.0, -3.0])
+    family = Doubling()
+    judge = Judge(nested, family, micro_batch_size=size)
+    found = judge.each(LATENTS, PROMPTS)
+    square = (2 * LATENTS).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, torch.stack([expected(), square, expected()], dim=1))
+    assert judge.weights == (1.0, -1.5, -6.0)
+    assert sum(family.batches) == 5
+    torch.testing.assert_close(judge(LATENTS, PROMPTS), found @ torch.tensor(judge.weights))
+
+
+def test_judge_of_a_plain_reward_has_one_part():
+    judge = Judge(Placed(), Doubling())
+    assert judge.weights == (1.0,)
+    assert torch.equal(judge.each(LATENTS, PROMPTS)[:, 0], judge(LATENTS, PROMPTS))

@@ -108,6 +108,14 @@ class ModelFamily(ABC):
         """
         return None
 
+    def feature_width(self, network: nn.Module) -> int:
+        """``D`` of :meth:`features`.
+
+        Raises:
+            UserError: If the family does not implement this.
+        """
+        raise UserError(f"{type(self).__name__} has no features", where="family", remedy="implement feature_width()")
+
     @abstractmethod
     def _encode(self, texts: Sequence[str]) -> Conditioning:
         """Embed prompts. :meth:`encode` calls this, without gradient, unless the encoders are freed."""
@@ -273,10 +281,27 @@ class ModelFamily(ABC):
         """
         if guidance_scale == 1.0:
             return self._call_network(network, x_sigma, sigma, conditioning)
+        unconditional, conditional = self._both_velocities(network, x_sigma, sigma, conditioning)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def guidance(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """What guidance adds to the velocity, ``(w - 1)(c - u)``; two network evaluations per sample.
+
+        Arguments and shape as in :meth:`predict_velocity`.
+        """
+        unconditional, conditional = self._both_velocities(network, x_sigma, sigma, conditioning)
+        return (guidance_scale - 1) * (conditional - unconditional)
+
+    def _both_velocities(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """Unconditional and conditional velocity in one batched pass, ``[B, C, H, W]`` each."""
         both = Conditioning.concat([self.empty.expand(len(x_sigma)), conditioning])
         v = self._call_network(network, torch.cat([x_sigma, x_sigma]), torch.cat([sigma, sigma]), both)
         unconditional, conditional = v.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return unconditional, conditional
 
     def _call_network(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity in the dtype of ``x_sigma``; the conditioning is cast to the network's dtype."""

@@ -141,6 +141,9 @@ class Flux2KleinFamily(ModelFamily):
         blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
         return blocks[len(blocks) // 2]
 
+    def feature_width(self, network: Any) -> int:
+        return int(network.config.num_attention_heads * network.config.attention_head_dim)
+
     def _image_tokens(self, output: Any, x_sigma: Tensor) -> Tensor:
         # A single-stream block returns text and image tokens in one sequence, text first.
         return super()._image_tokens(output, x_sigma)[:, -x_sigma[0, 0].numel() :]
@@ -259,6 +262,15 @@ class Flux2Family(Flux2KleinFamily):
         cast = conditioning.cast(next(network.parameters()).dtype)
         guidance = torch.full_like(sigma, guidance_scale)
         return self._call_transformer(network, x_sigma, sigma, cast, guidance).to(x_sigma.dtype)
+
+    def guidance(
+        self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """The velocity at ``guidance_scale`` minus that at 1."""
+        guided, plain = (
+            self.predict_velocity(network, x_sigma, sigma, conditioning, scale) for scale in (guidance_scale, 1.0)
+        )
+        return guided - plain
 
     def velocity(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self._call_transformer(network, x_sigma, sigma, conditioning, torch.ones_like(sigma))

@@ -98,6 +98,9 @@ class SD3Family(ModelFamily):
         blocks = network.transformer_blocks
         return blocks[len(blocks) // 2]
 
+    def feature_width(self, network: Any) -> int:
+        return int(network.config.num_attention_heads * network.config.attention_head_dim)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         config, factor = self.loaded.transformer.config, self.loaded.vae_scale_factor
         self.grid(config, self.loaded.vae.config).check(height, width)

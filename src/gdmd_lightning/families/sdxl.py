@@ -121,6 +121,9 @@ class SDXLFamily(ModelFamily):
         """The middle block of the UNet."""
         return network.mid_block
 
+    def feature_width(self, network: Any) -> int:
+        return int(network.config.block_out_channels[-1])
+
     def timestep(self, sigma: Tensor) -> Tensor:
         """Convert sigmas to the network's time.
 

@@ -1,7 +1,8 @@
-"""Groups of targets, and how their rewards become advantages."""
+"""Groups of targets, and how the rewards of targets and of samples become advantages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +10,16 @@ import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.objectives.advantages import Spread, center_within, group_advantages, group_mean
+from gdmd_lightning.objectives.advantages import (
+    Spread,
+    center_within,
+    decoupled_advantages,
+    group_advantages,
+    group_mean,
+)
+from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, Positive, ranged
+from gdmd_lightning.rewards.judge import Judge
 
 
 @ranged
@@ -128,6 +137,38 @@ class TargetAdvantages:
         if self.compare == "prompt":
             return groups.repeat_interleave(size)
         return torch.arange(len(groups), device=groups.device).repeat_interleave(size)
+
+
+@dataclass(frozen=True)
+class SampleAdvantages:
+    """How rewards of samples become advantages within the samples of a prompt.
+
+    Args:
+        spread: Standard deviation to divide by, see :func:`group_advantages`.
+        rewards: Several rewards (:class:`CombinedReward`) are normalized ``jointly``, as their weighted sum, or
+            ``separately``, before they are summed, so that none decides by its scale; then the sum is divided by the
+            batch's standard deviation (GDPO, 2601.05242, with ``spread: group``).
+    """
+
+    spread: Spread = "batch"
+    rewards: Literal["jointly", "separately"] = "jointly"
+
+    def __call__(self, judge: Judge, x0: Tensor, prompts: Sequence[Prompt], groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards and advantages of samples, ``[B]`` each.
+
+        Args:
+            judge: Scores the samples.
+            x0: Samples, ``[B, C, H, W]``.
+            prompts: One per sample.
+            groups: Index of each sample's prompt, ``[B]``.
+        """
+        groups = groups.to(x0.device)
+        if self.rewards == "jointly":
+            total = judge(x0, prompts)
+            return total, group_advantages(total, groups, self.spread)
+        each = judge.each(x0, prompts)
+        weights = each.new_tensor(judge.weights)
+        return (each * weights).sum(1), decoupled_advantages(each, weights, groups, self.spread)
 
 
 def _over_rms(difference: Tensor, floor: float = 1e-4) -> Tensor:

@@ -56,6 +56,8 @@ class DistillationModule(RoleModule, ABC):
     """
 
     judge: Judge | None = None
+    needs_groups: bool = False
+    """Whether the method compares the samples of a prompt, so that a prompt needs several."""
     keeps_record: ClassVar[bool] = False
     """Whether updates carry a record of judged targets."""
 
@@ -70,9 +72,25 @@ class DistillationModule(RoleModule, ABC):
             RoleSpec("ema", average_of="generator", decay=self.ema_decay),
         )
 
+    def setup(self, stage: str) -> None:
+        """Fail early if the method compares the samples of a prompt and the data has one for each."""
+        super().setup(stage)
+        data: Any = self.trainer.datamodule if stage == "fit" else None  # type: ignore[attr-defined]
+        if self.needs_groups and getattr(data, "group_size", 2) < 2:
+            raise UserError(
+                f"it is 1, but {type(self).__name__} compares the samples of a prompt",
+                where="data.group_size",
+                remedy="use at least 2",
+            )
+
     def build_roles(self, network: nn.Module) -> None:
         super().build_roles(network)
         self.sigmas = self.family.few_step_sigmas(self.steps, self.latent_shape)
+
+    @property
+    def fullest_update(self) -> int:
+        """Number of an update that has all parts, for plans of its memory."""
+        return 0
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         if self.judge is not None:
@@ -157,11 +175,13 @@ class DistillationModule(RoleModule, ABC):
             path = rollout(self.predictor("generator", batch.conditioning), noise, self.sigmas, self.sampler, rng, stop)
         return State(NoisyLatents(path.states[-1], self.sigmas[stop].to(noise), batch.conditioning), stop)
 
-    def rollout(self, batch: Batch, purpose: str = "rollout", sampler: Sampler | None = None) -> Trajectory:
-        """Full rollout of the generator from pure noise, without gradient."""
+    def rollout(
+        self, batch: Batch, purpose: str = "rollout", sampler: Sampler | None = None, role: str = "generator"
+    ) -> Trajectory:
+        """Full rollout of the generator, or of another role, from pure noise, without gradient."""
         rng = self.stream(purpose)
         noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)
-        predict = self.predictor("generator", batch.conditioning)
+        predict = self.predictor(role, batch.conditioning)
         with phase("rollout"):
             return rollout(predict, noise, self.sigmas, sampler or self.sampler, rng)
 

@@ -173,6 +173,10 @@ class RoleModule(pl.LightningModule):
         if self.memory.gradient_checkpointing:
             self.roles.checkpoint_activations()
 
+    def real_x0(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Latents of real images of these prompts, ``[B, C, H, W]``; ``None`` if the method needs none."""
+        return None
+
     def only_role(self, role: str) -> None:
         """Build only one role besides the teacher, for sampling and export; call before :meth:`configure_model`."""
         self._only = role
@@ -260,7 +264,7 @@ class RoleModule(pl.LightningModule):
         optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
         before = self.roles.evaluations.total()
         engine = LightningEngine(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
-        done = self.update(Batch(batch.prompts, batch.groups, conditioning), engine)
+        done = self.update(Batch(batch.prompts, batch.groups, conditioning, self.real_x0(batch.prompts)), engine)
         engine.finish()
         self.updates += 1
         self.evaluations += self.roles.evaluations.total() - before

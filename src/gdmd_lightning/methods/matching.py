@@ -6,7 +6,7 @@ Source: DMD (2311.18828), DMD2 (2405.14867).
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,14 +33,23 @@ class RenoiseDraw:
     Args:
         sigma: ``[B, M]``.
         eps: Standard normal, ``[B, M, C, H, W]``.
+        guidance_sigma: Levels of the teacher's guidance, ``[B, M]``; ``None`` where it shares those of the matching.
     """
 
     sigma: Tensor
     eps: Tensor
+    guidance_sigma: Tensor | None = None
 
     def select(self, rows: slice) -> RenoiseDraw:
         """The draws of the given samples."""
-        return RenoiseDraw(self.sigma[rows], self.eps[rows])
+        guidance_sigma = None if self.guidance_sigma is None else self.guidance_sigma[rows]
+        return RenoiseDraw(self.sigma[rows], self.eps[rows], guidance_sigma)
+
+    def with_levels_of(self, rows: Tensor) -> RenoiseDraw:
+        """The same noise at the levels of other samples; ``rows`` names one for each sample, ``[B]`` on the CPU."""
+        rows = rows.to(self.sigma.device)
+        guidance_sigma = None if self.guidance_sigma is None else self.guidance_sigma[rows]
+        return replace(self, sigma=self.sigma[rows], guidance_sigma=guidance_sigma)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Match:
     Args:
         x: The samples, ``[N, C, H, W]``, detached.
         latents: The renoised samples.
-        real: The teacher's ``x0``, ``[N, C, H, W]``.
+        real: The teacher's guided ``x0``, ``[N, C, H, W]``; its guidance may be that of another level.
         fake: The fake score's ``x0``, ``[N, C, H, W]``.
         n: Normalizer, ``[N]``.
     """
@@ -111,6 +120,10 @@ class MatchingModule(DistillationModule, ABC):
         """
         return self.sigmas[state.step_index + 1] if self.matching.interval == "step" else None
 
+    def renoise_law(self, distribution: RenoiseDistribution) -> RenoiseDistribution:
+        """The configured distribution of levels as it is in this update; a method may change it over time."""
+        return distribution
+
     def draw_renoise(self, state: State, group: int = 1, *, share_sigma: bool = False) -> RenoiseDraw:
         """Levels and noise for ``group`` matches of each sample; levels are stratified within a group.
 
@@ -120,10 +133,25 @@ class MatchingModule(DistillationModule, ABC):
             share_sigma: Use one level for all matches of a sample.
         """
         batch, levels = len(state.latents), 1 if share_sigma else group
-        distribution, sigma_min = self.matching.renoise_distribution, self.sigma_min(state)
+        distribution, sigma_min = self.renoise_law(self.matching.renoise_distribution), self.sigma_min(state)
         sigma = draw_renoise_sigmas(distribution, batch, levels, self.stream("level"), sigma_min=sigma_min)
         eps = draw_noise((batch * group, *self.latent_shape), self.stream("renoise"), self.device)
-        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)))
+        guidance_sigma = self._guidance_sigma(state, levels)
+        if guidance_sigma is not None:
+            guidance_sigma = guidance_sigma.expand(batch, group).to(eps)
+        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)), guidance_sigma)
+
+    def _guidance_sigma(self, state: State, levels: int) -> Tensor | None:
+        """Levels of the teacher's guidance, ``[B, levels]`` on the CPU; ``None`` for those of the matching.
+
+        Source: Decoupled DMD (2511.22677): guidance above the generator's own level, matching over all levels.
+        """
+        choice = self.matching.guidance_levels
+        if choice == "shared" or self.matching.guidance_scale == 1.0:
+            return None
+        above = self.sigmas[state.step_index] if choice == "above" else None
+        rng = self.stream("guidance level")
+        return draw_renoise_sigmas(self.matching.renoise_distribution, len(state.latents), levels, rng, sigma_min=above)
 
     @torch.no_grad()
     def match(
@@ -146,9 +174,23 @@ class MatchingModule(DistillationModule, ABC):
         sigma = draw.sigma.flatten()
         latents = NoisyLatents(renoise(x, sigma, draw.eps.flatten(0, 1)), sigma, conditioning.repeat(group))
         with phase("targets"):
-            real = self.roles.x0("teacher", latents, guidance_scale=self.matching.guidance_scale)
+            real = self._ask_teacher(x, latents, draw)
             fake = self._ask(scores, latents, torch.arange(group).repeat(batch))
         return Match(x, latents, real, fake, normalizer(x, real, self.matching.floor))
+
+    def _ask_teacher(self, x: Tensor, latents: NoisyLatents, draw: RenoiseDraw) -> Tensor:
+        """The teacher's guided ``x0``, ``[N, C, H, W]``; guidance at another level is renoised with the same noise.
+
+        ``fake - real = (fake - c) - (w - 1)(c' - u')``; at equal levels ``c + (w - 1)(c - u)`` is the guided ``x0``.
+
+        Source: Decoupled DMD (2511.22677).
+        """
+        scale = self.matching.guidance_scale
+        if draw.guidance_sigma is None:
+            return self.roles.x0("teacher", latents, guidance_scale=scale)
+        sigma = draw.guidance_sigma.flatten()
+        at_guidance = NoisyLatents(renoise(x, sigma, draw.eps.flatten(0, 1)), sigma, latents.conditioning)
+        return self.roles.x0("teacher", latents) + self.roles.guidance("teacher", at_guidance, scale)
 
     def keep_snapshot(self, snapshots: tuple[str, ...], every: int) -> None:
         """Copy the fake score to one of the snapshot roles, in turn, if this update is due.
@@ -195,21 +237,32 @@ class MatchingModule(DistillationModule, ABC):
 
         Source: DMD2 (2405.14867), section 4.2.
         """
-        distribution = self.matching.fake_score_renoise_distribution or self.matching.renoise_distribution
         logs: dict[str, Tensor] = {}
         for turn in range(self.matching.fake_score_updates):
             if self.matching.fake_score_samples == "fresh":
                 state = self.rollout_state(batch, f"critic rollout {turn}")
                 with torch.no_grad():
                     x0 = self.student_x0(state.latents)
-            rng = self.stream("critic", turn)
-            sigma = self._fake_score_sigma(distribution, state, rng).to(x0)
-            eps = draw_noise(tuple(x0.shape), rng, x0.device)
-            latents = NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning)
-            with learn("fake_score") as backward:
-                for rows, share in self.micro_batches(len(x0)):
-                    v = self.roles.velocity("fake_score", latents.select(rows))
-                    loss = velocity_loss(v, x0[rows], eps[rows])
-                    backward(share * loss)
-                    weighted_sum(logs, share / self.matching.fake_score_updates, fake_score_loss=loss)
+            done = self.fake_score_step(batch, state, x0, turn, learn)
+            weighted_sum(logs, 1 / self.matching.fake_score_updates, **done)
         return logs
+
+    def fake_score_step(self, batch: Batch, state: State, x0: Tensor, turn: int, learn: Learn) -> dict[str, Tensor]:
+        """One of the fake score's steps, the ``turn``-th of an update; returns its losses."""
+        latents, eps = self.renoised_for_fake_score(batch, state, x0, turn)
+        logs: dict[str, Tensor] = {}
+        with learn("fake_score") as backward:
+            for rows, share in self.micro_batches(len(x0)):
+                loss = velocity_loss(self.roles.velocity("fake_score", latents.select(rows)), x0[rows], eps[rows])
+                backward(share * loss)
+                weighted_sum(logs, share, fake_score_loss=loss)
+        return logs
+
+    def renoised_for_fake_score(self, batch: Batch, state: State, x0: Tensor, turn: int) -> tuple[NoisyLatents, Tensor]:
+        """Samples ``[B, C, H, W]`` as the fake score sees them in a turn, and their noise."""
+        own = self.matching.fake_score_renoise_distribution
+        distribution = self.renoise_law(own or self.matching.renoise_distribution)
+        rng = self.stream("critic", turn)
+        sigma = self._fake_score_sigma(distribution, state, rng).to(x0)
+        eps = draw_noise(tuple(x0.shape), rng, x0.device)
+        return NoisyLatents(renoise(x0, sigma, eps), sigma, batch.conditioning), eps

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from gdmd_lightning.engines.base import Learn
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
+from gdmd_lightning.methods.reward_terms import refl_loss, require_differentiable
 from gdmd_lightning.ranges import Finite, Positive, ranged
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
@@ -45,10 +45,7 @@ class ReFL(DistillationModule):
         **distillation: Any,
     ) -> None:
         super().__init__(family, **distillation)
-        if not reward.differentiable:
-            raise UserError(
-                f"{reward.name!r} is not differentiable", where="model.reward", remedy="use a differentiable reward"
-            )
+        require_differentiable(reward)
         self.margin, self.weight = margin, weight
         self.judge = self.judge_with(reward)
 
@@ -61,8 +58,7 @@ class ReFL(DistillationModule):
             for rows, share in self.micro_batches(len(batch)):
                 x = self.student_x0(state.latents.select(rows))
                 reward = self.judge(x, batch.prompts[rows], gradient=True)
-                short = -reward if self.margin is None else torch.relu(self.margin - reward)
-                loss = self.weight * short.mean()
+                loss = self.weight * refl_loss(reward, self.margin)
                 backward(share * loss)
                 weighted_sum(logs, share, loss=loss, reward_sample=reward.mean())
         return Update(logs)

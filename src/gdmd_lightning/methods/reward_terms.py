@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import NoisyLatents
 from gdmd_lightning.objectives.distribution_matching import normalizer
 from gdmd_lightning.objectives.policy import policy_loss, policy_pair
 from gdmd_lightning.ranges import Decay, Positive, ranged
+from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.roles import Roles
 from gdmd_lightning.schedules import renoise
 from gdmd_lightning.streams import draw_noise
@@ -76,3 +78,23 @@ def policy_term(
         plus, minus = (at_target.x0(velocity) for velocity in policy_pair(v, v_old, policy.beta))
     scales = (normalizer(plus, y), normalizer(minus, y)) if policy.normalize == "error" else (n, n)
     return policy_loss(plus, minus, y, o, *scales, policy.beta)
+
+
+def refl_loss(rewards: Tensor, margin: float | None) -> Tensor:
+    """``mean relu(margin - r)``, or ``-mean r`` without a margin, of rewards ``[B]`` with gradient.
+
+    Source: ReFL in ImageReward (2304.05977), Algorithm 1.
+    """
+    return (-rewards if margin is None else torch.relu(margin - rewards)).mean()
+
+
+def require_differentiable(reward: Reward) -> None:
+    """Fail if a reward carries no gradient.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if not reward.differentiable:
+        raise UserError(
+            f"{reward.name!r} is not differentiable", where="model.reward", remedy="use a differentiable reward"
+        )

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gdmd_lightning.ranges import Count, NonNegative, Positive, ranged
+import torch
+from torch import Tensor
+
+from gdmd_lightning.ranges import Count, NonNegative, OpenLow, Positive, ranged
 from gdmd_lightning.rewards.judge import Placement
 from gdmd_lightning.schedules import RenoiseDistribution, Uniform
+from gdmd_lightning.streams import draw_noise
+
+LOWEST_LEVEL = 1e-3
+"""At which a network is asked: at 0 there is no noise to predict."""
 
 
 @ranged
@@ -26,6 +33,9 @@ class Matching:
             as in DMD2's code.
         interval: Levels at which a sample is matched and shown to the fake score: ``whole``: all; ``step``: only those
             above the level at which its step ends. Below it the next step takes over.
+        guidance_levels: Levels at which the teacher's guidance is evaluated: ``shared``: those of the matching (DMD);
+            ``above``: drawn for guidance alone, above the level at which the generator's step starts (Decoupled DMD);
+            ``all``: drawn for guidance alone, from the whole distribution. Without guidance there is nothing to draw.
         floor: Lower limit of the normalizer ``n``.
     """
 
@@ -35,7 +45,30 @@ class Matching:
     fake_score_updates: Count = 5
     fake_score_samples: Literal["reused", "fresh"] = "reused"
     interval: Literal["whole", "step"] = "whole"
+    guidance_levels: Literal["shared", "above", "all"] = "shared"
     floor: Positive = 1e-3
+
+
+@ranged
+@dataclass(frozen=True)
+class Consistency:
+    """AC-DMD's consistency term: the fake score should predict the same clean latents before and after a step down.
+
+    Args:
+        weight: Weight of the term; 0 for none, which saves two evaluations of the fake score.
+        reach: Longest step down; steps are uniform up to it and end above 0.
+
+    Source: RTDMD (2605.26108): weight 0.01, 1 to 200 of 1000 timesteps.
+    """
+
+    weight: NonNegative = 0.01
+    reach: OpenLow = 0.2
+
+    def draw(self, t: Tensor, like: Tensor, rng: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+        """Where steps down from levels ``t`` ``[B]`` end, and two independent noises of the shape of ``like``."""
+        down = self.reach * (1 - torch.rand(len(t), generator=rng)).to(t)
+        noises = [draw_noise(tuple(like.shape), rng, like.device) for _ in range(2)]
+        return (t - down).clamp(min=LOWEST_LEVEL), noises
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,30 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
     return torch.where(std > floor, centered / std.clamp(min=floor), torch.zeros_like(centered))
 
 
+def decoupled_advantages(
+    rewards: Tensor, weights: Tensor, groups: Tensor, spread: Spread = "group", floor: float = 1e-4
+) -> Tensor:
+    """``A = sum_k w_k A_k`` over the batch's standard deviation, each ``A_k`` normalized on its own within groups.
+
+    Rewards that are summed first are confused: different combinations give the same advantage, and the reward with
+    the largest spread decides. With one reward this is :func:`group_advantages` up to the batch's scale.
+
+    Args:
+        rewards: ``[N, R]``, one column per reward.
+        weights: ``[R]``.
+        groups: Index of each row's group, ``[N]``, from 0 without gaps.
+        spread: Standard deviation that each reward is divided by.
+        floor: As in :func:`group_advantages`.
+
+    Returns:
+        ``[N]``.
+
+    Source: GDPO (2601.05242), Eqs. 4 to 6.
+    """
+    each = torch.stack([group_advantages(r, groups, spread, floor) for r in rewards.unbind(1)], dim=1)
+    return group_advantages((each * weights).sum(1), groups, "batch", floor)
+
+
 def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
     """Whether all values of each row's group are equal, ``[N]``."""
     start = torch.zeros_like(values)

@@ -18,6 +18,15 @@ def dm_direction(real: Tensor, fake: Tensor) -> Tensor:
     return (fake - real).detach()
 
 
+def dm_reward(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """``R_dm = mean |x - fake|^2 - mean |x - real|^2``: high where the teacher explains a sample better. ``[B]``.
+
+    Source: the idea is that of R_dm (2603.28460); this form is ours.
+    """
+    toward_fake, toward_real = ((x - end).detach().square().flatten(1).mean(1) for end in (fake, real))
+    return toward_fake - toward_real
+
+
 def dm_loss(x: Tensor, target: Tensor, n: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """``mean_B w 0.5 mean_{C,H,W} (x - sg(y))^2 / n``, the distillation loss toward implicit targets.
 

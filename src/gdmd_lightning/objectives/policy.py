@@ -42,6 +42,32 @@ def policy_loss(
     return ((o * toward / n_plus + (1 - o) * away / n_minus) / beta).mean()
 
 
+def mean_absolute_error(x: Tensor, y: Tensor, floor: float = 1e-5) -> Tensor:
+    """``mean_{C,H,W} |x - y|`` per sample, ``[B, ...]`` to ``[B]``: in double precision, without gradient.
+
+    It is at least ``floor``.
+
+    Source: DiffusionNFT's code, which divides each squared error by it.
+    """
+    return (x.detach().double() - y.detach().double()).abs().flatten(1).mean(1).clamp(min=floor)
+
+
+def nft_loss(plus: Tensor, minus: Tensor, x0: Tensor, o: Tensor, beta: float, advantage_clip: float) -> Tensor:
+    """``A_max mean_B [ o E+ + (1 - o) E- ] / b`` with ``E = mean (x - x0)^2 / sg(mean |x - x0|)`` for each policy.
+
+    Args:
+        plus, minus: ``x0`` of the two policies, ``[B, C, H, W]``.
+        x0: Judged samples, ``[B, C, H, W]``; detached here.
+        o: Optimality, ``[B]`` in [0, 1].
+        beta: Strength of the mixture, above 0.
+        advantage_clip: ``A_max``, above 0.
+
+    Source: DiffusionNFT (2509.16117), Eq. 5, with the self-normalization of its section 3.3.
+    """
+    sizes = (mean_absolute_error(plus, x0), mean_absolute_error(minus, x0))
+    return advantage_clip * policy_loss(plus, minus, x0, o, *sizes, beta)
+
+
 def gradient_weight(o: Tensor, strength: float) -> Tensor:
     """``w = 1 + strength (2 o - 1)``, the signed weight of one distillation gradient.
 

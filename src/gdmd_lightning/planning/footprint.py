@@ -83,9 +83,9 @@ class _Unasked(Reward):
 class _PlannedJudge(Judge):
     """Decodes, and stands in for a reward, which cannot score images without pixels."""
 
-    def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    def _score(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
         with phase("decoding"):
-            return self.family.decode(latents).flatten(1).mean(1)
+            return self.family.decode(latents).flatten(1).mean(1, keepdim=True).expand(-1, len(rewards))
 
 
 class _TracedEngine(Engine):
@@ -133,6 +133,7 @@ def plan(
         module.limit_micro_batches(batch_size)
     batch_size *= module.accumulate
     reward = _take_reward(module)
+    module.updates = module.fullest_update
     module.build_roles(module.family.sketch())
     module.to(META)
     if isinstance(module, MatchingModule):
@@ -187,7 +188,8 @@ def _follow(
             modes.enter_context(Autocast(LOWER[precision]))
         modes.enter_context(trace)
         modes.enter_context(listening(trace.phase))
-        batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size))
+        real_x0 = module.real_x0(prompts.prompts)
+        batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size), real_x0)
         module.update(batch, _TracedEngine(module.roles, optimizers))
     return trace.phases
 

@@ -28,6 +28,11 @@ class Reward(ABC):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Score pictures ``[B, 3, H, W]`` in [0, 1]; returns ``[B]`` in float32."""
 
+    @property
+    def parts(self) -> tuple[tuple[Reward, float], ...]:
+        """The rewards that this one is the weighted sum of, each with its weight; itself if it is no sum."""
+        return ((self, 1.0),)
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Check that the prompts contain what the reward needs.
 

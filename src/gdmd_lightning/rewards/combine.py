@@ -35,6 +35,11 @@ class CombinedReward(Reward):
         self.name = "+".join(reward.name for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
 
+    @property
+    def parts(self) -> tuple[tuple[Reward, float], ...]:
+        pairs = zip(self.rewards, self.weights, strict=True)
+        return tuple((part, weight * inner) for reward, weight in pairs for part, inner in reward.parts)
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         # A copy for each, since a reward may change its input in place.
         own = (images.clone() for _ in self.rewards) if len(self.rewards) > 1 else iter([images])

@@ -54,11 +54,17 @@ class Judge:
             UserError: If the reward raises, or returns the wrong shape or non-finite scores.
         """
         if gradient:
-            return self._score(latents, prompts)
-        with torch.no_grad():
-            return in_micro_batches(
-                lambda rows: self._score(latents[rows], prompts[rows]), len(latents), self.micro_batch_size
-            )
+            return self._score(latents, prompts, (self.reward,))[:, 0]
+        return self._in_parts(latents, prompts, (self.reward,))[:, 0]
+
+    def each(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Rewards ``[B, R]`` of the ``R`` parts of a combined reward, unweighted and without gradient; see above."""
+        return self._in_parts(latents, prompts, tuple(reward for reward, _ in self.reward.parts))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the parts of a combined reward, ``R`` of them."""
+        return tuple(weight for _, weight in self.reward.parts)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Fail early if these prompts lack what the reward needs.
@@ -68,12 +74,19 @@ class Judge:
         """
         self.reward.check(prompts)
 
-    def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    @torch.no_grad()
+    def _in_parts(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
+        return in_micro_batches(
+            lambda rows: self._score(latents[rows], prompts[rows], rewards), len(latents), self.micro_batch_size
+        )
+
+    def _score(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
+        """Scores ``[B, len(rewards)]`` of one micro-batch, decoded once."""
         with phase("decoding"):
             images = self.family.decode(latents)
         try:
             with phase("reward"), self._placed(images.device):
-                return checked_score(self.reward, images, prompts)
+                return torch.stack([checked_score(reward, images, prompts) for reward in rewards], dim=1)
         except NonFinitePictures as error:
             raise NonFinitePictures(error.rows, error.texts, latents) from error
 

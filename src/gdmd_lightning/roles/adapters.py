@@ -26,6 +26,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.roles.base import Roles
+from gdmd_lightning.roles.heads import FeatureHead
 from gdmd_lightning.roles.spec import TEACHER, RoleSpec
 from gdmd_lightning.streams import named_seed
 
@@ -79,7 +80,10 @@ class AdapterRoles(Roles):
     ) -> None:
         super().__init__(family, specs, micro_batch_size)
         self.network: Any = network.requires_grad_(False).eval()
-        names = [spec.name for spec in specs]
+        for spec in specs:
+            if spec.head is not None:
+                self.add_module(spec.name, FeatureHead(family.feature_width(network), spec.head))
+        names = [spec.name for spec in specs if spec.head is None]
         self._layers = _add_adapters(self.network, lora, _targets(family, network, lora), names, seed)
         self._state: tuple[str | None, float] = (None, 1.0)
         self._activate(None)
@@ -89,15 +93,19 @@ class AdapterRoles(Roles):
         self.reset_followers()
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
+        if role in self.heads:
+            return list(self.get_submodule(role).parameters())
         return [parameter for name, parameter in self.network.named_parameters() if _is_of(name, role)]
 
     def names_of(self, role: str) -> list[str]:
         if role == TEACHER:
             return [name for name in self.state_dict() if self.is_frozen(name)]
+        if role in self.heads:
+            return [name for name in self.state_dict() if name.startswith(f"{role}.")]
         return [name for name, _ in self.named_parameters() if _is_of(name, role)]
 
     def is_frozen(self, name: str) -> bool:
-        return ".lora_" not in name
+        return ".lora_" not in name and name.split(".")[0] not in self.heads
 
     def standalone(self, role: str) -> nn.Module:
         network: Any = copy.deepcopy(self.network)

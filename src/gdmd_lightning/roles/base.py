@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import NoisyLatents, in_micro_batches
 from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec, check_specs
+from gdmd_lightning.schedules import per_sample
 
 Form = Literal["pipeline", "lora"]
 
@@ -85,6 +86,17 @@ class Roles(nn.Module, ABC):
         v = self.velocity(role, latents, guidance_scale=guidance_scale, adapter_scale=adapter_scale, through=through)
         return latents.x0(v)
 
+    def guidance(self, role: str, latents: NoisyLatents, guidance_scale: float) -> Tensor:
+        """What guidance adds to a role's clean latents, ``(w - 1)(c - u)`` in ``x0``, ``[B, C, H, W]``.
+
+        Source: Decoupled DMD (2511.22677), which evaluates it at levels of its own.
+        """
+
+        def call(network: nn.Module, part: NoisyLatents) -> Tensor:
+            return self.family.guidance(network, part.x, part.sigma, part.conditioning, guidance_scale)
+
+        return -per_sample(latents.sigma, latents.x) * self._evaluate(role, latents, call, 2, 1.0, False)
+
     def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
         """Intermediate features ``[B, tokens, D]`` of a role's network, for a GAN head; see :meth:`velocity`.
 
@@ -96,6 +108,13 @@ class Roles(nn.Module, ABC):
 
         return self._evaluate(role, latents, call, 1, 1.0, through)
 
+    def logits(self, role: str, features: Tensor, *, through: bool = False) -> Tensor:
+        """Logits ``[B]`` of a head on features ``[B, tokens, D]``; gradient as in :meth:`velocity`."""
+        gradient = self._carries_gradient(role, through)
+        with torch.set_grad_enabled(gradient), nullcontext() if role == self.learner else self._frozen(role):
+            logits: Tensor = self.get_submodule(role)(features)
+            return logits
+
     def _evaluate(
         self,
         role: str,
@@ -106,7 +125,7 @@ class Roles(nn.Module, ABC):
         through: bool,
     ) -> Tensor:
         self.evaluations[role] += len(latents) * passes
-        gradient = torch.is_grad_enabled() and (role == self.learner or through)
+        gradient = self._carries_gradient(role, through)
         with self._active(role, adapter_scale) as network, torch.set_grad_enabled(gradient):
             if gradient:
                 with nullcontext() if role == self.learner else self._frozen(role):
@@ -114,6 +133,9 @@ class Roles(nn.Module, ABC):
             return in_micro_batches(
                 lambda rows: call(network, latents.select(rows)), len(latents), self.micro_batch_size
             )
+
+    def _carries_gradient(self, role: str, through: bool) -> bool:
+        return torch.is_grad_enabled() and (role == self.learner or through)
 
     @contextmanager
     def _frozen(self, role: str) -> Iterator[None]:
@@ -153,11 +175,20 @@ class Roles(nn.Module, ABC):
         """Optimizer settings of a trained role; raises ``KeyError`` for any other."""
         return {spec.name: spec.optimizer for spec in self.specs if spec.optimizer is not None}[role]
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the roles that are heads."""
+        return tuple(spec.name for spec in self.specs if spec.head is not None)
+
     def update_averages(self, role: str) -> None:
         """Move the averages of a trained role toward it."""
         for spec in self.specs:
             if spec.average_of == role:
                 self._average(spec.name, role, spec.decay)
+
+    def move_average(self, average: str, role: str, decay: float) -> None:
+        """``average = decay average + (1 - decay) role``, for averages that the method moves itself."""
+        self._average(average, role, decay)
 
     def reset_followers(self) -> None:
         """Make every average and snapshot equal to the role that it follows."""

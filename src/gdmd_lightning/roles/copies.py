@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.roles.base import Roles
+from gdmd_lightning.roles.heads import FeatureHead
 from gdmd_lightning.roles.spec import TEACHER, RoleSpec
 
 
@@ -43,7 +44,10 @@ class CopiedRoles(Roles):
             # Trained roles carry gradient between updates too: DDP decides at the start
             # which parameters to synchronize.
             trained = spec.optimizer is not None
-            self.add_module(spec.name, copy.deepcopy(network).float().requires_grad_(trained))
+            if spec.head is not None:
+                self.add_module(spec.name, FeatureHead(family.feature_width(network), spec.head))
+            else:
+                self.add_module(spec.name, copy.deepcopy(network).float().requires_grad_(trained))
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         return list(self.standalone(role).parameters())
@@ -73,7 +77,7 @@ class CopiedRoles(Roles):
         get_ema_multi_avg_fn(decay)(self.parameters_of(average), self.parameters_of(role), 1)
 
     def checkpoint_activations(self) -> None:
-        for role in self.trained:
+        for role in set(self.trained) - set(self.heads):
             self.standalone(role).enable_gradient_checkpointing()  # type: ignore[operator]
 
     @contextmanager

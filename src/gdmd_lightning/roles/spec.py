@@ -99,6 +99,19 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A small network on features of a role, instead of a copy of the teacher's network.
+
+    Args:
+        hidden: Width of its layer, at least 1.
+        seed: Seed of its initial weights.
+    """
+
+    hidden: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class RoleSpec:
     """One role of a method: trained, an average of a trained role, or a past state of one.
 
@@ -107,8 +120,9 @@ class RoleSpec:
         optimizer: Settings of a trained role.
         average_of: Name of the trained role that this is the exponential moving average of.
         decay: Decay of the average per step of that role, in [0, 1).
-        snapshot_of: Name of the trained role that this is a past state of; the method decides when it is
-            taken.
+        snapshot_of: Name of the trained role that this is a past state of, or an average of past states; the method
+            decides when it is taken or moved.
+        head: A trained role that is a head on features; ``None`` for a network like the teacher's.
 
     Raises:
         ValueError: If the spec contradicts itself.
@@ -119,10 +133,13 @@ class RoleSpec:
     average_of: str | None = None
     decay: float = 0.0
     snapshot_of: str | None = None
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         if sum(kind is not None for kind in (self.optimizer, self.average_of, self.snapshot_of)) != 1:
             raise ValueError(f"role {self.name!r} must be trained, an average, or a snapshot")
+        if self.head is not None and self.optimizer is None:
+            raise ValueError(f"role {self.name!r} is a head, so it must be trained")
         if self.name == TEACHER or "." in self.name or not self.name:
             raise ValueError(f"{self.name!r} cannot be the name of a role")
         if not 0 <= self.decay < 1:

@@ -1,0 +1,86 @@
+"""DiffusionNFT: an old policy's samples, renoised, pull the generator toward the good and away from the bad ones.
+
+Source: DiffusionNFT (2509.16117), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gdmd_lightning.engines.base import Learn
+from gdmd_lightning.families.base import ModelFamily
+from gdmd_lightning.latents import Batch
+from gdmd_lightning.methods.advantages import SampleAdvantages
+from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
+from gdmd_lightning.methods.nft_terms import NFT, nft_term, renoised_samples
+from gdmd_lightning.objectives.policy import optimality
+from gdmd_lightning.ranges import NonNegative, Steps, ranged
+from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.judge import Judge
+from gdmd_lightning.roles import RoleSpec
+
+
+@ranged
+class DiffusionNFT(DistillationModule):
+    """Reinforcement learning on the forward process; any sampler may take the rollouts.
+
+    Args:
+        family: The teacher's pipeline.
+        reward: Judges samples.
+        steps: Steps of a rollout, and of generation; their levels are those at which the generator learns.
+        nft: The velocity policies.
+        sample_advantages: How rewards become advantages.
+        kl_weight: Weight of the mean squared distance from the frozen teacher's velocity, at least 0; 0 for none,
+            which saves the teacher's evaluations.
+        distillation: Arguments of :class:`DistillationModule`.
+
+    Raises:
+        UserError: If a value is out of range.
+    """
+
+    judge: Judge
+    needs_groups = True
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        reward: Reward,
+        steps: Steps = 10,
+        nft: NFT = NFT(),
+        sample_advantages: SampleAdvantages = SampleAdvantages(),
+        kl_weight: NonNegative = 1e-4,
+        **distillation: Any,
+    ) -> None:
+        super().__init__(family, steps=steps, **distillation)
+        nft.check_steps(steps)
+        self.nft, self.sample_advantages, self.kl_weight = nft, sample_advantages, kl_weight
+        self.judge = self.judge_with(reward)
+
+    def role_specs(self) -> tuple[RoleSpec, ...]:
+        """A trained generator, its average, and the old policy, whose decay depends on the update."""
+        return (*super().role_specs(), RoleSpec("old", snapshot_of="generator"))
+
+    def update(self, batch: Batch, learn: Learn) -> Update:
+        """The old policy's samples are judged; the generator learns from them at its own levels."""
+        self.judge.check(batch.prompts)
+        x0 = self.rollout(batch, role="old").x0
+        rewards, advantages = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
+        o = optimality(advantages, self.nft.advantage_clip)
+        index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
+        logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": x0.std()}
+        with learn("generator") as backward:
+            for turn, step in enumerate(index.unbind(1)):
+                renoised = renoised_samples(x0, self.sigmas[step], batch.conditioning, self.stream("renoise", turn))
+                for rows, share in self.micro_batches(len(batch)):
+                    latents, weight = renoised.select(rows), share / index.shape[1]
+                    loss, v = nft_term(self.roles, self.nft, x0[rows], latents, o[rows])
+                    if self.kl_weight > 0:
+                        kl = (v - self.roles.velocity("teacher", latents)).square().mean()
+                        loss = loss + self.kl_weight * kl
+                        weighted_sum(logs, weight, kl=kl)
+                    backward(weight * loss)
+                    weighted_sum(logs, weight, loss=loss)
+        self.roles.move_average("old", "generator", self.nft.old_decay(self.updates))
+        return Update(logs)
