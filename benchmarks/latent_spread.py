@@ -22,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = [prompt.text for prompt in read_evaluation_prompts("shapes", options.count)]
     for number, path in enumerate(options.checkpoints):
-        module = load_module(path)
+        module = load_module(path, role="ema")
         noise = draw_noise((len(texts), *module.latent_shape), stream("latent spread", 0), module.device)
         conditioning = module.embeddings(texts)
         if number == 0:

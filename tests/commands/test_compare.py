@@ -129,7 +129,7 @@ def finished(tmp_path) -> None:
     [
         ({"points": 1, "evaluations": 60}, "last.ckpt: trained for 200 network evaluations; 60 requested"),
         ({"start": {"evaluations": 50}}, "start from a start of another length"),
-        ({"count": 12}, "seed0/start/scores_40.json: scored with count 1200; count 12 requested"),
+        ({"count": 12}, ".json: scored with count 1200; count 12 requested"),
     ],
 )
 def test_compare_refuses_a_directory_of_another_comparison(finished, complaint, tmp_path, changed, expected):

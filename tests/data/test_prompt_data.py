@@ -181,7 +181,7 @@ def test_checkpoint_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: s
         ({"shuffle_buffer": 5}, "shuffle_buffer 4 (now 5)"),
         ({"seed": 1}, "seed 0 (now 1)"),
         ({"batch_size": 2, "seed": 3}, "batch_size 6 (now 2), seed 0 (now 3)"),
-        ({"source": "shapes"}, "(now 'shapes')"),
+        ({"source": "shapes"}, "(now 'shapes', whose content differs)"),
     ],
 )
 def test_position_is_refused_under_other_settings(source: str, changes: dict[str, Any], message: str) -> None:

@@ -67,8 +67,8 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             "trainer.accumulate_grad_batches: it is 4, but an update takes several optimizer steps; "
             "use model.accumulate 4, or data.batch_size 32 with model.micro_batch_size 8: the same update",
         ),
-        (["--model.accumulate", "0"], "model.accumulate: it is 0; use at least 1"),
-        (["--model.non_finite.limit", "0"], "model.non_finite.limit: limit is 0"),
+        (["--model.accumulate", "0"], "model.accumulate: it is 0; use an integer of at least 1"),
+        (["--model.non_finite.limit", "0"], "model.non_finite.limit: it is 0"),
         (["--model.non_finite.policy", "ignore"], "expected one of 'stop', 'skip', got 'ignore'"),
         (["--model.generator.schedule", "exponential"], "expected one of 'constant', 'linear', 'cosine', got 'expo"),
         (

@@ -50,7 +50,7 @@ def test_fit_reports_an_embedding_cache_of_another_model(complaint, fast_fit, tm
     once = [*fast_fit, *cached, "--trainer.max_steps=1", "--trainer.callbacks=ModelCheckpoint"]
     main(["fit", *once])
     other = tiny.save_pipeline(tmp_path / "other", seed=1)
-    message = complaint("fit", *once, f"--model.family.path={other}")
+    message = complaint("fit", *once, f"--model.family.path={other}", "--trainer.logger.init_args.name=other")
     assert str(tmp_path / "cache") in message
     assert "embeddings of another model" in message
 

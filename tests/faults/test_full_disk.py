@@ -91,7 +91,7 @@ def test_logger_that_cannot_start_is_one_line(fast_fit, tmp_path, broken_log):
         training.run([*fast_fit, "--trainer.max_steps=1"])
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["results"], ["demo"], ["pretrain"]])
+@pytest.mark.parametrize("command", [["evaluate"], ["compare", "--config=compare_shapes.yaml"], ["demo"], ["pretrain"]])
 def test_directory_that_cannot_be_written_is_refused_before_any_work(complaint, tmp_path, command):
     (tmp_path / "file").write_text("")
     line = complaint(*command, "--out=file/out")

@@ -68,7 +68,7 @@ def test_signal_during_a_training_of_demo_ends_it_with_the_status_of_the_signal(
     from gdmd_lightning.studies.arms import Arm
 
     monkeypatch.chdir(tmp_path)
-    arm = Arm("DMD", (), {})
+    arm = Arm([])
     monkeypatch.setattr(command, "DMD", arm)
     monkeypatch.setattr(type(arm), "arguments", property(lambda _: [*fast_fit, *stopping(1, signal.SIGTERM)]))
     assert status("demo", "--out=out", "--count=12") == 143

@@ -305,7 +305,7 @@ def test_logged_figures_are_those_of_the_update(method, options):
     seen = fit(module, 1)
     logs = {name: float(value) for name, value in updates[0].logs.items()}
     expected = {"loss": logs.pop("loss"), **{f"train/{name}": value for name, value in logs.items()}}
-    added = ("train/grad_norm/", "train/learning_rate/")
+    added = ("train/grad_norm/", "train/learning_rate/", "step")
     assert {k: v for k, v in seen.logs[0].items() if not k.startswith(added)} == pytest.approx(expected)
 
 

@@ -14,8 +14,9 @@ from gdmd_lightning.configuration.training import quiet
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import Attempt, NonFinite, StepGuard
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.methods.checkpointing import Provenance, read_checkpoint
+from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.provenance import Provenance
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import Optimization
 

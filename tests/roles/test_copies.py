@@ -49,7 +49,7 @@ class TinyFamily(ModelFamily):
     lora_targets = ()
 
     def __init__(self) -> None:
-        self._empty = None
+        self._empty = self.pipeline = None
         self.batches: list[int] = []
 
     def load(self) -> nn.Module:

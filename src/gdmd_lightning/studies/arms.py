@@ -151,9 +151,7 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
     """
     spent = 0.0
     for budget in budgets:
-        if run.scorecard(budget).is_file():
-            run.row(budget, task, count)
-        else:
+        if not run.scorecard(budget).is_file():
             if not run.cost(budget).is_file():
                 write_atomically(run.cost(budget), json.dumps(asdict(_train(run, budget, spent))) + "\n")
             generator = student(run.name, load_module(str(run.checkpoint), role="ema"))
@@ -162,7 +160,8 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
             _check_length(run, budget, cost)
             rows = tuple(replace(row, training=cost) for row in card.rows)
             write_scorecard(replace(card, rows=rows), run.scorecard(budget))
-        spent = _read_cost(run.cost(budget)).seconds
+        trained = run.row(budget, task, count).training
+        spent = 0.0 if trained is None else trained.seconds
 
 
 def _read_cost(path: Path) -> TrainingCost:
