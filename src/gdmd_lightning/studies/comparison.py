@@ -13,7 +13,7 @@ import torch
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import write_atomically
+from gdmd_lightning.files import make_directory, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, Seed, ranged
 from gdmd_lightning.studies.arms import ANOTHER_OUT, Arm, Run, run_arm
@@ -116,6 +116,7 @@ class Comparison:
             directories.add(place)
             arm.check(name)
         self.scored_on.read_prompts(self.count)
+        make_directory(self.out)
         for seed in self.seeds:
             start = self.start_of(seed)
             if any(path != start.scorecard(self.start.evaluations) for path in start.directory.glob("scores_*.json")):
