@@ -1,7 +1,10 @@
 """What the documentation shows exists and runs."""
 
 import re
+import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,8 +12,10 @@ import pytest
 import tiny
 import torch
 
-from gdmd_lightning.cli import COMMANDS
+from gdmd_lightning.cli import COMMANDS, main
 from gdmd_lightning.locations import shipped_configs
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.prompts import Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +81,28 @@ def test_contributing_method_steps_its_generator_in_every_second_update(tiny_pip
         for before, after in zip(list(weights.values())[:-1], list(weights.values())[1:], strict=True)
     ]
     assert moved == [{"generator", "fake_score"}, {"fake_score"}, {"generator", "fake_score"}]
+
+
+def test_own_teacher_page_trains_as_written(tiny_pipeline, tmp_path, monkeypatch):
+    page = ROOT / "docs" / "own_teacher.md"
+    (prompts,), (reward,), (config,), (command,) = (blocks(page, kind) for kind in ("json", "python", "yaml", "bash"))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    (tmp_path / "my_reward.py").write_text(reward)
+    (tmp_path / "mine.yaml").write_text(config)
+    shutil.copytree(tiny_pipeline, tmp_path / "my_pipeline")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    # The tiny pipeline makes small pictures and has no third text encoder; a test has no GPU and little time.
+    small = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.devices=1", "--model.height=32",
+             "--model.width=32", "--model.family.max_sequence_length=0", "--trainer.callbacks.columns=0"]  # fmt: skip
+    python, flag, package, *arguments = shlex.split(command.replace("\\\n", " "))
+    assert (python, flag, package) == ("python", "-m", "gdmd_lightning")
+    main([*arguments, *small])
+    sys.modules.pop("my_reward", None)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    found = read_provenance(read_checkpoint(str(checkpoint)))
+    assert found.reward == "wanted_brightness"
+    assert -1 < found.scores["wanted_brightness/overall"] < 0
 
 
 def copied(module):
