@@ -39,7 +39,7 @@ class ImageSource(ABC):
 
 
 class ShapesImages(ImageSource):
-    """Pictures of the Shapes world, drawn anew for each prompt from its metadata; 32 pixels wide and high."""
+    """Pictures of the Shapes world, a new one for each prompt, from its metadata; 32 pixels wide and high."""
 
     def check(self, data: Any) -> None:
         if data.source != "shapes":

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gdmd_lightning.configuration import training
-from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.configuration.training import DistillationCLI
 from gdmd_lightning.errors import StoppedBySignal, UserError
@@ -59,7 +58,7 @@ class Arm:
             UserError: If it would; the message names the arm.
         """
         try:
-            training.parse(with_found_configs(self.arguments))
+            training.parse(self.arguments)
         except UserError as error:
             raise UserError(error.what, where=f"{name}: {error.where}", remedy=error.remedy) from error
 

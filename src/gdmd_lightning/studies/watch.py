@@ -1,4 +1,4 @@
-"""Reward hacking and collapse, watched beside the scores: diversity, free choices, spread of latents."""
+"""What reveals reward hacking and collapse: diversity, free choices, spread of latents."""
 
 from __future__ import annotations
 
