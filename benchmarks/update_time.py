@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from gdmd_lightning.configuration.training import quiet
+from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.methods.dmd import DMD

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"unknown command {name!r}", remedy=f"use one of: {', '.join(COMMANDS)}")
         # Silence banners and loading progress of other libraries.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # diffusers warns of parts that a pipeline may lack, and of scheduler settings that its own classes wrote.
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with _signals_raise():
             status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])

@@ -1,6 +1,7 @@
 """The command line finds commands and configurations, answers quickly, and prefers later arguments."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -142,9 +143,27 @@ def test_fit_trains_dmd_from_its_shipped_config(fast_fit, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_fit_as_a_process_prints_no_irrelevant_warnings(run_cli, fast_fit, tmp_path):
-    done = run_cli("fit", *fast_fit, "--trainer.max_steps=2", check=True)
-    printed = done.stdout + done.stderr
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
-    for noise in ("Warning", "warn", "Loading pipeline", "Loading weights", "Tip", "optimization"):
-        assert noise not in printed, printed
+def test_fit_as_a_process_prints_exactly_what_a_user_needs(run_cli, fast_fit, tmp_path):
+    done = run_cli("fit", *fast_fit, "--trainer.max_steps=2", "--trainer.enable_progress_bar=true", check=True)
+    last = rf"{re.escape(str(tmp_path))}/run/\S*checkpoints/last\.ckpt"
+    run = rf"{re.escape(str(tmp_path))}/run/?\S*"
+    expected = [
+        r"GDMD: 4 steps, 32x32 pixels, all weights",
+        r"teacher: .+/pipeline",
+        r"training: 2 updates of 8 samples \(4 per prompt\), on cpu, precision 32-true",
+        rf"run: {run}",
+        rf"checkpoints: every 2 updates in {run}",
+        r"update 1/2  loss \S+  target reward \S+  \S+ s/update  \S+ left",
+        r"update 2/2  loss \S+  target reward \S+  \S+ s/update  0:00 left",
+        r"2 updates in \S+, 2 in all",
+        *[r"score geneval/\w+: \d\.\d{4}"] * 7,
+        rf"train longer: .+ fit --config {run}/config.yaml --ckpt_path {last} --trainer.max_steps 4",
+        rf"sample: python -m gdmd_lightning sample {last} PROMPTS {run}/samples",
+        rf"export: python -m gdmd_lightning export {last} {run}/pipeline",
+        rf"look at the record: GDMD_RUN={run} jupyter lab notebooks/gradient_rewards\.ipynb",
+    ]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected), done.stdout
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+    assert done.stderr == ""

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from world import module_of, three_prompts
 
+from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.configuration.restore import load_module
-from gdmd_lightning.configuration.training import quiet
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import Attempt, NonFinite, StepGuard
 from gdmd_lightning.errors import UserError

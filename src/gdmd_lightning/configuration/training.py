@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +10,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -20,10 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
+from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig, run_directory
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import with_found_configs
 from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.configuration.numbers import check_configuration
 from gdmd_lightning.configuration.references import ReferencingParser, environment_references, with_references
 from gdmd_lightning.configuration.restore import describe_module
@@ -77,7 +78,12 @@ class DistillationCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes checkpoints atomically and whose DDP processes expect unused parameters."""
+        callbacks = self.config_init.fit.trainer.callbacks
+        given = callbacks if isinstance(callbacks, list) else [callbacks]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in given)  # the trainer adds its own to this list
         trainer = super().instantiate_trainer(**kwargs)
+        if not has_bar:
+            use_progress(trainer)
         # The run's directory must be known before any other callback writes to it.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunDirectory))  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -150,6 +156,14 @@ class DistillationCLI(LightningCLI):
             raise WriteError(f"cannot be written: {error.strerror}", where=where, remedy=remedy) from error
 
 
+def use_progress(trainer: Trainer) -> None:
+    """Put :class:`Progress` in the place of the bar that Lightning added by itself, if it added one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.progress_bar_callback is not None:
+        callbacks.remove(trainer.progress_bar_callback)
+        callbacks.insert(0, Progress())
+
+
 class _ParsingCLI(DistillationCLI):
     """``fit`` up to its parsed configuration; builds no trainer, which would look for GPUs."""
 
@@ -218,21 +232,6 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Any:
     except (ArgumentError, OmegaConfBaseException) as error:
         raise readable_error(error, command) from error
     return cli.config.fit
-
-
-def quiet() -> None:
-    """Silence advice of Lightning and torch that is meant for developers, not for users of this project."""
-    for message in (
-        "LeafSpec",
-        "does not have many workers",
-        "in eval mode",
-        "args parameter is intended",
-        "with manual optimization",
-        "call of `lr_scheduler.step",  # an update whose first step is skipped
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
-    for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(noisy).addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def stopped_by(cli: DistillationCLI) -> StopOnSignal:

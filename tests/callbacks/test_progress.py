@@ -1,0 +1,105 @@
+"""A run says what it will do, how far it is, and what to do next."""
+
+import io
+import logging
+import re
+import sys
+
+import pytest
+import tiny
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from gdmd_lightning.callbacks.progress import Progress, clock
+from gdmd_lightning.configuration.noise import is_noise
+from gdmd_lightning.configuration.training import use_progress
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.dmd import DMD
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def trained(tiny_pipeline, updates=3, **options):
+    bar = Progress(**options)
+    tiny.train(tiny.module(tiny_pipeline, DMD), updates, callbacks=[bar], enable_progress_bar=True)
+    return bar
+
+
+def test_without_a_terminal_there_are_plain_lines(tiny_pipeline, capsys):
+    trained(tiny_pipeline, every_seconds=1e-6)
+    out, err = capsys.readouterr()
+    values = r"  loss \d+\.?\d*  [\d.e-]+ s/update  \d+:\d\d left"
+    expected = [
+        r"DMD: 4 steps, 32x32 pixels, all weights",
+        rf"teacher: {re.escape(str(tiny_pipeline))}",
+        r"training: 3 updates of 8 samples \(4 per prompt\), on cpu, precision 32-true",
+        r"run: .+",
+        *(rf"update {n}/3{values}" for n in (1, 2, 3)),
+        r"3 updates in \d+:\d\d, 3 in all",
+    ]
+    lines = out.splitlines()
+    assert len(lines) == len(expected), out
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+    assert lines[-2].endswith(" 0:00 left")
+    assert "Epoch" not in err
+
+
+def test_lines_are_seconds_apart_but_the_first_and_last_update_are_always_shown(tiny_pipeline, capsys):
+    trained(tiny_pipeline, updates=4, every_seconds=1e6)
+    shown = re.findall(r"^update (\d)/4", capsys.readouterr().out, re.MULTILINE)
+    assert shown == ["1", "4"]
+
+
+def test_bar_in_a_terminal_fits_80_columns_and_names_no_epoch(tiny_pipeline, capsys, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    trained(tiny_pipeline)
+    frames = [frame.strip("\n") for frame in re.split(r"\r|\n", screen.getvalue()) if frame.strip()]
+    assert re.match(r"3/3 \|#+\||3/3 \|█+\|", frames[-1]), frames
+    assert " s/update " in frames[-1]
+    assert max(map(len, frames)) < 80
+    assert not any("Epoch" in frame or "v_num" in frame for frame in frames)
+    assert "update 1/3" not in capsys.readouterr().out
+
+
+def test_other_ranks_print_nothing(tiny_pipeline, capsys, monkeypatch):
+    monkeypatch.setattr(Progress, "setup", lambda self, trainer, module, stage: self.disable())
+    trained(tiny_pipeline, updates=1)
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_takes_the_place_of_lightnings_own_bar_only():
+    trainer = tiny.trainer(1, enable_progress_bar=True)
+    use_progress(trainer)
+    assert [type(c) for c in trainer.callbacks].count(Progress) == 1
+    assert type(trainer.progress_bar_callback) is Progress
+    without = tiny.trainer(1)
+    use_progress(without)
+    assert without.progress_bar_callback is None
+    assert TQDMProgressBar not in map(type, trainer.callbacks)
+
+
+def test_progress_refuses_no_time_between_lines():
+    with pytest.raises(UserError, match=r"Progress.every_seconds: it is 0; use a number above 0"):
+        Progress(every_seconds=0)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3600 * 30, "30:00:00")])
+def test_clock(seconds, shown):
+    assert clock(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("message", "silent"),
+    [
+        ("GPU available: False, used: False", True),
+        ("💡 Tip: For seamless cloud logging", True),
+        ("Seed set to 3", True),
+        ("SIGINT: stopping after this update, with a checkpoint", False),
+    ],
+)
+def test_only_listed_messages_are_noise(message, silent):
+    assert is_noise(logging.LogRecord("lightning", logging.INFO, "", 0, message, (), None)) == silent
