@@ -63,8 +63,14 @@ def overlay_name(family: str, overlay: str) -> str:
     return f"{family}_{overlay}.yaml" if overlay == "lora_24gb" else f"{overlay}.yaml"
 
 
-@pytest.mark.parametrize("overlay", ["cold_start", "lora_24gb"])
-@pytest.mark.parametrize("family", REAL)
+# One configuration of each kind and class of pipeline; the others differ in numbers.
+FAST = {("sd3", "lora_24gb"), ("sdxl", "cold_start"), ("flux2", "cold_start")}
+CASES = [(family, overlay) for family in REAL for overlay in ("cold_start", "lora_24gb")]
+
+
+@pytest.mark.parametrize(
+    ("family", "overlay"), [c if c in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_config_of_a_published_model_plans_and_trains_on_a_tiny_pipeline(
     family, overlay, tmp_path, monkeypatch, capsys
 ):

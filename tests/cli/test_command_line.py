@@ -73,6 +73,7 @@ FIT = (
 )
 
 
+@pytest.mark.slow
 def test_fit_help_and_print_config_cost_little_more_than_importing_lightning():
     best = {"import": float("inf"), "help": float("inf"), "print": float("inf")}
     for _ in range(3):

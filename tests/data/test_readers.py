@@ -236,8 +236,8 @@ def test_typo_in_a_name_does_not_reach_the_network(source: str, monkeypatch: pyt
         open_source(source)
 
 
-# The csv parser is slow under tracemalloc, so its file has a fifth of the lines.
-@pytest.mark.parametrize(("write", "thousands"), [(write_txt, 1_000), (write_jsonl, 1_000), (write_csv, 200)])
+# The csv parser is slow under tracemalloc, so its file has fewer lines.
+@pytest.mark.parametrize(("write", "thousands"), [(write_txt, 400), (write_jsonl, 300), (write_csv, 100)])
 def test_large_file_is_read_in_little_memory(
     tmp_path: Path, write: Callable[[Path, list[str]], None], thousands: int
 ) -> None:
@@ -257,7 +257,7 @@ def test_large_file_is_read_in_little_memory(
     finally:
         tracemalloc.stop()
     assert read == thousands * 100
-    assert peak < 1e6 < path.stat().st_size / 5
+    assert peak < 5e5 < path.stat().st_size / 5
 
 
 def test_parquet_skips_row_groups_without_reading_them(tmp_path: Path) -> None:

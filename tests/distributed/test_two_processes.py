@@ -43,8 +43,10 @@ def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_
     # Ranks draw different noise, so no two states have the same reward.
     rewards = [{row["reward_target"] for row in rows if row["rank"] == rank} for rank in (0, 1)]
     assert not rewards[0] & rewards[1]
+    assert shared_prompts(one, other) == prompts_of_one_process()
 
 
+@pytest.mark.slow
 def test_ranks_with_adapters_share_the_work_of_embedding(two_ranks, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "".join(f"a {c} {s}\n" for c in ("red", "blue") for s in ("circle", "square"))
@@ -66,26 +68,32 @@ def test_ranks_with_adapters_share_the_work_of_embedding(two_ranks, tmp_path):
     assert len({name for part in embedded for name in part}) == sum(map(len, embedded)) >= 5
 
 
-def test_ranks_share_the_prompt_order_of_one_process(two_ranks, tmp_path):
-    """Together they see the prompts of one process with twice the batch size, each once."""
-    from gdmd_lightning.data.prompt_data import PromptDataModule
+@pytest.mark.slow
+def test_default_strategy_trains_on_two_ranks_too(two_ranks):
+    one, other = two_ranks()
+    assert one["digests"] == other["digests"]
+    assert shared_prompts(one, other) == prompts_of_one_process()
 
-    ranks = two_ranks()
-    data = PromptDataModule("shapes", batch_size=16, group_size=4, shuffle_buffer=100)
-    whole = [text for _, batch in zip(range(UPDATES), data.train_dataloader()) for text in groups(batch)]
-    shared = [
+
+def shared_prompts(*ranks: dict) -> list[str]:
+    """The prompts that the ranks see together, in order: those of one process with twice the batch size, each once."""
+    return [
         prompt
         for batches in zip(*(rank["prompts"] for rank in ranks))
         for pair in zip(*(batch[::4] for batch in batches))
         for prompt in pair
     ]
-    assert shared == whole
 
 
-def groups(batch) -> list[str]:
-    return [prompt.text for prompt in batch.prompts[:: batch.group_size]]
+def prompts_of_one_process() -> list[str]:
+    from gdmd_lightning.data.prompt_data import PromptDataModule
+
+    data = PromptDataModule("shapes", batch_size=16, group_size=4, shuffle_buffer=100)
+    batches = (batch for _, batch in zip(range(UPDATES), data.train_dataloader()))
+    return [prompt.text for batch in batches for prompt in batch.prompts[:: batch.group_size]]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_with_its_status(run_cli, fast_fit, tmp_path):
     reward = ["--model.reward=stopping.StopIn", "--model.reward.call=1", "--model.reward.rank=1"]
     two = ["--trainer.max_steps=50", "--trainer.devices=2", "--trainer.strategy=ddp", "--model.reward.number=15"]

@@ -28,7 +28,10 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Guidance that is told to the network differs from Klein in one input only.
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n == "flux2, guided" else n for n in FAMILIES]
+)
 def trained(request, tmp_path_factory):
     """Three updates on a tiny pipeline, resumed after two: pipeline, last checkpoint, weights after two.
 

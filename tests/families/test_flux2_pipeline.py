@@ -91,7 +91,7 @@ def test_family_refuses_a_wrong_resolution_layer_count_or_pipeline(saved, module
         tiny.family(saved)
 
 
-@pytest.mark.parametrize("method", ["DMD", "GDMD"])
+@pytest.mark.parametrize("method", ["DMD", pytest.param("GDMD", marks=pytest.mark.slow)])
 def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fast_fit, tmp_path, noise):
     from diffusers import Flux2KleinPipeline
 

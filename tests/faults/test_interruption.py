@@ -56,7 +56,9 @@ def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tup
     return process.returncode, printed, last.parent
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_fit_resumes_exactly_from_the_checkpoint_of_a_signal(fast_fit, tmp_path, number, status):
     code, printed, checkpoints = stopped(fast_fit, tmp_path, number)
     assert code == status, printed
@@ -101,25 +103,24 @@ VARIANTS = {
     "DMD": ["--config", "shapes_dmd.yaml", "--config", "{saving}"],
     "adapters": ["--model.lora.rank=2", "--model.lora.alpha=2", "--model.memory.gradient_checkpointing=true"],
 }
-SLOW = ("snapshots", "renoise, fresh")
+# At 2 updates ModelCheckpoint saves; at 3 only the end of the run does. By 40 some prompts have repeated; a resumed run
+# does not remember the earlier ones.
+FAST = {("default", 3), ("DMD", 3), ("adapters", 2)}
+CASES = [(name, end) for name in VARIANTS for end in (2, 3, 40)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VARIANTS])
-def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name):
+@pytest.mark.parametrize(("name", "end"), [c if c in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in CASES])
+def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name, end):
     saving = tmp_path / "saving.yaml"
     keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
     saving.write_text(f"trainer: {{callbacks: [{keeper}]}}\n")
     variant = [argument.format(saving=saving) for argument in VARIANTS[name]]
-    # At 2 updates ModelCheckpoint saves; at 3 only the end of the run does. By 40 some prompts have repeated;
-    # a resumed run does not remember the earlier ones.
-    for end in (2, 3, 40):
-        first = train(fast_fit, tmp_path / f"first{end}", *variant, f"--trainer.max_steps={end}")
-        assert step_of(first) == end
-        resumed = train(
-            fast_fit, tmp_path / f"resumed{end}", *variant, f"--trainer.max_steps={end + 2}", f"--ckpt_path={first}"
-        )
-        alone = train(fast_fit, tmp_path / f"alone{end}", *variant, f"--trainer.max_steps={end + 2}")
-        assert differing(resumed, alone) == []
+    first = train(fast_fit, tmp_path / "first", *variant, f"--trainer.max_steps={end}")
+    assert step_of(first) == end
+    longer = f"--trainer.max_steps={end + 2}"
+    resumed = train(fast_fit, tmp_path / "resumed", *variant, longer, f"--ckpt_path={first}")
+    alone = train(fast_fit, tmp_path / "alone", *variant, longer)
+    assert differing(resumed, alone) == []
 
 
 def test_max_steps_counts_updates_not_optimizer_steps(fast_fit, tmp_path):
@@ -139,13 +140,9 @@ def test_every_n_train_steps_counts_updates(fast_fit, tmp_path):
     assert names == {"step=2.ckpt", "step=4.ckpt"}
 
 
-def test_last_checkpoint_contains_the_last_update(fast_fit, tmp_path):
-    assert step_of(train(fast_fit, tmp_path, "--trainer.max_steps=3")) == 3
-
-
-def test_fit_restores_signal_handlers(fast_fit, tmp_path):
+def test_fit_saves_the_last_update_and_restores_signal_handlers(fast_fit, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    train(fast_fit, tmp_path, "--trainer.max_steps=1")
+    assert step_of(train(fast_fit, tmp_path, "--trainer.max_steps=1")) == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

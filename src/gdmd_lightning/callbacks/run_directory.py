@@ -220,5 +220,5 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the file; Lightning calls this on rank 0 only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)  # it was checked when parsed
         write_atomically(run_directory(trainer) / "config.yaml", text)

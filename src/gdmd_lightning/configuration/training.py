@@ -6,6 +6,7 @@ import errno
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -61,6 +62,12 @@ class DistillationCLI(LightningCLI):
         path = self.config.fit.ckpt_path if "subcommand" in self.config else None
         if path is not None and str(path) not in NAMED:
             read_checkpoint(str(path), in_memory=False)
+
+    def _dump_config(self) -> None:
+        """What ``save_hyperparameters`` saves; Lightning would check the whole configuration once more for it."""
+        if not hasattr(self, "config_dump"):
+            dumped = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(dumped)["fit"]
 
     def _set_seed(self) -> None:
         """Seed everything, and let that number be the seed of model and data, unless they have their own."""
