@@ -70,7 +70,8 @@ def _checked(path: str, sections: Iterable[str] | None) -> str:
     if not isinstance(content, dict):
         remedy = "write 'key: value' lines, as fit --print_config does"
         raise UserError("the file has no keys", where=path, remedy=remedy)
-    for key in content if sections is not None else ():
-        if key not in sections:
-            raise UserError(f"unknown key {str(key)!r}", where=path, remedy=did_you_mean(str(key), sections))
+    valid = list(content if sections is None else sections)
+    for key in content:
+        if key not in valid:
+            raise UserError(f"unknown key {str(key)!r}", where=path, remedy=did_you_mean(str(key), valid))
     return path

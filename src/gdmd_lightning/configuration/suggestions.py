@@ -132,4 +132,5 @@ def _classes(annotation: Any) -> list[type]:
 
 
 def _with_subclasses(base: type) -> set[type]:
-    return {base, *(found for child in base.__subclasses__() for found in _with_subclasses(child))}
+    children: list[type] = base.__subclasses__()
+    return {base, *(found for child in children for found in _with_subclasses(child))}

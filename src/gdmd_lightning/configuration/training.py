@@ -53,7 +53,7 @@ class DistillationCLI(LightningCLI):
 
     def __init__(self, *cli: Any, command: str = "fit", **options: Any) -> None:
         self.command = command
-        super().__init__(*cli, parser_class=ReferencingParser, parser_kwargs=PARSER, **options)
+        super().__init__(*cli, **{**options, "parser_class": ReferencingParser, "parser_kwargs": PARSER})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, check all numbers, and keep the arguments: they tell what the user gave."""
