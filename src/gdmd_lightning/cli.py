@@ -6,6 +6,7 @@ Nothing heavy is imported until the command is known, so that ``--help`` is fast
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
@@ -46,6 +47,9 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; exit with status 2 after a user's mistake, and with 128 + N after signal N."""
+    if argv is None and not sys.flags.safe_path and os.getcwd() not in sys.path:
+        # As with "python -m": a configuration can name a class in the working directory.
+        sys.path.insert(0, os.getcwd())
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -58,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = arguments[0]
     try:
         if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}", remedy=f"use one of: {', '.join(COMMANDS)}")
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {name!r}", remedy=meant)
         # Silence banners and loading progress of other libraries.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         # diffusers warns of parts that a pipeline may lack, and of scheduler settings that its own classes wrote.

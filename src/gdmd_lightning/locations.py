@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -25,12 +26,14 @@ def find_config(name: str) -> str:
     """Find a configuration: first as a path, then by name among the shipped ones.
 
     Raises:
-        UserError: If it does not exist; the message lists the shipped ones.
+        UserError: If it does not exist; the message names the shipped one that was probably meant, or all.
     """
     if os.path.isfile(name):  # unlike Path.is_file, no error for a name that is too long
         return name
     shipped = shipped_configs() / name
     if os.path.isfile(shipped):
         return str(shipped)
-    names = ", ".join(sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml")))
-    raise UserError(f"no configuration {name!r}", where="--config", remedy=f"give a path, or one of: {names}")
+    names = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"give a path, or one of: {', '.join(names)}"
+    raise UserError(f"no configuration {name!r}", where="--config", remedy=remedy)

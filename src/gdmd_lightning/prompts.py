@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,6 @@ class PromptBatch:
     @property
     def groups(self) -> Tensor:
         """Index of each sample's prompt group, ``[B]``."""
+        import torch  # takes seconds, which wrong arguments of a command should not wait for
+
         return torch.arange(len(self.prompts)) // self.group_size

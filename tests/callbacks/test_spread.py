@@ -23,22 +23,26 @@ from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.rewards.shapes import ShapesReward
 
 
-def warned(shares: list[float], lambda_policy: float = 1.0) -> list[str]:
+def warned(shares: list[float], lambda_policy: float = 1.0, *, targets: bool = True) -> list[str]:
     """Warnings after updates with these shares of groups without spread."""
     callback, nothing = WarnWithoutSpread(), torch.zeros(1, 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for share in shares:
+            spread = torch.tensor(share)
             judged = JudgedTargets(
-                (), *[nothing] * 7, None, nothing, torch.tensor(share), optimality=nothing, lambda_policy=lambda_policy
+                (), *[nothing] * 7, None, nothing, spread, optimality=nothing, lambda_policy=lambda_policy
             )
-            callback.on_train_batch_end(None, None, {"record": judged}, None, 0)  # type: ignore[arg-type]
-            callback.on_train_batch_end(None, None, None, None, 0)  # type: ignore[arg-type]  # another method
+            outputs = {"record": judged if targets else None, "logs": {"groups_without_spread": spread}}
+            callback.on_train_batch_end(None, None, outputs, None, 0)  # type: ignore[arg-type]
+            without = {"record": None, "logs": {}}  # a method without groups
+            callback.on_train_batch_end(None, None, without, None, 0)  # type: ignore[arg-type]
     return [str(each.message) for each in caught]
 
 
-def test_a_reward_without_spread_is_reported_once_after_enough_updates_in_a_row():
-    (once,) = warned([1.0] * 50)
+@pytest.mark.parametrize("targets", [True, False])
+def test_a_reward_without_spread_is_reported_once_after_enough_updates_in_a_row(targets):
+    (once,) = warned([1.0] * 50, targets=targets)
     assert once.startswith("The reward has had no effect for 20 updates: ")
     assert warned([1.0] * 19) == warned([1.0] * 50, lambda_policy=0.0) == []
     assert warned(([1.0] * 19 + [0.9]) * 4) == []

@@ -39,6 +39,42 @@ def test_trivial_answers_import_nothing_heavy_and_take_under_a_second(arguments,
     assert "HEAVY []" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "--config", "shapse.yaml"], "--config: no configuration 'shapse.yaml'; did you mean 'shapes.yaml'?"),
+        (["plan", "--trainr.max_steps", "3"], "plan: unknown option '--trainr.max_steps'; did you mean '--trainer'? "),
+        (["evaluate", "--chekpoint", "a=b"], "evaluate: unknown option '--chekpoint'; did you mean 'checkpoint'? "),
+        (["sample", "a"], "sample: missing: prompts, out; see sample --help"),
+    ],
+)
+def test_mistake_that_needs_no_model_imports_nothing_heavy(arguments, expected):
+    code = (
+        "import atexit, sys\n"
+        "from gdmd_lightning.cli import main\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY[:-1]} if m in sys.modules]))\n"
+        "main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == "HEAVY []\n"
+    assert done.stderr.startswith(f"gdmd_lightning: error: {expected}")
+
+
+def test_unknown_command_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        main(["evalute"])
+    assert capsys.readouterr().err == "gdmd_lightning: error: unknown command 'evalute'; did you mean 'evaluate'?\n"
+
+
+def test_console_script_finds_modules_in_the_working_directory_as_python_m_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gdmd_lightning", "--version"])
+    monkeypatch.setattr(sys, "path", ["/bin"])
+    main()
+    assert sys.path == [str(tmp_path), "/bin"]
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -22,8 +22,11 @@ def written(path: Path, content: str | bytes) -> Path:
 
 
 def test_fit_unknown_config_lists_the_shipped_ones(complaint):
-    assert complaint("fit", "--config", "shapse.yaml").startswith("--config: no configuration 'shapse.yaml'; ")
-    assert "shapes.yaml" in complaint("fit", "--config", "shapse.yaml")
+    missing = "--config: no configuration "
+    assert complaint("fit", "--config", "shapse.yaml") == f"{missing}'shapse.yaml'; did you mean 'shapes.yaml'?"
+    line = complaint("fit", "--config", "nothing.here")
+    assert line.startswith(f"{missing}'nothing.here'; give a path, or one of: cold_start.yaml, ")
+    assert line.endswith(" shapes_teacher.yaml")
 
 
 @pytest.mark.parametrize(
@@ -33,9 +36,12 @@ def test_fit_unknown_config_lists_the_shipped_ones(complaint):
         (b"trainer: caf\xe9\n", "broken.yaml: not a readable YAML file: "),
         ("- a\n- b\n", "broken.yaml: the file has no keys; "),
         ("", "broken.yaml: the file has no keys; "),
-        ("trainer: {max_stepps: 3}\n", "unknown key 'trainer.max_stepps'"),
-        ("model: {init_args: {lambda_polciy: 3}}\n", "model: unknown key 'lambda_polciy'"),
-        ("data: {batch_size: '${nowhere}'}\n", "'nowhere' not found full_key: data.batch_size"),
+        ("trainer: {max_stepps: 3}\n", "fit: unknown key 'trainer.max_stepps'; did you mean 'trainer.max_steps'? "),
+        (
+            "model: {init_args: {lambda_polciy: 3}}\n",
+            "fit: unknown key 'model.lambda_polciy'; did you mean 'model.lambda_policy'? ",
+        ),
+        ("data: {batch_size: '${nowhere}'}\n", "data.batch_size: '${nowhere}' refers to a key that is not there; "),
     ],
 )
 def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, content, expected):
@@ -45,9 +51,12 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--trainer.max_stepps", "3"], "fit: unrecognized arguments: --trainer.max_stepps 3; "),
-        (["--model.lambda_polciy", "3"], "model: unknown key 'lambda_polciy'; "),
-        (["--model.policy.bta", "3"], "model: unrecognized arguments: --policy.bta=3; "),
+        (
+            ["--trainer.max_stepps", "3"],
+            "fit: unknown option '--trainer.max_stepps'; did you mean 'trainer.max_steps'? ",
+        ),
+        (["--model.lambda_polciy", "3"], "fit: unknown key 'model.lambda_polciy'; "),
+        (["--model.policy.bta", "3"], "fit: unknown option '--model.policy.bta'; did you mean 'model.policy.beta'? "),
         (["--trainer.max_steps", "three"], "trainer.max_steps: expected int, got 'three'; "),
         (["--model.lambda_policy", "high"], "model.lambda_policy: expected float, got 'high'; "),
         (["--model.policy.form", "half"], "model.policy.form: expected one of 'full', 'weighted', got 'half'; "),
@@ -57,7 +66,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
         (["--model.reward", "NoReward"], "model.reward: unknown class 'NoReward'; "),
         (
             ["--model.reward.class_path", "no.such.Reward"],
-            "model.reward: Problem with given class_path 'no.such.Reward'",
+            "model.reward: there is no module 'no' for 'no.such.Reward'; ",
         ),
         (["--trainer.callbacks+=Nope"], "trainer.callbacks: unknown class 'Nope'; "),
         (["--trainer.strategy", "dpd"], "invalid strategy name: `strategy='dpd'`"),
@@ -90,7 +99,7 @@ def test_fit_names_key_and_value_of_a_wrong_argument(complaint, fast_fit, argume
 
 
 def test_fit_reports_a_missing_model(complaint):
-    assert "required: fit.model" in complaint("fit")
+    assert "fit: missing: model; give --config shapes.yaml" in complaint("fit")
 
 
 # Pipelines.

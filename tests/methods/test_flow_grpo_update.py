@@ -135,10 +135,12 @@ def test_logs_are_the_closed_form_figures(kl_weight):
     world = flow_grpo(kl_weight=kl_weight, inner_epochs=2)
     done, _ = world.update()
     r = Rollout(world)
-    expected = {"reward_sample": r.rewards.mean(), "sample_std": r.x0.std(), "clipped": torch.tensor(0.0)}
+    zero = torch.tensor(0.0)
+    expected = {"reward_sample": r.rewards.mean(), "sample_std": r.x0.std(), "clipped": zero}
+    expected |= {"groups_without_spread": zero, "advantage_clipped": zero}
     kl = sum(((r.step(k)[0] - r.step(k, "teacher")[0]) ** 2).mean() / (2 * r.step(k)[1] ** 2) for k in range(3)) / 3
     # At ratio 1 the policy's loss is minus the mean advantage, which is 0.
-    expected |= {"kl": kl, "loss": kl_weight * kl} if kl_weight else {"loss": torch.tensor(0.0)}
+    expected |= {"kl": kl, "loss": kl_weight * kl} if kl_weight else {"loss": zero}
     assert done.logs.keys() == expected.keys()
     near(done.logs, expected, rtol=1e-5, atol=1e-7)
 

@@ -386,6 +386,7 @@ def test_logs_are_the_closed_form_figures(score_samples):
         "reward_spread": rewards.std(1).mean(),
         "gradient": ((j.fake - j.real).abs().mean((1, 2, 3)) / j.n).mean(),
         "weight_negative": (weight < 0).double().mean(),
+        "advantage_clipped": (j.advantages().abs() >= 1).double().mean(),
         "advantage_level_correlation": torch.corrcoef(torch.stack([j.advantages(), j.teacher.sigma]))[0, 1],
         "sample_std": j.x.std(),
         "groups_without_spread": torch.tensor(0.0),

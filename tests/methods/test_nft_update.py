@@ -123,6 +123,8 @@ def test_logs_are_the_closed_form_figures():
         "kl": torch.stack(kl).mean(),
         "reward_sample": j.rewards.mean(),
         "sample_std": j.x0.std(),
+        "groups_without_spread": torch.tensor(0.0),
+        "advantage_clipped": torch.tensor(0.0),
     }
     assert done.logs.keys() == expected.keys()
     near(done.logs, expected, rtol=1e-5)

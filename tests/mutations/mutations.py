@@ -141,7 +141,11 @@ MUTATIONS = [
         ("methods/test_rtdmd_update.py",),
         ("rtdmd: policy weight ignored", "backward(weight * self.grpo_weight * loss)", "backward(weight * loss)"),
         ("rtdmd: steps not averaged", "select(rows)), share / len(steps)", "select(rows)), share"),
-        ("rtdmd: advantages of other rows", "k, advantages[rows])", "k, advantages[: len(advantages[rows])])"),
+        (
+            "rtdmd: advantages of other rows",
+            "k, judged.advantages[rows])",
+            "k, judged.advantages[: len(judged.advantages[rows])])",
+        ),
         ("rtdmd: prompts of other rows", "batch.prompts[rows], gradient", "batch.prompts[: len(x)], gradient"),
         ("rtdmd: reward without gradient", "gradient=True", "gradient=False"),
         ("rtdmd: matching weight ignored", "loss = self.matching_weight * matching", "loss = matching"),
@@ -481,7 +485,7 @@ MUTATIONS = [
     *errors(
         "methods/gdmd.py",
         GDMD + PARTS,
-        ("gdmd share forgotten", "backward(share * loss)", "backward(loss)"),
+        ("gdmd share forgotten", "backward(share * losses[", "backward(losses["),
         (
             "targets judged under another prompt",
             "tuple(prompt for prompt in batch.prompts for _ in range(size))",
@@ -508,8 +512,12 @@ MUTATIONS = [
             "gradient_weight(o, 2 * self.lambda_policy)",
             "gradient_weight(o, self.lambda_policy)",
         ),
-        ("lambda ignored in the full form", "+ self.lambda_policy * term", "+ term"),
-        ("distillation left out of the full form", "return dm_loss(each, y, n) + self", "return self"),
+        ("lambda ignored in the full form", "dm + self.lambda_policy * policy", "dm + policy"),
+        (
+            "distillation left out of the full form",
+            "dm + self.lambda_policy * policy",
+            "self.lambda_policy * policy",
+        ),
         ("optimality of the wrong rows", "judged.optimality[rows]", "judged.optimality[:len(part)]"),
         ("policy noise is the renoise noise", 'self.stream("policy")', 'self.stream("renoise")'),
         ("old policy with the average's decay", "decay=self.policy.old_decay", "decay=self.ema_decay"),
@@ -537,8 +545,8 @@ MUTATIONS = [
         ),
         (
             "samples repeated out of order",
-            "x.repeat_interleave(targets.shape[1], dim=0)",
-            "x.repeat(targets.shape[1], 1, 1, 1)",
+            "x.repeat_interleave(y.shape[1], dim=0)",
+            "x.repeat(y.shape[1], 1, 1, 1)",
         ),
     ),
     *errors(
@@ -603,7 +611,7 @@ MUTATIONS = [
         ("callbacks/test_spread.py",),
         ("flat updates not in a row", "before + 1, 0)", "before + 1, before)"),
         ("warning repeated", "self._warned = True", "self._warned = False"),
-        ("warned although switched off", "or judged.lambda_policy == 0", ""),
+        ("warned although switched off", "self._warned or unused", "self._warned"),
     ),
     *errors(
         "geneval/metadata.py",
@@ -915,7 +923,11 @@ MUTATIONS = [
         "methods/nft.py",
         NFT + PARTS,
         ("rollouts of the new policy", 'self.rollout(batch, role="old")', "self.rollout(batch)"),
-        ("nft advantages unclipped", "optimality(advantages, self.nft.advantage_clip)", "optimality(advantages, 1e6)"),
+        (
+            "nft advantages unclipped",
+            "optimality(judged.advantages, self.nft.advantage_clip)",
+            "optimality(judged.advantages, 1e6)",
+        ),
         ("nft optimality of other rows", "o[rows])", "o[: len(latents)])"),
         ("nft samples of other rows", "self.nft, x0[rows]", "self.nft, x0[: len(latents)]"),
         ("nft one noise for all levels", 'self.stream("renoise", turn)', 'self.stream("renoise")'),
@@ -972,7 +984,11 @@ MUTATIONS = [
             "advantages[rows])\n                backward(weight * self.reward_weight * loss)",
             "advantages[rows])\n                backward(weight * loss)",
         ),
-        ("dmdr grpo advantages of other rows", "k, advantages[rows])", "k, advantages[: rows.stop - rows.start])"),
+        (
+            "dmdr grpo advantages of other rows",
+            "k, judged.advantages[rows])",
+            "k, judged.advantages[: rows.stop - rows.start])",
+        ),
         (
             "dmdr nft by the new policy",
             'self.rollout(batch, "reward rollout", role="old")',
@@ -1039,8 +1055,8 @@ MUTATIONS = [
         ("separate rewards summed first", 'if self.rewards == "jointly":', "if True:"),
         (
             "separate rewards unweighted in logs",
-            "return (each * weights).sum(1), decoupled",
-            "return each.sum(1), decoupled",
+            "JudgedSamples((each * weights).sum(1)",
+            "JudgedSamples(each.sum(1)",
         ),
         ("separate spread ignored", "weights, groups, self.spread)", "weights, groups)"),
         ("joint spread ignored", "group_advantages(total, groups, self.spread)", "group_advantages(total, groups)"),
@@ -1315,7 +1331,7 @@ MUTATIONS = [
         ("updates not restored", "self.updates, self.evaluations = origin.updates,", "_, self.evaluations = 0,"),
         ("updates not saved", '"updates": self.updates, ', ""),
         ("start_from ignored", "if self.start_from is not None:", "if False:"),
-        ("record not handed on", 'None if done.record is None else {"record": done.record}', "None"),
+        ("record not handed on", '"record": done.record,', '"record": None,'),
         ("logs under another name", 'f"train/{name}": value', 'f"train/{name}": 0 * value'),
         (
             "embeddings of sorted prompts",
@@ -1332,7 +1348,7 @@ MUTATIONS = [
             'written then.\n        """\n        self.guard.settle()',
             'written then.\n        """',
         ),
-        ("update not judged before the next", 'of the method."""\n        self.guard.settle()', 'of the method."""'),
+        ("update not judged before the next", 'as ``outputs``."""\n        self.guard.settle()', 'as ``outputs``."""'),
         ("non-finite checkpoints written", "            learned(checkpoint),", "            {},"),
         ("non-finite checkpoints resumed", 'check_finite(learned(checkpoint), "in', 'check_finite({}, "in'),
         ("precision not checked", "            check_precision(self.trainer.precision)\n", ""),
@@ -1500,6 +1516,7 @@ MUTATIONS = [
         ),
         ("reward spread over the batch", "self.rewards.std(1).mean() if", "self.rewards.std() if"),
         ("record's weight with lambda", "2 * self.lambda_policy", "self.lambda_policy"),
+        ("clipped at one end only", "(self.optimality <= 0) | (self.optimality >= 1)", "(self.optimality <= 0)"),
         ("share of positive weights", "(self.weight() < 0)", "(self.weight() > 0)"),
         (
             "share of worse targets",
@@ -1542,6 +1559,36 @@ MUTATIONS = [
             "world_size=1 if self.trainer is None else self.trainer.world_size,\n            start",
             "world_size=1,\n            start",
         ),
+    ),
+    *errors(
+        "methods/advantages.py",
+        ("methods/test_logs.py",),
+        ("sample groups with spread counted", "self.groups) == 0).float()", "self.groups) != 0).float()"),
+        ("clipped sample advantages of one side", "(self.advantages.abs() >= clip)", "(self.advantages >= clip)"),
+    ),
+    *errors(
+        "rewards/judge.py",
+        ("methods/test_logs.py",),
+        ("parts of all updates", "        self._scored.clear()\n", ""),
+        ("parts logged with their weights", "(scores.detach())", "(scores.detach() * 2)"),
+    ),
+    *errors(
+        "callbacks/progress.py",
+        ("callbacks/test_progress.py",),
+        ("last update not shown", "and updates != trainer.max_steps", ""),
+        ("time left from the start", "(trainer.max_steps - updates))", "trainer.max_steps)"),
+        ("lines of all ranks", "if not self._enabled:\n            return\n        for line", "for line"),
+    ),
+    *errors(
+        "phases.py",
+        ("methods/test_logs.py",),
+        ("seconds of inner phases counted twice", "own = whole - self._inside.pop()", "own = whole"),
+    ),
+    *errors(
+        "configuration/messages.py",
+        ("configuration/test_messages.py",),
+        ("keys within the object only", "whole.removesuffix(within)", '""'),
+        ("first class path instead of the last", "for e in reversed(chain)", "for e in chain"),
     ),
     *errors(
         "errors.py",

@@ -16,10 +16,10 @@ PATIENCE = 20
 
 
 class WarnWithoutSpread(pl.Callback):
-    """Warns once if all groups of targets had equal rewards for :data:`PATIENCE` updates in a row.
+    """Warns once if the members of every group had equal rewards for :data:`PATIENCE` updates in a row.
 
     The number of these updates is kept on the device and read every :data:`PATIENCE` updates, so that updates do not
-    wait for it. ``train/groups_without_spread`` logs the share of such groups.
+    wait for it. ``train/groups_without_spread`` is the share of such groups.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,17 @@ class WarnWithoutSpread(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count this update."""
-        judged = outputs.get("record") if isinstance(outputs, dict) else None
-        if self._warned or not isinstance(judged, JudgedTargets) or judged.lambda_policy == 0:
+        judged = outputs["record"]
+        unused = isinstance(judged, JudgedTargets) and judged.lambda_policy == 0
+        share = outputs["logs"].get("groups_without_spread")
+        if self._warned or unused or share is None:
             return
-        before = torch.zeros_like(judged.without_spread) if self._flat is None else self._flat
-        self._flat = torch.where(judged.without_spread == 1, before + 1, 0)
+        before = torch.zeros_like(share) if self._flat is None else self._flat
+        self._flat = torch.where(share == 1, before + 1, 0)
         self._seen += 1
         if self._seen % PATIENCE == 0 and float(self._flat) >= PATIENCE:
             self._warned = True
             rank_zero_warn(
-                f"The reward has had no effect for {int(self._flat)} updates: the targets of each group got equal "
-                "rewards (train/groups_without_spread is 1). Use a finer reward, or other model.targets."
+                f"The reward has had no effect for {int(self._flat)} updates: the members of each group got equal "
+                "rewards (train/groups_without_spread is 1). Use a finer reward, or larger groups."
             )

@@ -7,17 +7,20 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.ranges import ranges_of
-from gdmd_lightning.studies.comparison import Comparison
 
 
 def main(arguments: list[str]) -> int:
     """``compare --config NAME``; continues a stopped comparison, or one with a smaller budget."""
-    parser = ArgumentParser(prog="gdmd_lightning compare", description=__doc__, exit_on_error=False)
+    found = with_found_configs(arguments)  # fails before the import, which takes seconds
+    from gdmd_lightning.studies.comparison import Comparison
+
+    parser = ArgumentParser(prog="gdmd_lightning compare", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a configuration, by path or name")
     parser.add_class_arguments(Comparison, as_group=False)
-    options = parser.parse_args(with_found_configs(arguments))
+    options = parsed(parser, found)
     check_options(options, **ranges_of(Comparison))
     values = parser.instantiate_classes(options)
     comparison = Comparison(**{field.name: values[field.name] for field in fields(Comparison)})

@@ -7,16 +7,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
-from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.directories import DirectoryLock, claim
 from gdmd_lightning.ranges import Count
-from gdmd_lightning.studies.arms import DMD, GDMD, last_checkpoint, option, train
-from gdmd_lightning.studies.contestants import draw, student, teachers
-from gdmd_lightning.studies.export import export, snippet
-from gdmd_lightning.studies.scorecards import score, write_scorecard
-from gdmd_lightning.studies.tables import score_table
-from gdmd_lightning.studies.tasks import SHAPES
 
 ENTRIES = ("dmd", "gdmd", "scores.json", "pictures.png", "pipeline")
 
@@ -34,6 +28,14 @@ def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str])
     Raises:
         UserError: If ``out`` has files that no demo wrote.
     """
+    from gdmd_lightning.configuration.restore import load_module
+    from gdmd_lightning.studies.arms import DMD, GDMD, last_checkpoint, option, train
+    from gdmd_lightning.studies.contestants import draw, student, teachers
+    from gdmd_lightning.studies.export import export, snippet
+    from gdmd_lightning.studies.scorecards import score, write_scorecard
+    from gdmd_lightning.studies.tables import score_table
+    from gdmd_lightning.studies.tasks import SHAPES
+
     began = time.perf_counter()
     prompts = SHAPES.read_prompts(count)  # fails before training if the count is impossible
     claim(out, "demo", ENTRIES)
@@ -63,7 +65,7 @@ def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str])
 
 def main(arguments: list[str]) -> int:
     """``demo [--cold_start 60 --updates 100 ...]``."""
-    parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="directory to write; an earlier demo there is replaced"
     )
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--updates", type=int, default=100, help="GDMD updates")
     parser.add_argument("--count", type=int, default=600, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of both trainings")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     check_options(options, cold_start=Count, updates=Count, count=Count)
     lock = DirectoryLock(options.out)
     try:

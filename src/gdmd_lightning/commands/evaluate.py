@@ -4,35 +4,44 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
+from gdmd_lightning.configuration.loading import add_loading_options
+from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
-from gdmd_lightning.configuration.restore import add_loading_options, load_module, picture_size
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import make_directory
-from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, NonNegative, Steps
-from gdmd_lightning.studies.contestants import TEACHER_STEPS, bare_teacher, draw, student, teachers
-from gdmd_lightning.studies.scorecards import score, write_scorecard
-from gdmd_lightning.studies.tables import score_table
-from gdmd_lightning.studies.tasks import SHAPES, Task
+
+if TYPE_CHECKING:
+    from gdmd_lightning.methods.base import DistillationModule
+    from gdmd_lightning.studies.tasks import Task
 
 
 def main(arguments: list[str]) -> int:
     """``evaluate [--checkpoint NAME=PATH ...]``."""
-    parser = ArgumentParser(prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of a .ckpt; may be repeated")
     add_loading_options(parser)
-    parser.add_argument("--teacher_steps", type=int, default=TEACHER_STEPS, help="steps of the guided teacher")
+    parser.add_argument("--teacher_steps", type=int, default=30, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
-    parser.add_argument("--prompts", type=str, default=SHAPES.prompts, help="shapes, or a prompt file")
+    parser.add_argument("--prompts", type=str, default="shapes", help="shapes, or a prompt file")
     parser.add_argument("--count", type=int, default=600, help="number of prompts")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count)
+
+    from gdmd_lightning.studies.contestants import bare_teacher, draw, student, teachers
+    from gdmd_lightning.studies.scorecards import score, write_scorecard
+    from gdmd_lightning.studies.tables import score_table
+    from gdmd_lightning.studies.tasks import SHAPES
+
     task = replace(SHAPES, prompts=options.prompts)
     task.check(options.count)
     make_directory(options.out)
@@ -50,6 +59,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _load(options: Namespace, task: Task, device: str) -> dict[str, DistillationModule]:
+    from gdmd_lightning.configuration.restore import load_module, picture_size
+
     named = []
     for given in options.checkpoint:
         name, separator, path = given.partition("=")

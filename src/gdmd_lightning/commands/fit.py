@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-
-from gdmd_lightning.callbacks.interruption import interrupted_checkpoint
-from gdmd_lightning.configuration.training import run, stopped_by
+from gdmd_lightning.configuration.configs import fit_arguments
 
 
 def main(arguments: list[str]) -> int:
     """``fit --config NAME ...``."""
+    fit_arguments(arguments)  # fails before the imports, which take seconds
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    from gdmd_lightning.callbacks.interruption import interrupted_checkpoint
+    from gdmd_lightning.configuration.training import run, stopped_by
+
     cli = run(arguments)
     stop = stopped_by(cli)
     if not stop.received:

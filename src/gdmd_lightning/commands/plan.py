@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 
+from gdmd_lightning.configuration.configs import fit_arguments
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.planning.report import GIB, batch_line, plan_of, savings, table
 from gdmd_lightning.ranges import Positive
 
 
@@ -26,6 +26,9 @@ def main(arguments: list[str]) -> int:
     check_options(options, gpu_memory=Positive)
     if not rest:
         raise UserError("no configuration to plan", remedy="plan --config shapes.yaml")
+    fit_arguments(rest, "plan")
+    from gdmd_lightning.planning.report import GIB, batch_line, plan_of, savings, table
+
     found = plan_of(rest)
     print(f"{batch_line(rest)}\n\n{table(found)}")
     left = options.gpu_memory - found.total / GIB

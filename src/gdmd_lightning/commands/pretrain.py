@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_directory, make_directory, write_atomically
@@ -233,10 +234,12 @@ def _save(model: Any, directory: Path, tokenizer: CLIPTokenizer | None = None) -
 
 def main(arguments: list[str]) -> int:
     """``pretrain [--config shapes_teacher.yaml] [--out DIR] ...``."""
-    parser = ArgumentParser(prog="gdmd_lightning pretrain", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="gdmd_lightning pretrain", description=__doc__, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="settings; a bare name means a shipped file")
     parser.add_class_arguments(PretrainSettings, as_group=False)
-    options = parser.parse_args(with_found_configs(arguments))
+    options = parsed(parser, with_found_configs(arguments))
     check_options(options, **ranges_of(PretrainSettings))
     values = parser.instantiate_classes(options)
     settings = PretrainSettings(**{field.name: values[field.name] for field in fields(PretrainSettings)})

@@ -13,26 +13,29 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
+from gdmd_lightning.configuration.loading import add_loading_options
+from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
-from gdmd_lightning.configuration.restore import add_loading_options, load_module
 from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import make_directory
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Whole
-from gdmd_lightning.studies.sampling import (
-    LIST,
-    Origin,
-    existing_pictures,
-    open_checkpoint,
-    wanted_pictures,
-    write_list,
-    write_pictures,
-)
 
 
 def main(arguments: list[str]) -> int:
     """``sample CHECKPOINT PROMPTS OUT``."""
     options = _parse(arguments)
+    from gdmd_lightning.configuration.restore import load_module
+    from gdmd_lightning.studies.sampling import (
+        LIST,
+        Origin,
+        existing_pictures,
+        open_checkpoint,
+        wanted_pictures,
+        write_list,
+        write_pictures,
+    )
+
     out, device = options.out, usable_device(options.device)
     digest, trained = open_checkpoint(options.checkpoint)
     height, width = options.height or trained[0], options.width or trained[1]
@@ -63,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> Namespace:
     about = f"{__doc__}\nA pipeline directory written by export needs no command: sample it with diffusers."
-    parser = ArgumentParser(prog="gdmd_lightning sample", description=about, exit_on_error=False)
+    parser = ArgumentParser(prog="gdmd_lightning sample", description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="a .ckpt written by fit")
     kinds = f"a {FORMATS} file, a folder of them, a Hugging Face data set, or shapes"
     parser.add_argument("prompts", type=str, help=kinds)
@@ -80,7 +83,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     add_loading_options(parser)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     check_options(options, batch_size=Count, per_prompt=Count, count=Count, seed=Seed, height=Count, width=Count)
     check_options(options, teacher_steps=Whole, guidance_scale=NonNegative)
     # os.path, unlike Path, raises no error if a parent directory may not be searched.

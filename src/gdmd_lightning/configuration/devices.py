@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from gdmd_lightning.errors import UserError
 
 DEVICE_HELP = "cuda, cuda:1, mps, cpu, or auto: cuda if available, else cpu"
@@ -15,6 +13,8 @@ def usable_device(name: str) -> str:
     Raises:
         UserError: If there is no such device.
     """
+    import torch  # takes seconds, which wrong arguments of a command should not wait for
+
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         # A device without memory (meta) cannot give a value back.

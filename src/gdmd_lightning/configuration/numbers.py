@@ -10,8 +10,6 @@ from typing import Any, get_args
 
 from jsonargparse import Namespace
 
-from gdmd_lightning.data.prompt_data import PromptDataModule
-from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Seed, check_number, ranges_of
 
 
@@ -21,6 +19,9 @@ def check_configuration(settings: Any) -> None:
     Raises:
         UserError: If one is out of range; ``where`` is its key as a user types it.
     """
+    from gdmd_lightning.data.prompt_data import PromptDataModule
+    from gdmd_lightning.methods.base import DistillationModule
+
     check_numbers("model", DistillationModule, settings.model)
     check_numbers("data", PromptDataModule, settings.data)
     check_numbers("trainer", None, settings.trainer)

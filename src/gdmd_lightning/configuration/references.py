@@ -27,12 +27,14 @@ SECRET = 8
 class ReferencingParser(LightningArgumentParser):
     """A parser that writes references instead of the values that came from the environment.
 
+    It takes no abbreviated keys; jsonargparse builds the parsers of nested classes from its type.
+
     Attributes:
         references: What to write for each value, see :func:`environment_references`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
         self.references: dict[str, str] = {}
 
     def dump(self, *args: Any, **kwargs: Any) -> str:

@@ -23,7 +23,7 @@ from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig, run_directory
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
-from gdmd_lightning.configuration.configs import with_found_configs
+from gdmd_lightning.configuration.configs import fit_arguments
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.configuration.numbers import check_configuration
@@ -31,6 +31,7 @@ from gdmd_lightning.configuration.references import ReferencingParser, environme
 from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.configuration.resuming import NAMED, place_given, resolve_checkpoint
 from gdmd_lightning.configuration.seeds import share_seed
+from gdmd_lightning.configuration.suggestions import arguments_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError, WriteError
@@ -44,18 +45,32 @@ PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 
 
 class DistillationCLI(LightningCLI):
-    """``fit`` of any :class:`DistillationModule` on a :class:`PromptDataModule`."""
+    """``fit`` of any :class:`DistillationModule` on a :class:`PromptDataModule`.
+
+    Args:
+        command: The command whose ``--help`` an error points to.
+        cli: Arguments of :class:`LightningCLI`.
+    """
+
+    def __init__(self, *cli: Any, command: str = "fit", **options: Any) -> None:
+        self.command = command
+        super().__init__(*cli, **{**options, "parser_class": ReferencingParser, "parser_kwargs": PARSER})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, check all numbers, and keep the arguments: they tell what the user gave."""
+        self._arguments = list(args)
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, OmegaConfBaseException, SyntaxError) as error:
+            # Here the parser that knows the right arguments is at hand.
+            fit = parser._subcommands_action._name_parser_map["fit"]  # type: ignore[union-attr]
+            raise readable_error(error, self.command, arguments_of(fit)) from error
+        check_configuration(self.config.fit)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Training only; scoring and sampling are separate commands."""
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, check all numbers, and keep the arguments: they tell what the user gave."""
-        self._arguments = list(args)
-        super().parse_arguments(parser, args)
-        check_configuration(self.config.fit)
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint to resume from; Lightning would take the model's arguments from it."""
@@ -200,15 +215,13 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             DistillationModule,
             PromptDataModule,
             # Read a checkpoint to resume from as tensors and plain values only.
-            args=["fit", "--weights_only=true", *with_found_configs(arguments)],
+            args=["fit", "--weights_only=true", *fit_arguments(arguments)],
             subclass_mode_model=True,
             save_config_callback=SaveConfig,
-            parser_class=ReferencingParser,
-            parser_kwargs=PARSER,
             trainer_defaults={"callbacks": [place, StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
             auto_configure_optimizers=False,
         )
-    except (ArgumentError, OmegaConfBaseException, MisconfigurationException) as error:
+    except MisconfigurationException as error:
         raise readable_error(error, "fit") from error
     finally:
         place.release()
@@ -224,21 +237,22 @@ def parse(arguments: Sequence[str], command: str = "fit") -> Any:
     Raises:
         UserError: If the arguments are wrong.
     """
+    return parsing_cli(arguments, command).config.fit
+
+
+def parsing_cli(arguments: Sequence[str], command: str = "fit") -> DistillationCLI:
+    """The command line that :func:`parse` uses, after parsing."""
     quiet()
-    try:
-        cli = _ParsingCLI(
-            DistillationModule,
-            PromptDataModule,
-            args=["fit", *with_found_configs(arguments)],
-            subclass_mode_model=True,
-            save_config_callback=None,
-            seed_everything_default=False,
-            parser_kwargs=PARSER,
-            auto_configure_optimizers=False,
-        )
-    except (ArgumentError, OmegaConfBaseException) as error:
-        raise readable_error(error, command) from error
-    return cli.config.fit
+    return _ParsingCLI(
+        DistillationModule,
+        PromptDataModule,
+        command=command,
+        args=["fit", *fit_arguments(arguments, command)],
+        subclass_mode_model=True,
+        save_config_callback=None,
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+    )
 
 
 def stopped_by(cli: DistillationCLI) -> StopOnSignal:

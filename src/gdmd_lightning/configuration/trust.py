@@ -20,7 +20,7 @@ from gdmd_lightning.locations import resolve
 from gdmd_lightning.methods.provenance import parsed
 
 OWN = "gdmd_lightning"
-WITHOUT_REWARD = {"class_path": "gdmd_lightning.rewards.base.AbsentReward"}
+WITHOUT_REWARD = {"class_path": "gdmd_lightning.rewards.base._AbsentReward"}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.autoencoder import keep_range
+from gdmd_lightning.families.hub import loading_problem
 
 
 def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = (), drop: Sequence[str] = ()) -> Any:
@@ -46,11 +47,8 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
             **dict.fromkeys(empty),
         )
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
-        raise UserError(
-            f"the pipeline {path!r} cannot be loaded: {' '.join(str(error).split())[:300]}",
-            where="family.path",
-            remedy="save or download it again",
-        ) from error
+        problem, remedy = loading_problem(path, error)
+        raise UserError(f"the pipeline {path!r} {problem}", where="family.path", remedy=remedy) from error
     finally:
         logging.enable_progress_bar()
     pipeline.set_progress_bar_config(disable=True)

@@ -140,6 +140,29 @@ class TargetAdvantages:
 
 
 @dataclass(frozen=True)
+class JudgedSamples:
+    """Samples that a reward has compared within their prompts.
+
+    Args:
+        rewards: ``[B]``.
+        advantages: ``[B]``.
+        groups: Index of each sample's prompt, ``[B]``.
+    """
+
+    rewards: Tensor
+    advantages: Tensor
+    groups: Tensor
+
+    def logs(self, clip: float) -> dict[str, Tensor]:
+        """Scalars to log, on the device; ``clip`` is the largest advantage that counts."""
+        return {
+            "reward_sample": self.rewards.mean(),
+            "groups_without_spread": (group_mean(self.advantages.abs(), self.groups) == 0).float().mean(),
+            "advantage_clipped": (self.advantages.abs() >= clip).float().mean(),
+        }
+
+
+@dataclass(frozen=True)
 class SampleAdvantages:
     """How rewards of samples become advantages within the samples of a prompt.
 
@@ -153,8 +176,8 @@ class SampleAdvantages:
     spread: Spread = "batch"
     rewards: Literal["jointly", "separately"] = "jointly"
 
-    def __call__(self, judge: Judge, x0: Tensor, prompts: Sequence[Prompt], groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards and advantages of samples, ``[B]`` each.
+    def __call__(self, judge: Judge, x0: Tensor, prompts: Sequence[Prompt], groups: Tensor) -> JudgedSamples:
+        """Judge samples.
 
         Args:
             judge: Scores the samples.
@@ -165,10 +188,11 @@ class SampleAdvantages:
         groups = groups.to(x0.device)
         if self.rewards == "jointly":
             total = judge(x0, prompts)
-            return total, group_advantages(total, groups, self.spread)
+            return JudgedSamples(total, group_advantages(total, groups, self.spread), groups)
         each = judge.each(x0, prompts)
         weights = each.new_tensor(judge.weights)
-        return (each * weights).sum(1), decoupled_advantages(each, weights, groups, self.spread)
+        advantages = decoupled_advantages(each, weights, groups, self.spread)
+        return JudgedSamples((each * weights).sum(1), advantages, groups)
 
 
 def _over_rms(difference: Tensor, floor: float = 1e-4) -> Tensor:

@@ -18,7 +18,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.pictures import check_pictures
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
-from gdmd_lightning.methods.lightning import RoleModule, Update
+from gdmd_lightning.methods.lightning import Logs, RoleModule, Update
 from gdmd_lightning.phases import phase
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Steps, ranged
@@ -28,7 +28,7 @@ from gdmd_lightning.roles import RoleSpec
 from gdmd_lightning.samplers import ODE, Predict, Sampler, Trajectory, rollout
 from gdmd_lightning.streams import Streams, draw_noise, stream
 
-__all__ = ["DistillationModule", "State", "Update", "weighted_sum"]
+__all__ = ["DistillationModule", "Logs", "State", "Update", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,9 @@ class DistillationModule(RoleModule, ABC):
     def judge_with(self, reward: Reward) -> Judge:
         """A judge that decodes with this family and follows the memory options."""
         return Judge(reward, self.family, self.memory.reward, self.micro_batch_size)
+
+    def reward_logs(self) -> dict[str, Tensor]:
+        return {} if self.judge is None else self.judge.logs()
 
     def limit_micro_batches(self, size: int) -> None:
         super().limit_micro_batches(size)

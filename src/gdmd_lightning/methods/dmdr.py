@@ -156,24 +156,24 @@ class DMDR(MatchingModule):
     def _grpo(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of GRPO on the generator's rollouts; matching takes the place of its KL term."""
         path = self.rollout(batch, "reward rollout", self.grpo.sampler)
-        rewards, advantages = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
-        logs = {"reward_sample": rewards.mean()}
+        logs = judged.logs(self.grpo.advantage_clip)
         for k in steps:
             for rows, share in self.micro_batches(len(batch)):
                 predict, weight = self.predictor("generator", batch.conditioning.select(rows)), share / len(steps)
-                loss, _, _ = grpo_term(predict, self.grpo, path.select(rows), k, advantages[rows])
+                loss, _, clipped = grpo_term(predict, self.grpo, path.select(rows), k, judged.advantages[rows])
                 backward(weight * self.reward_weight * loss)
-                weighted_sum(logs, weight, reward_loss=loss)
+                weighted_sum(logs, weight, reward_loss=loss, clipped=clipped)
         return logs
 
     def _nft(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of DiffusionNFT on the old policy's rollouts."""
         x0 = self.rollout(batch, "reward rollout", role="old").x0
-        rewards, advantages = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
-        o = optimality(advantages, self.nft.advantage_clip)
+        judged = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
+        o = optimality(judged.advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
-        logs = {"reward_sample": rewards.mean()}
+        logs = judged.logs(self.nft.advantage_clip)
         for turn, step in enumerate(index.unbind(1)):
             renoised = renoised_samples(x0, self.sigmas[step], batch.conditioning, self.stream("nft renoise", turn))
             for rows, share in self.micro_batches(len(batch)):

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
@@ -64,16 +62,16 @@ class FlowGRPO(DistillationModule):
         """Roll out and judge once, then step the generator on the trained steps of all samples."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        rewards, advantages = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
-        logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": path.x0.std()}
+        logs = {"sample_std": path.x0.std()} | judged.logs(self.grpo.advantage_clip)
         for _ in range(self.inner_epochs):
             with learn("generator") as backward:
                 for k in steps:
                     for rows, share in self.micro_batches(len(batch)):
                         part, conditioning = path.select(rows), batch.conditioning.select(rows)
                         predict = self.predictor("generator", conditioning)
-                        loss, now, clipped = grpo_term(predict, self.grpo, part, k, advantages[rows])
+                        loss, now, clipped = grpo_term(predict, self.grpo, part, k, judged.advantages[rows])
                         weight = share / len(steps)
                         if self.kl_weight > 0:
                             base = part.redo(self.predictor("teacher", conditioning), k)

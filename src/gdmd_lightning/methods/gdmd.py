@@ -14,7 +14,7 @@ from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, NoisyLatents
 from gdmd_lightning.methods.advantages import TargetAdvantages, TargetGroup
-from gdmd_lightning.methods.base import State, Update, weighted_sum
+from gdmd_lightning.methods.base import Logs, State, Update, weighted_sum
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.record import JudgedTargets
 from gdmd_lightning.methods.reward_terms import Policy, policy_noise, policy_term
@@ -75,7 +75,7 @@ class GDMD(MatchingModule):
         self.keep_snapshot(self.snapshots, self.targets.snapshot_every)
         state = self.rollout_state(batch)
         parts = list(self.micro_batches(len(batch)))
-        loss_logs: dict[str, Tensor] = {}
+        loss_logs: Logs = {}
         with learn("generator") as backward:
             # Whole groups are judged: with several micro-batches, first compute samples without gradient.
             with torch.set_grad_enabled(len(parts) == 1):
@@ -85,9 +85,9 @@ class GDMD(MatchingModule):
             for rows, share in parts:
                 latents = state.latents.select(rows)
                 part = x if len(parts) == 1 else self.student_x0(latents)
-                loss = self._loss(part, latents, judged.targets[rows], n[rows], judged.optimality[rows], eps[rows])
-                backward(share * loss)
-                weighted_sum(loss_logs, share, loss=loss)
+                losses = self._loss(part, latents, judged.targets[rows], n[rows], judged.optimality[rows], eps[rows])
+                backward(share * losses["loss"])
+                weighted_sum(loss_logs, share, **losses)
         return Update(loss_logs | judged.logs() | self.train_fake_score(batch, state, judged.x, learn), record=judged)
 
     def _judge_targets(self, x: Tensor, state: State, batch: Batch) -> tuple[JudgedTargets, Tensor]:
@@ -120,11 +120,11 @@ class GDMD(MatchingModule):
         )
         return judged, match.n.unflatten(0, (len(x), size))
 
-    def _loss(self, x: Tensor, latents: NoisyLatents, targets: Tensor, n: Tensor, o: Tensor, eps: Tensor) -> Tensor:
-        """Distillation plus the policy term, averaged over targets ``[B, M, C, H, W]``."""
-        each = x.repeat_interleave(targets.shape[1], dim=0)
-        y, n, o = targets.flatten(0, 1), n.flatten(), o.flatten()
+    def _loss(self, x: Tensor, latents: NoisyLatents, y: Tensor, n: Tensor, o: Tensor, eps: Tensor) -> Logs:
+        """Distillation plus the policy term, averaged over targets ``[B, M, C, H, W]``, and the two apart."""
+        each = x.repeat_interleave(y.shape[1], dim=0)
+        y, n, o = y.flatten(0, 1), n.flatten(), o.flatten()
         if self.policy.form == "weighted":
-            return dm_loss(each, y, n, gradient_weight(o, 2 * self.lambda_policy))
-        term = policy_term(self.roles, self.policy, x, latents, y, n, o, eps.flatten(0, 1))
-        return dm_loss(each, y, n) + self.lambda_policy * term
+            return {"loss": dm_loss(each, y, n, gradient_weight(o, 2 * self.lambda_policy))}
+        dm, policy = dm_loss(each, y, n), policy_term(self.roles, self.policy, x, latents, y, n, o, eps.flatten(0, 1))
+        return {"loss": dm + self.lambda_policy * policy, "dm_loss": dm, "policy_loss": policy}

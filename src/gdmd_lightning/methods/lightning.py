@@ -33,10 +33,14 @@ from gdmd_lightning.methods.resuming import (
     use_current_optimization,
 )
 from gdmd_lightning.methods.settings import Memory
+from gdmd_lightning.phases import Stopwatch, listening
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
 from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec
 from gdmd_lightning.streams import stream
+
+Logs = dict[str, Tensor]
+"""Scalars by name, detached, on the device; logged as ``train/<name>``."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Update:
         record: Data for callbacks; Lightning passes it to them as ``outputs["record"]``. ``None`` for none.
     """
 
-    logs: dict[str, Tensor] = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
     record: Any = None
 
 
@@ -256,19 +260,21 @@ class RoleModule(pl.LightningModule):
             out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
         return out
 
-    def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any] | None:
-        """One update of the method."""
+    def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any]:
+        """One update of the method; its record, or None, and its logs for callbacks, as ``outputs``."""
         self.guard.settle()
         texts = [prompt.text for prompt in batch.prompts]
-        conditioning = self.embeddings(texts)
-        optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
         before = self.roles.evaluations.total()
-        engine = LightningEngine(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
-        done = self.update(Batch(batch.prompts, batch.groups, conditioning, self.real_x0(batch.prompts)), engine)
-        engine.finish()
+        watch = Stopwatch()
+        with listening(watch), watch("rest"):
+            conditioning = self.embeddings(texts)
+            optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
+            engine = LightningEngine(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
+            done = self.update(Batch(batch.prompts, batch.groups, conditioning, self.real_x0(batch.prompts)), engine)
+            engine.finish()
         self.updates += 1
         self.evaluations += self.roles.evaluations.total() - before
-        logs = done.logs | engine.logs()
+        logs = done.logs | engine.logs() | self.reward_logs()
         for role, schedule in zip(self.roles.trained, _listed(self.lr_schedulers()), strict=True):
             logs[f"learning_rate/{role}"] = torch.tensor(optimizers[role].param_groups[0]["lr"])
             schedule.step()
@@ -278,7 +284,13 @@ class RoleModule(pl.LightningModule):
         if "loss" in logs:
             self.log("loss", logs.pop("loss"), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
-        return None if done.record is None else {"record": done.record}
+        seconds = {f"train/seconds/{name.replace(' ', '_')}": torch.tensor(s) for name, s in watch.seconds.items()}
+        self.log_dict(seconds | {"train/seconds": sum(seconds.values())}, batch_size=len(batch))
+        return {"record": done.record, "logs": logs}
+
+    def reward_logs(self) -> dict[str, Tensor]:
+        """What the rewards of the last update say about themselves."""
+        return {}
 
     def on_train_end(self) -> None:
         """Fail if the last update was not finite."""

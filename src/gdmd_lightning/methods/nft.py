@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
@@ -66,10 +64,10 @@ class DiffusionNFT(DistillationModule):
         """The old policy's samples are judged; the generator learns from them at its own levels."""
         self.judge.check(batch.prompts)
         x0 = self.rollout(batch, role="old").x0
-        rewards, advantages = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
-        o = optimality(advantages, self.nft.advantage_clip)
+        judged = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
+        o = optimality(judged.advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
-        logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": x0.std()}
+        logs = {"sample_std": x0.std()} | judged.logs(self.nft.advantage_clip)
         with learn("generator") as backward:
             for turn, step in enumerate(index.unbind(1)):
                 renoised = renoised_samples(x0, self.sigmas[step], batch.conditioning, self.stream("renoise", turn))

@@ -62,6 +62,7 @@ class JudgedTargets:
             "groups_without_spread": self.without_spread,
             "sample_std": self.x.std(),
             "weight_negative": (self.weight() < 0).float().mean(),
+            "advantage_clipped": ((self.optimality <= 0) | (self.optimality >= 1)).float().mean(),
             "advantage_level_correlation": correlation(self.advantages, self.renoise_sigma),
         }
         if self.sample_reward is not None:

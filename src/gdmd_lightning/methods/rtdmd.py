@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.errors import UserError
@@ -80,17 +79,17 @@ class RTDMD(AmbientModule):
         """Roll out and judge once; one generator step on all terms; then the fake score's steps."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        rewards, advantages = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps")) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
         s, draw = self.ends(state), self.draw_renoise(state)
-        logs: dict[str, Tensor] = {"reward_sample": rewards.mean(), "sample_std": path.x0.std()}
+        logs = {"sample_std": path.x0.std()} | judged.logs(self.grpo.advantage_clip)
         with learn("generator") as backward:
             for k in steps:
                 for rows, share in self.micro_batches(len(batch)):
                     predict, weight = self.predictor("generator", batch.conditioning.select(rows)), share / len(steps)
-                    loss, _, clipped = grpo_term(predict, self.grpo, path.select(rows), k, advantages[rows])
+                    loss, _, clipped = grpo_term(predict, self.grpo, path.select(rows), k, judged.advantages[rows])
                     backward(weight * self.grpo_weight * loss)
                     weighted_sum(logs, weight, policy_loss=loss, clipped=clipped)
             for rows, share in self.micro_batches(len(batch)):

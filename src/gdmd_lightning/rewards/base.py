@@ -95,7 +95,7 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
     return scores.to(images.device, torch.float32)
 
 
-class AbsentReward(Reward):
+class _AbsentReward(Reward):
     """Stands in for the reward of a module that is restored only to generate; it scores nothing.
 
     Args:

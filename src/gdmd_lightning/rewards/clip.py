@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.hub import loading_problem
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
@@ -85,7 +86,8 @@ class ContrastiveReward(Reward):
                 )
                 tokenizer = CLIPTokenizer.from_pretrained(self.path)
             except Exception as error:  # transformers and safetensors raise a dozen unrelated types here
-                raise UserError(f"{self.path!r} cannot be loaded: {error}", where=f"reward {self.name!r}") from error
+                problem, remedy = loading_problem(self.path, error)
+                raise UserError(f"{self.path!r} {problem}", where=f"reward {self.name!r}", remedy=remedy) from error
             self._check_complete(report)
             self._loaded = model.requires_grad_(False).eval().to(self._device), tokenizer
         return self._loaded

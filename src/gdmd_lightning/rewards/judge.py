@@ -40,6 +40,7 @@ class Judge:
     ) -> None:
         self.reward, self.family = reward, family
         self.placement, self.micro_batch_size = placement, micro_batch_size
+        self._scored: list[Tensor] = []
 
     def __call__(self, latents: Tensor, prompts: Sequence[Prompt], *, gradient: bool = False) -> Tensor:
         """Rewards ``[B]``, float32, of latents ``[B, C, H, W]``.
@@ -53,18 +54,32 @@ class Judge:
             NonFinitePictures: If generator or decoder give pictures that are not finite.
             UserError: If the reward raises, or returns the wrong shape or non-finite scores.
         """
-        if gradient:
-            return self._score(latents, prompts, (self.reward,))[:, 0]
-        return self._in_parts(latents, prompts, (self.reward,))[:, 0]
+        parts = tuple(part for part, _ in self.reward.parts)
+        scores = (self._score if gradient else self._in_parts)(latents, prompts, parts)
+        self._scored.append(scores.detach())
+        return torch.stack([w * s for w, s in zip(self.weights, scores.unbind(1), strict=True)]).sum(0)
 
     def each(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards ``[B, R]`` of the ``R`` parts of a combined reward, unweighted and without gradient; see above."""
-        return self._in_parts(latents, prompts, tuple(reward for reward, _ in self.reward.parts))
+        scores = self._in_parts(latents, prompts, tuple(reward for reward, _ in self.reward.parts))
+        self._scored.append(scores)
+        return scores
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Weights of the parts of a combined reward, ``R`` of them."""
         return tuple(weight for _, weight in self.reward.parts)
+
+    def logs(self) -> dict[str, Tensor]:
+        """Of a combined reward: the mean unweighted score of each part since the last call; equal names get numbers."""
+        names: list[str] = []
+        for part, _ in self.reward.parts:
+            names.append(f"reward/{part.name}" + (f"_{len(names) + 1}" if f"reward/{part.name}" in names else ""))
+        scored = self._scored.copy()
+        self._scored.clear()
+        if len(names) == 1 or not scored:
+            return {}
+        return dict(zip(names, torch.cat(scored).mean(0).unbind(), strict=True))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Fail early if these prompts lack what the reward needs.
@@ -86,7 +101,9 @@ class Judge:
             images = self.family.decode(latents)
         try:
             with phase("reward"), self._placed(images.device):
-                return torch.stack([checked_score(reward, images, prompts) for reward in rewards], dim=1)
+                # A copy for each, since a reward may change its input in place.
+                own = (images.clone() for _ in rewards) if len(rewards) > 1 else iter([images])
+                return torch.stack([checked_score(reward, next(own), prompts) for reward in rewards], dim=1)
         except NonFinitePictures as error:
             raise NonFinitePictures(error.rows, error.texts, latents) from error
 
