@@ -21,7 +21,13 @@ def test_arm_arguments_name_configs_first():
     assert arm.arguments == ["--config", "one.yaml", "--config", "two.yaml", "--model.lambda_policy=5"]
 
 
-@pytest.mark.parametrize("config", ["compare_shapes.yaml", *(pytest.param(f"compare_{n}.yaml", marks=pytest.mark.slow) for n in ("methods", "switches"))])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "compare_shapes.yaml",
+        *(pytest.param(f"compare_{n}.yaml", marks=pytest.mark.slow) for n in ("methods", "switches")),
+    ],
+)
 def test_methods_of_a_shipped_comparison_all_parse_to_different_models(config):
     with open(find_config(config), encoding="utf-8") as file:
         methods = yaml.safe_load(file)["methods"]
