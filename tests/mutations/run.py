@@ -83,6 +83,7 @@ def _child(mutation: Mutation | None, place: Path) -> None:
 
     signal.alarm(TIMEOUT * (10 if mutation is None else 1))  # an endless loop is noticed too
     shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    (place / "configs").symlink_to(ROOT / "configs")
     if mutation is not None:
         file = place / "src/gdmd_lightning" / mutation.file
         file.write_text(file.read_text().replace(mutation.old, mutation.new))
