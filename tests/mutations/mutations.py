@@ -483,25 +483,14 @@ MUTATIONS = [
         GDMD + PARTS,
         ("gdmd share forgotten", "backward(share * loss)", "backward(loss)"),
         (
-            "targets judged under another prompt",
-            "tuple(prompt for prompt in batch.prompts for _ in range(size))",
-            "batch.prompts * size",
+            "advantage clip ignored",
+            "optimality(group.advantages, self.advantages.clip)",
+            "optimality(group.advantages)",
         ),
-        (
-            "rewards of samples and targets swapped",
-            "torch.cat([latents, x.detach()]), (*prompts, *batch.prompts)",
-            "torch.cat([x.detach(), latents]), (*batch.prompts, *prompts)",
-        ),
-        (
-            "all prompts in one group",
-            "self.advantages(rewards, sample_reward, batch.groups)",
-            "self.advantages(rewards, sample_reward, 0 * batch.groups)",
-        ),
-        ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
         (
             "verdict reversed for all",
-            "optimality(advantages, self.advantages.clip)",
-            "1 - optimality(advantages, self.advantages.clip)",
+            "optimality(group.advantages, self.advantages.clip)",
+            "1 - optimality(group.advantages, self.advantages.clip)",
         ),
         (
             "lambda instead of 2 lambda",
@@ -626,7 +615,42 @@ MUTATIONS = [
     ),
     *errors(
         "methods/advantages.py",
+        ("methods/test_separate_rewards.py",),
+        (
+            "separate rewards of targets summed first",
+            'if self.rewards == "jointly":\n            rewards,',
+            "if True:\n            rewards,",
+        ),
+        (
+            "separate rewards of targets unweighted",
+            "(torch.stack(parts, dim=-1) * weights).sum(-1)",
+            "torch.stack(parts, dim=-1).sum(-1)",
+        ),
+        (
+            "summed advantages of targets not rescaled",
+            "JudgedGroup(*apart((each * weights).sum(1)), advantages)",
+            "JudgedGroup(*apart((each * weights).sum(1)), combined)",
+        ),
+        ("separate rewards of targets unweighted in logs", "apart((each * weights).sum(1))", "apart(each.sum(1))"),
+    ),
+    *errors(
+        "methods/advantages.py",
         GDMD,
+        (
+            "targets judged under another prompt",
+            "tuple(prompt for prompt in batch.prompts for _ in range(size))",
+            "batch.prompts * size",
+        ),
+        (
+            "rewards of samples and targets swapped",
+            "torch.cat([latents, x]), (*prompts, *batch.prompts)",
+            "torch.cat([x, latents]), (*batch.prompts, *prompts)",
+        ),
+        (
+            "all prompts in one group",
+            "self(rewards, sample_reward, batch.groups)",
+            "self(rewards, sample_reward, 0 * batch.groups)",
+        ),
         ("strata not centered", "if self.center_strata:", "if False:"),
         (
             "share of groups with spread",
@@ -1036,7 +1060,11 @@ MUTATIONS = [
     *errors(
         "methods/advantages.py",
         FLOW_GRPO,
-        ("separate rewards summed first", 'if self.rewards == "jointly":', "if True:"),
+        (
+            "separate rewards summed first",
+            'if self.rewards == "jointly":\n            total = judge(x0',
+            "if True:\n            total = judge(x0",
+        ),
         (
             "separate rewards unweighted in logs",
             "return (each * weights).sum(1), decoupled",
