@@ -50,7 +50,7 @@ ROWS = {
     ),
     "ReFL": (ReFL, lambda n: {}),
     "Flow-GRPO": (FlowGRPO, lambda n: {"inner_epochs": n["E"]}),
-    "DiffusionNFT": (DiffusionNFT, lambda n: {}),
+    "DiffusionNFT": (DiffusionNFT, lambda n: {"inner_epochs": n["E"]}),
 }
 
 
