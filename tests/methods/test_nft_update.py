@@ -28,6 +28,27 @@ def test_generator_gradient_is_the_closed_form(settings, kl_weight):
     near(steps[0].gradient, JudgedByOld(world).gradient(kl_weight), rtol=1e-5)
 
 
+def test_second_epoch_is_on_the_same_judged_samples_with_noise_of_its_own():
+    world = nft(kl_weight=0.5, inner_epochs=2)
+    done, steps = world.update(rate=0.02)
+    assert [step.role for step in steps] == ["generator", "generator"]
+    assert len(world.module.judge.reward.asked) == 1
+    asked = world.questions("generator", learning=True)
+    first, second = JudgedByOld(world, asked[:3]), JudgedByOld(world, asked[3:])
+    assert not any(torch.equal(q.x, p.x) for q in asked[:3] for p in asked[3:])
+    near(steps[0].gradient, first.gradient(0.5), rtol=1e-5)
+    between = world.start["generator"].state_dict()
+    between |= {name: between[name] - 0.02 * gradient for name, gradient in steps[0].gradient.items()}
+    world.start["generator"].load_state_dict(between)
+    near(steps[1].gradient, second.gradient(0.5), rtol=1e-5)
+    near(done.logs["loss"], torch.stack([loss for step in steps for loss in step.losses]).sum() / 2, rtol=1e-5)
+
+
+def test_first_of_several_epochs_is_the_update_of_one():
+    one, three = (nft(inner_epochs=epochs).update()[1][0].gradient for epochs in (1, 3))
+    near(three, one, rtol=0, atol=0)
+
+
 def test_generator_moves_toward_better_samples():
     world = nft(kl_weight=0.0)
     world.make_equal("old", "generator")

@@ -487,25 +487,14 @@ MUTATIONS = [
         GDMD + PARTS,
         ("gdmd share forgotten", "backward(share * losses[", "backward(losses["),
         (
-            "targets judged under another prompt",
-            "tuple(prompt for prompt in batch.prompts for _ in range(size))",
-            "batch.prompts * size",
+            "advantage clip ignored",
+            "optimality(group.advantages, self.advantages.clip)",
+            "optimality(group.advantages)",
         ),
-        (
-            "rewards of samples and targets swapped",
-            "torch.cat([latents, x.detach()]), (*prompts, *batch.prompts)",
-            "torch.cat([x.detach(), latents]), (*batch.prompts, *prompts)",
-        ),
-        (
-            "all prompts in one group",
-            "self.advantages(rewards, sample_reward, batch.groups)",
-            "self.advantages(rewards, sample_reward, 0 * batch.groups)",
-        ),
-        ("advantage clip ignored", "optimality(advantages, self.advantages.clip)", "optimality(advantages)"),
         (
             "verdict reversed for all",
-            "optimality(advantages, self.advantages.clip)",
-            "1 - optimality(advantages, self.advantages.clip)",
+            "optimality(group.advantages, self.advantages.clip)",
+            "1 - optimality(group.advantages, self.advantages.clip)",
         ),
         (
             "lambda instead of 2 lambda",
@@ -634,7 +623,42 @@ MUTATIONS = [
     ),
     *errors(
         "methods/advantages.py",
+        ("methods/test_separate_rewards.py",),
+        (
+            "separate rewards of targets summed first",
+            'if self.rewards == "jointly":\n            rewards,',
+            "if True:\n            rewards,",
+        ),
+        (
+            "separate rewards of targets unweighted",
+            "(torch.stack(parts, dim=-1) * weights).sum(-1)",
+            "torch.stack(parts, dim=-1).sum(-1)",
+        ),
+        (
+            "summed advantages of targets not rescaled",
+            "JudgedGroup(*apart((each * weights).sum(1)), advantages)",
+            "JudgedGroup(*apart((each * weights).sum(1)), combined)",
+        ),
+        ("separate rewards of targets unweighted in logs", "apart((each * weights).sum(1))", "apart(each.sum(1))"),
+    ),
+    *errors(
+        "methods/advantages.py",
         GDMD,
+        (
+            "targets judged under another prompt",
+            "tuple(prompt for prompt in batch.prompts for _ in range(size))",
+            "batch.prompts * size",
+        ),
+        (
+            "rewards of samples and targets swapped",
+            "torch.cat([latents, x]), (*prompts, *batch.prompts)",
+            "torch.cat([x, latents]), (*batch.prompts, *prompts)",
+        ),
+        (
+            "all prompts in one group",
+            "self(rewards, sample_reward, batch.groups)",
+            "self(rewards, sample_reward, 0 * batch.groups)",
+        ),
         ("strata not centered", "if self.center_strata:", "if False:"),
         (
             "share of groups with spread",
@@ -930,7 +954,10 @@ MUTATIONS = [
         ),
         ("nft optimality of other rows", "o[rows])", "o[: len(latents)])"),
         ("nft samples of other rows", "self.nft, x0[rows]", "self.nft, x0[: len(latents)]"),
-        ("nft one noise for all levels", 'self.stream("renoise", turn)', 'self.stream("renoise")'),
+        ("nft one noise for all levels", "epoch * index.shape[1] + turn)", "epoch * index.shape[1])"),
+        ("nft one noise for all epochs", "epoch * index.shape[1] + turn)", "turn)"),
+        ("nft one inner epoch", "range(self.inner_epochs)", "range(1)"),
+        ("nft logs summed over epochs", "weight / self.inner_epochs, loss=loss", "weight, loss=loss"),
         ("nft level of the next step", "self.sigmas[step]", "self.sigmas[step + 1]"),
         ("nft kl to the average", 'self.roles.velocity("teacher", latents)', 'self.roles.velocity("ema", latents)'),
         ("nft kl weight ignored", "loss = loss + self.kl_weight * kl", "loss = loss + kl"),
@@ -1052,7 +1079,11 @@ MUTATIONS = [
     *errors(
         "methods/advantages.py",
         FLOW_GRPO,
-        ("separate rewards summed first", 'if self.rewards == "jointly":', "if True:"),
+        (
+            "separate rewards summed first",
+            'if self.rewards == "jointly":\n            total = judge(x0',
+            "if True:\n            total = judge(x0",
+        ),
         (
             "separate rewards unweighted in logs",
             "JudgedSamples((each * weights).sum(1)",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.latents import Batch
 from gdmd_lightning.objectives.advantages import (
     Spread,
     center_within,
@@ -45,6 +46,21 @@ class TargetGroup:
         return 0 if self.over == "renoise" else self.snapshots
 
 
+@dataclass(frozen=True)
+class JudgedGroup:
+    """What the reward says about the targets of a batch.
+
+    Args:
+        rewards: Weighted sum of the rewards, ``[B, M]``.
+        sample_reward: The same of the samples, ``[B]``; ``None`` if they were not scored.
+        advantages: ``[B, M]``.
+    """
+
+    rewards: Tensor
+    sample_reward: Tensor | None
+    advantages: Tensor
+
+
 @ranged
 @dataclass(frozen=True)
 class TargetAdvantages:
@@ -59,6 +75,8 @@ class TargetAdvantages:
             noise, which get lower rewards whatever their direction, would always be pushed away from.
         clip: ``A_max``.
         score_samples: Also score the samples, for logs and the record; ``compare: sample`` does so anyway.
+        rewards: Several rewards (:class:`CombinedReward`) are normalized ``jointly``, as their weighted sum, or
+            ``separately``, before they are summed, as in :class:`SampleAdvantages`.
     """
 
     compare: Literal["state", "prompt", "sample"] = "prompt"
@@ -66,14 +84,45 @@ class TargetAdvantages:
     center_strata: bool = False
     clip: Positive = 2.0
     score_samples: bool = False
+    rewards: Literal["jointly", "separately"] = "jointly"
 
     @property
     def needs_samples(self) -> bool:
         """Whether the reward must score the samples as well as their targets."""
         return self.score_samples or self.compare == "sample"
 
+    def judge(self, judge: Judge, targets: Tensor, x: Tensor, batch: Batch) -> JudgedGroup:
+        """Score the targets, and the samples if they are needed, in one pass.
+
+        Args:
+            judge: Scores latents.
+            targets: ``[B, M, C, H, W]``.
+            x: The samples, ``[B, C, H, W]``.
+            batch: Prompts and groups of the samples.
+        """
+        size = targets.shape[1]
+        latents, prompts = targets.flatten(0, 1), tuple(prompt for prompt in batch.prompts for _ in range(size))
+        if self.needs_samples:
+            latents, prompts = torch.cat([latents, x]), (*prompts, *batch.prompts)
+
+        def apart(scored: Tensor) -> tuple[Tensor, Tensor | None]:
+            of_targets, of_samples = scored.tensor_split((len(x) * size,))
+            return of_targets.view(len(x), size), of_samples if self.needs_samples else None
+
+        if self.rewards == "jointly":
+            rewards, sample_reward = apart(judge(latents, prompts))
+            return JudgedGroup(rewards, sample_reward, self(rewards, sample_reward, batch.groups))
+        each = judge.each(latents, prompts)
+        weights = each.new_tensor(judge.weights)
+        parts = [self(*apart(scored), batch.groups) for scored in each.unbind(1)]
+        combined = (torch.stack(parts, dim=-1) * weights).sum(-1)
+        # The second normalization only brings the sum to the batch's scale: the parts have been compared already.
+        rescale = replace(self, spread="batch", center_strata=False)
+        advantages = rescale(combined, torch.zeros_like(combined[:, 0]), batch.groups)
+        return JudgedGroup(*apart((each * weights).sum(1)), advantages)
+
     def __call__(self, rewards: Tensor, sample_reward: Tensor | None, groups: Tensor) -> Tensor:
-        """Advantages ``[B, M]``.
+        """Advantages ``[B, M]`` by one reward.
 
         Args:
             rewards: Rewards of the targets, ``[B, M]``.

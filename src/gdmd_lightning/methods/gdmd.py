@@ -96,26 +96,21 @@ class GDMD(MatchingModule):
         scores = ("fake_score", *self.snapshots)
         draw = self.draw_renoise(state, size, share_sigma=over == "snapshot")
         match = self.match(x, batch.conditioning, draw, scores)
-        latents, prompts = match.target, tuple(prompt for prompt in batch.prompts for _ in range(size))
-        if self.advantages.needs_samples:
-            latents, prompts = torch.cat([latents, x.detach()]), (*prompts, *batch.prompts)
-        scored = self.judge(latents, prompts)
-        rewards = scored[: len(x) * size].view(len(x), size)
-        sample_reward = scored[len(x) * size :] if self.advantages.needs_samples else None
-        advantages = self.advantages(rewards, sample_reward, batch.groups)
+        targets = match.target.unflatten(0, (len(x), size))
+        group = self.advantages.judge(self.judge, targets, x.detach(), batch)
         judged = JudgedTargets(
             prompts=batch.prompts,
             x=x.detach(),
-            targets=match.target.unflatten(0, (len(x), size)),
+            targets=targets,
             sigma=state.latents.sigma,
             renoise_sigma=draw.sigma,
             snapshot=torch.arange(size) % len(scores),
             gradient=match.gradient.unflatten(0, (len(x), size)),
-            rewards=rewards,
-            sample_reward=sample_reward,
-            advantages=advantages,
-            without_spread=self.advantages.without_spread(advantages, batch.groups),
-            optimality=optimality(advantages, self.advantages.clip),
+            rewards=group.rewards,
+            sample_reward=group.sample_reward,
+            advantages=group.advantages,
+            without_spread=self.advantages.without_spread(group.advantages, batch.groups),
+            optimality=optimality(group.advantages, self.advantages.clip),
             lambda_policy=self.lambda_policy,
         )
         return judged, match.n.unflatten(0, (len(x), size))

@@ -14,7 +14,7 @@ from gdmd_lightning.methods.advantages import SampleAdvantages
 from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
 from gdmd_lightning.methods.nft_terms import NFT, nft_term, renoised_samples
 from gdmd_lightning.objectives.policy import optimality
-from gdmd_lightning.ranges import NonNegative, Steps, ranged
+from gdmd_lightning.ranges import Count, NonNegative, Steps, ranged
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
@@ -32,6 +32,7 @@ class DiffusionNFT(DistillationModule):
         sample_advantages: How rewards become advantages.
         kl_weight: Weight of the mean squared distance from the frozen teacher's velocity, at least 0; 0 for none,
             which saves the teacher's evaluations.
+        inner_epochs: Generator steps per update, all on the same samples and judgments, each with its own noise.
         distillation: Arguments of :class:`DistillationModule`.
 
     Raises:
@@ -49,11 +50,13 @@ class DiffusionNFT(DistillationModule):
         nft: NFT = NFT(),
         sample_advantages: SampleAdvantages = SampleAdvantages(),
         kl_weight: NonNegative = 1e-4,
+        inner_epochs: Count = 1,
         **distillation: Any,
     ) -> None:
         super().__init__(family, steps=steps, **distillation)
         nft.check_steps(steps)
-        self.nft, self.sample_advantages, self.kl_weight = nft, sample_advantages, kl_weight
+        self.nft, self.sample_advantages = nft, sample_advantages
+        self.kl_weight, self.inner_epochs = kl_weight, inner_epochs
         self.judge = self.judge_with(reward)
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
@@ -68,17 +71,19 @@ class DiffusionNFT(DistillationModule):
         o = optimality(judged.advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
         logs = {"sample_std": x0.std()} | judged.logs(self.nft.advantage_clip)
-        with learn("generator") as backward:
-            for turn, step in enumerate(index.unbind(1)):
-                renoised = renoised_samples(x0, self.sigmas[step], batch.conditioning, self.stream("renoise", turn))
-                for rows, share in self.micro_batches(len(batch)):
-                    latents, weight = renoised.select(rows), share / index.shape[1]
-                    loss, v = nft_term(self.roles, self.nft, x0[rows], latents, o[rows])
-                    if self.kl_weight > 0:
-                        kl = (v - self.roles.velocity("teacher", latents)).square().mean()
-                        loss = loss + self.kl_weight * kl
-                        weighted_sum(logs, weight, kl=kl)
-                    backward(weight * loss)
-                    weighted_sum(logs, weight, loss=loss)
+        for epoch in range(self.inner_epochs):
+            with learn("generator") as backward:
+                for turn, step in enumerate(index.unbind(1)):
+                    stream = self.stream("renoise", epoch * index.shape[1] + turn)
+                    renoised = renoised_samples(x0, self.sigmas[step], batch.conditioning, stream)
+                    for rows, share in self.micro_batches(len(batch)):
+                        latents, weight = renoised.select(rows), share / index.shape[1]
+                        loss, v = nft_term(self.roles, self.nft, x0[rows], latents, o[rows])
+                        if self.kl_weight > 0:
+                            kl = (v - self.roles.velocity("teacher", latents)).square().mean()
+                            loss = loss + self.kl_weight * kl
+                            weighted_sum(logs, weight / self.inner_epochs, kl=kl)
+                        backward(weight * loss)
+                        weighted_sum(logs, weight / self.inner_epochs, loss=loss)
         self.roles.move_average("old", "generator", self.nft.old_decay(self.updates))
         return Update(logs)
