@@ -50,10 +50,10 @@ class Scripted(pl.Callback):
 
 
 class After(pl.Callback):
-    """Keeps the whole checkpoint of the state after each update, with the learning rates that come next."""
+    """Keeps the state after each update, the next learning rates, and how many batches of prompts were used."""
 
     def __init__(self) -> None:
-        self.states, self.updates, self.rates, self.seeds = [], [], [], []
+        self.states, self.updates, self.rates, self.seeds, self.batches = [], [], [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, *_) -> None:
         whole = trainer._checkpoint_connector.dump_checkpoint()
@@ -62,6 +62,7 @@ class After(pl.Callback):
         self.updates.append(pl_module.updates)
         self.rates.append([group["lr"] for each in trainer.optimizers for group in each.param_groups])
         self.seeds.append(pl_module.seed)
+        self.batches.append(trainer.datamodule.batches_consumed)
 
 
 def train(pipeline, updates, callbacks, *, place=None, ckpt_path=None, **options):
@@ -129,11 +130,12 @@ def test_stop_saves_the_run_and_then_fails(tiny_pipeline, tmp_path):
         assert read_checkpoint(str(path))["global_step"] == 4
 
 
-def rolling(place, held_out, every=1, **options):
+def rolling(place, held_out, patience=2, **options):
     """Callbacks of a run that is rolled back, and its watch."""
     keeper = ModelCheckpoint(place, "{step}", monitor="held_out", mode="max", every_n_train_steps=1, save_last=True)
     after, script = After(), Scripted(held_out=held_out)
-    watch = CollapseWatch((Fall("held_out", by=0.2),), every_n_updates=every, policy="roll_back", **options)
+    falls = (Fall("held_out", by=0.2, patience=patience),)
+    watch = CollapseWatch(falls, every_n_updates=1, policy="roll_back", **options)
     return [script, watch, after, keeper], watch, after
 
 
@@ -204,7 +206,8 @@ def test_roll_backs_are_limited(tiny_pipeline, tmp_path):
     )
     with pytest.raises(UserError, match=r"from 1 to 0\.1; it was rolled back 2 times before; "):
         train(tiny_pipeline, 9, callbacks, place=tmp_path)
-    assert after.updates == [1, 2, 1, 2, 1, 2, 3]
+    assert after.updates == [1, 1, 1, 2]
+    assert after.batches == [1, 2, 3, 4]
     assert watch.rolled_back == 2
 
 
