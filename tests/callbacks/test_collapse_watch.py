@@ -201,9 +201,8 @@ class Ended(pl.Callback):
 
 
 def test_roll_backs_are_limited(tiny_pipeline, tmp_path):
-    callbacks, watch, after = rolling(
-        tmp_path, [1, 0.1, 0.1, 0.1], roll_back=RollBack(limit=2, learning_rate_factor=1.0)
-    )
+    twice = RollBack(limit=2, learning_rate_factor=1.0)
+    callbacks, watch, after = rolling(tmp_path, [1, 0.1, 0.1, 0.1], 1, roll_back=twice)
     with pytest.raises(UserError, match=r"from 1 to 0\.1; it was rolled back 2 times before; "):
         train(tiny_pipeline, 9, callbacks, place=tmp_path)
     assert after.updates == [1, 1, 1, 2]
