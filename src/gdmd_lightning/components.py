@@ -3,9 +3,11 @@
 Importing this registers them with jsonargparse; none of these modules imports diffusers or transformers until used.
 """
 
+from gdmd_lightning.callbacks.collapse_watch import CollapseWatch
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.evaluation_budget import EvaluationBudget
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
+from gdmd_lightning.callbacks.variety import GenerationVariety
 from gdmd_lightning.data.images import CaptionedImages, ShapesImages
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
@@ -40,6 +42,7 @@ __all__ = [
     "RTDMD",
     "SDE",
     "CaptionedImages",
+    "CollapseWatch",
     "CombinedReward",
     "ContrastiveReward",
     "DiffusionNFT",
@@ -49,6 +52,7 @@ __all__ = [
     "Flux2KleinFamily",
     "GenEvalScore",
     "GenerationEvaluation",
+    "GenerationVariety",
     "GradientRewardRecord",
     "LogitNormal",
     "ReFL",

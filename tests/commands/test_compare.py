@@ -62,7 +62,7 @@ def test_compare_pairs_methods_by_seed_at_equal_evaluations_and_resumes(compare,
                 assert budget <= cost.evaluations < budget + cost.evaluations / cost.updates
             assert costs[0].seconds < costs[1].seconds
     line = re.search(r"^\| GDMD \|.*", report, re.MULTILINE)[0].split("|")
-    above_teacher, above_dmd = (float(cell.split("±")[0]) for cell in (line[8], line[9]))
+    above_teacher, above_dmd = (float(cell.split("±")[0]) for cell in (line[11], line[12]))
     dmd, gdmd = ([shapes(out / f"seed{s}" / name / "scores_120.json") for s in (0, 1)] for name in ("dmd", "gdmd"))
     assert abs(above_dmd - sum(b - a for a, b in zip(dmd, gdmd, strict=True)) / 2) < 6e-4
     assert abs(above_teacher - (sum(gdmd) / 2 - shapes(out / "teacher.json"))) < 6e-4

@@ -1,10 +1,12 @@
 """Statistics of a comparison, its table and its sentences, on scores chosen by hand."""
 
+import re
+
 import pytest
 
 from gdmd_lightning.metrics.scores import Interval
 from gdmd_lightning.studies.outcome import Outcome, estimate, value
-from gdmd_lightning.studies.page import sentences
+from gdmd_lightning.studies.page import sentences, write_page
 from gdmd_lightning.studies.scorecards import Row, TrainingCost
 from gdmd_lightning.studies.tables import comparison_lines, score_table
 from gdmd_lightning.studies.tasks import SHAPES
@@ -47,20 +49,23 @@ def test_score_table_shows_intervals_tasks_and_milliseconds():
 
 def test_comparison_lines_show_the_end_with_differences_to_the_teacher_and_to_the_control():
     lines = {line[0]: line for line in comparison_lines(outcome((0.4, 0.6)))}
-    assert lines["generator"][1:7] == [
+    assert lines["generator"][1:10] == [
         "GenEval",
         "graded reward",
         "HPS-like",
         "diversity",
         "color bias",
+        "position bias",
+        "size bias",
         "latents' std",
+        "latents' distance",
     ]
-    assert lines["generator"][7:9] == ["graded reward, minus the teacher's", "graded reward, minus DMD's"]
-    assert lines["teacher"][1:] == ["0.500"] * 3 + ["0.250"] * 3 + [""] * 5
+    assert lines["generator"][10:12] == ["graded reward, minus the teacher's", "graded reward, minus DMD's"]
+    assert lines["teacher"][1:] == ["0.500"] * 3 + ["0.250"] * 6 + [""] * 5
     costs = ["2", "544", "1.50"]
-    assert lines["start"][7:] == ["-0.200", "", *costs]
-    assert lines["DMD"][7:] == ["-0.100", "", *costs]
-    assert lines["GDMD"][1:] == ["0.600"] * 3 + ["0.300"] * 3 + ["0.100", "0.200", *costs]
+    assert lines["start"][10:] == ["-0.200", "", *costs]
+    assert lines["DMD"][10:] == ["-0.100", "", *costs]
+    assert lines["GDMD"][1:] == ["0.600"] * 3 + ["0.300"] * 6 + ["0.100", "0.200", *costs]
 
 
 def test_differences_are_paired_by_seed():
@@ -104,3 +109,30 @@ def test_entries_hold_every_row_with_its_method_and_seed():
 def test_value_reads_scores_and_watched_figures():
     assert value(row("x", 0.4), "geneval") == 0.4
     assert value(row("x", 0.4), "diversity") == 0.2
+
+
+@pytest.fixture
+def older() -> Outcome:
+    """An outcome whose files of scores lack one of the watched figures."""
+    found = outcome((0.4, 0.6), (0.5, 0.7))
+    for each in (*found.teacher, *found.starts, *(r for seeds in found.methods.values() for rs in seeds for r in rs)):
+        del each.watched["latent_distance"]
+    return found
+
+
+def test_a_figure_that_older_scores_lack_is_shown_as_not_measured(older):
+    lines = {line[0]: line for line in comparison_lines(older)}
+    assert [lines[name][9] for name in ("generator", "teacher", "start", "GDMD")] == ["latents' distance", *"---"]
+    assert lines["GDMD"][8] == "0.325 ± 0.318"
+
+
+@pytest.mark.slow
+def test_the_page_joins_the_points_of_each_run_in_one_color_per_method(older, tmp_path):
+    (tmp_path / "pictures.png").write_bytes(b"")
+    write_page(tmp_path / "index.html", older, {}, tmp_path / "pictures.png")
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<td>-</td>") == 4
+    figure = page.split("what it does not see</h2>")[1].split("</svg>")[0]
+    for color in ("#1f77b4", "#ff7f0e"):  # one line per seed in each plot that has figures
+        drawn = re.findall(rf'<path d="M[^"]+"[^>]*stroke: {color}; stroke-opacity: 0.6; stroke-width: 0.5', figure)
+        assert len(drawn) == 2 * 7

@@ -60,7 +60,6 @@ class GenerationEvaluation(pl.Callback):
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None
-        self._done_at = -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: PromptBatch, batch_idx: int
@@ -72,10 +71,7 @@ class GenerationEvaluation(pl.Callback):
             self.run(trainer, pl_module)
 
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
-        """Evaluate now, unless this update was evaluated already."""
-        if self._done_at == module.updates:
-            return
-        self._done_at = module.updates
+        """Evaluate now."""
         seconds = evaluate(
             module.generate,
             self.prompts,
@@ -91,12 +87,7 @@ class GenerationEvaluation(pl.Callback):
         found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
         module.provenance = replace(module.provenance, scores=found)
         measured: dict[str, Any] = {**values, "eval/seconds_per_picture": seconds}
-        # For ModelCheckpoint only. Lightning would log them at its own interval: not at all, or again and again.
-        module.log_dict(measured, logger=False, batch_size=1)
-        trainer.logged_metrics.update(values)
-        for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in measured.items()}, step=module.updates)
-            logger.save()
+        log_figures(trainer, module, measured)
         directory = run_directory(trainer)
         if self.columns and trainer.is_global_zero:
             self._draw(trainer, module, directory / "pictures")
@@ -121,3 +112,13 @@ class GenerationEvaluation(pl.Callback):
             if isinstance(logger, TensorBoardLogger):
                 with warn_if_not_written():
                     logger.experiment.add_figure("teacher and generator", figure, module.updates)
+
+
+def log_figures(trainer: pl.Trainer, module: DistillationModule, measured: dict[str, Any]) -> None:
+    """Log figures at this update, once in every logger; callbacks such as ``ModelCheckpoint`` see them too."""
+    # Loggers are called here: Lightning would log them at its own interval, not at all or again and again.
+    module.log_dict(measured, logger=False, batch_size=1)
+    trainer.logged_metrics.update(measured)
+    for logger in trainer.loggers:
+        logger.log_metrics({name: float(value) for name, value in measured.items()}, step=module.updates)
+        logger.save()

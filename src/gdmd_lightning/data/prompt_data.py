@@ -197,6 +197,10 @@ class PromptDataModule(LightningDataModule):
             )
         self._handed_over, self._processed_before = batches, None
 
+    def forget_counter(self) -> None:
+        """Keep the position although the trainer's counters have moved, at the end of a training step."""
+        self._processed_before = None
+
     def _position_settings(self) -> dict[str, Any]:
         return {
             "source": self.source,

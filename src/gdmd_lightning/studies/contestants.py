@@ -31,6 +31,8 @@ class Contestant:
         latent_shape: Shape of one latent, ``(C, H, W)``.
         generate: Makes pictures from noise on any device and texts.
         encode: The teacher's autoencoder: pictures to latents.
+        reference: The guided teacher, whose distribution the generator should have.
+        teacher: Digest of the teacher's weights, with its steps and guidance.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Contestant:
     latent_shape: tuple[int, ...]
     generate: Generate
     encode: Callable[[torch.Tensor], torch.Tensor]
+    reference: Generate
+    teacher: str
 
 
 def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: float | None = None) -> list[Contestant]:
@@ -52,11 +56,8 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
     few = module.steps
 
     def teacher(name: str, count: int, scale: float) -> Contestant:
-        def generate(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
-            return module.generate_teacher(noise.to(module.device), texts, count, scale)
-
         passes = 1 if scale == 1 else module.family.guided_passes
-        return Contestant(name, passes * count, module.latent_shape, generate, module.family.encode_images)
+        return _contestant(name, passes * count, module, _teacher(module, count, scale))
 
     return [
         teacher(f"teacher, {steps} steps, guided", steps, scale),
@@ -71,7 +72,27 @@ def student(name: str, module: DistillationModule) -> Contestant:
     def generate(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
         return module.generate(noise.to(module.device), texts)
 
-    return Contestant(name, module.steps, module.latent_shape, generate, module.family.encode_images)
+    return _contestant(name, module.steps, module, generate)
+
+
+def _contestant(name: str, evaluations: int, module: DistillationModule, generate: Generate) -> Contestant:
+    scale = module.teacher_guidance
+    return Contestant(
+        name,
+        evaluations,
+        module.latent_shape,
+        generate,
+        module.family.encode_images,
+        _teacher(module, TEACHER_STEPS, scale),
+        f"{module.teacher_digest} {TEACHER_STEPS} {scale}",
+    )
+
+
+def _teacher(module: DistillationModule, steps: int, scale: float) -> Generate:
+    def generate(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return module.generate_teacher(noise.to(module.device), texts, steps, scale)
+
+    return generate
 
 
 def bare_teacher(task: Task, path: str | None = None, device: str = "cpu") -> DistillationModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -9,6 +10,10 @@ from typing import Any, NamedTuple
 from gdmd_lightning.metrics.scores import Interval
 from gdmd_lightning.studies.scorecards import Row
 from gdmd_lightning.studies.tasks import Task
+from gdmd_lightning.studies.watch import WATCHED
+
+NOT_MEASURED = "-"
+"""In tables, a figure that did not exist when a file of scores was written."""
 
 
 class Estimate(NamedTuple):
@@ -18,6 +23,8 @@ class Estimate(NamedTuple):
     half: float | None
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return NOT_MEASURED
         return f"{self.mean:.3f}" if self.half is None else f"{self.mean:.3f} ± {self.half:.3f}"
 
 
@@ -32,8 +39,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def value(row: Row, name: str) -> float:
-    """An overall score, or a watched figure, by its name."""
-    found: Interval = row.watched[name] if name in row.watched else row.scores[f"{name}/overall"]
+    """An overall score, or a watched figure, by its name; NaN for a figure that the row's file does not have."""
+    if name in WATCHED:
+        return row.watched[name].mean if name in row.watched else math.nan
+    found: Interval = row.scores[f"{name}/overall"]
     return found.mean
 
 

@@ -113,10 +113,12 @@ def _against(outcome: Outcome) -> str:
         for place, (name, title) in zip(axes, names.items(), strict=True):
             best = outcome.teacher[0]
             place.plot(value(best, task.compared), value(best, name), "k*", label="teacher, guided")
-            for method, per_seed in outcome.methods.items():
-                rows = [row for points in per_seed for row in points]
-                x, y = ([value(row, key) for row in rows] for key in (task.compared, name))
-                place.plot(x, y, "o", markersize=3, label=method)
+            for number, (method, per_seed) in enumerate(outcome.methods.items()):
+                for i, points in enumerate(per_seed):
+                    # From the start on, so that a line shows the way that a run has gone.
+                    x, y = ([value(row, key) for row in (outcome.starts[i], *points)] for key in (task.compared, name))
+                    place.plot(x, y, color=f"C{number}", linewidth=0.5, alpha=0.6)
+                    place.plot(x[1:], y[1:], "o", color=f"C{number}", markersize=3, label=method if i == 0 else None)
             place.set_xlabel(task.titles[task.compared], fontsize=8)
             place.set_title(title, fontsize=9)
 

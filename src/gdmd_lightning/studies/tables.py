@@ -47,7 +47,7 @@ def comparison_lines(outcome: Outcome) -> list[list[str]]:
     ]
     lines = [header]
     for row in outcome.teacher:
-        lines.append([row.name, *(f"{value(row, name):.3f}" for name in figures), "", "", "", "", ""])
+        lines.append([row.name, *_figures([row], figures), "", "", "", "", ""])
     best = value(outcome.teacher[0], task.compared)
     above = estimate([value(row, task.compared) - best for row in outcome.starts])
     lines.append(["start", *_figures(outcome.starts, figures), str(above), "", *_costs(outcome.starts)])
