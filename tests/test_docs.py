@@ -11,15 +11,18 @@ import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
+import yaml
 
 from gdmd_lightning.cli import COMMANDS, main
+from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.locations import shipped_configs
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.studies.arms import Arm
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page, language):
@@ -41,7 +44,8 @@ def test_commands_configs_and_targets_exist(page):
     for command in re.findall(r"python -m gdmd_lightning ([a-z]+)", text):
         assert command in COMMANDS
     for config in re.findall(r"--config ([\w./]+\.yaml)", text):
-        assert (shipped_configs() / config).is_file(), config
+        shown = f"```yaml\n# {config}\n" in text
+        assert shown or (shipped_configs() / config).is_file(), config
     for path in re.findall(r"`((?:src|tests|benchmarks|notebooks|configs)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
@@ -52,21 +56,24 @@ def test_makefile_targets_parse():
         assert done.returncode == 0, done.stderr
 
 
-def example(name):
-    (code,) = [block for block in blocks(ROOT / "CONTRIBUTING.md", "python") if f"class {name}" in block]
+METHOD = ROOT / "docs" / "write_a_method.md"
+
+
+def example(page, name):
+    (code,) = [block for block in blocks(page, "python") if f"class {name}" in block]
     space: dict = {}
     exec(code, space)
     return space[name]
 
 
 def test_contributing_reward_scores():
-    reward = example("Darkness")()
+    reward = example(ROOT / "CONTRIBUTING.md", "Darkness")()
     pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     assert reward.score(pictures, [Prompt(""), Prompt("")]).tolist() == [1, 0]
 
 
-def test_contributing_method_steps_its_generator_in_every_second_update(tiny_pipeline):
-    module = tiny.module(tiny_pipeline, example("AlternatingDMD"))
+def test_method_of_the_page_steps_its_generator_in_every_second_update(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, example(METHOD, "AlternatingDMD"))
     module.configure_model()
     weights = {0: copied(module)}
 
@@ -81,6 +88,24 @@ def test_contributing_method_steps_its_generator_in_every_second_update(tiny_pip
         for before, after in zip(list(weights.values())[:-1], list(weights.values())[1:], strict=True)
     ]
     assert moved == [{"generator", "fake_score"}, {"fake_score"}, {"generator", "fake_score"}]
+
+
+def test_method_page_trains_and_compares_as_written(tiny_pipeline, tmp_path, monkeypatch):
+    (code,), (config, comparison), (command,) = (blocks(METHOD, kind) for kind in ("python", "yaml", "bash"))
+    (tmp_path / "my_methods.py").write_text(code)
+    (tmp_path / "alternating.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = [f"--model.family.path={tiny_pipeline}", "--data.batch_size=4", "--data.group_size=2",
+             "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_last=true"]  # fmt: skip
+    python, flag, package, *arguments = shlex.split(command)
+    assert (python, flag, package) == ("python", "-m", "gdmd_lightning")
+    main([*arguments, *small])
+    arms = {name: Arm(**arm) for name, arm in yaml.safe_load(comparison)["methods"].items()}
+    assert parse(arms["mine"].arguments).model.class_path == "my_methods.AlternatingDMD"
+    sys.modules.pop("my_methods", None)
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    assert read_checkpoint(str(checkpoint))["global_step"] == 4
 
 
 def test_own_teacher_page_trains_as_written(tiny_pipeline, tmp_path, monkeypatch):

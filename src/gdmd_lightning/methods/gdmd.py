@@ -1,6 +1,6 @@
 """GDMD: a reward judges where each distillation gradient would take its sample, and so weights it.
 
-Source: GDMD (2604.19009), Algorithm 1; ``docs/methods.md`` says which choices are ours.
+Source: GDMD (2604.19009), Algorithm 1; ``docs/methods/gdmd.md`` says which choices are ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GNDM and GNDMR: distribution matching normalized within a prompt's group, and read as one reward among others.
 
-Source: R_dm (2603.28460), of which we could read the abstract; ``docs/methods.md`` says which choices are ours.
+Source: R_dm (2603.28460), of which we could read the abstract; ``docs/methods/gndm.md`` says which choices are ours.
 """
 
 from __future__ import annotations
