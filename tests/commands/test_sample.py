@@ -16,8 +16,7 @@ from conftest import cli_command, cli_environment, write_fast_config
 from PIL import Image
 
 from gdmd_lightning.cli import main
-from gdmd_lightning.commands import sample
-from gdmd_lightning.configuration import training
+from gdmd_lightning.configuration import restore, training
 from gdmd_lightning.configuration.devices import usable_device
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.prompts import Prompt
@@ -150,7 +149,7 @@ def test_sample_makes_only_missing_pictures(checkpoint, prompts, tmp_path, capsy
 def test_sample_complete_directory_loads_no_model(checkpoint, prompts, tmp_path, monkeypatch, capsys):
     run(checkpoint, prompts, tmp_path / "out")
     dated = times(tmp_path / "out")
-    monkeypatch.setattr(sample, "load_module", None)
+    monkeypatch.setattr(restore, "load_module", None)
     run(checkpoint, prompts, tmp_path / "out")
     assert times(tmp_path / "out") == dated
     assert "all pictures existed" in capsys.readouterr().out
@@ -309,7 +308,7 @@ def test_sample_reports_a_size_that_the_family_cannot_make(checkpoint, prompts, 
         run(checkpoint, prompts, tmp_path / "out", "--height", 18)
     assert stop.value.code == 2
     assert "18x32 is not a multiple of " in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_sample_reports_a_checkpoint_without_its_size(refused, checkpoint, tmp_path):
@@ -379,7 +378,7 @@ def refused(capsys, monkeypatch, checkpoint, prompts, tmp_path):
 
     def error_line(*arguments: object, **given: object) -> str:
         with monkeypatch.context() as patched:
-            patched.setattr(sample, "load_module", lambda *_: pytest.fail("the model was loaded"))
+            patched.setattr(restore, "load_module", lambda *_: pytest.fail("the model was loaded"))
             before = times(tmp_path / "out")
             with pytest.raises(SystemExit) as stop:
                 run(*{**usual, **given}.values(), *arguments)
@@ -427,7 +426,7 @@ def test_sample_does_not_overwrite_other_pictures(refused, tmp_path):
         (["--device", "abacus"], "--device: 'abacus' cannot be used: "),
         (["--device", "meta"], "--device: 'meta' cannot be used: "),
         (["--height", 0], "--height: it is 0; use an integer of at least 1"),
-        (["--no_such_option", 1], "sample: unrecognized arguments: --no_such_option"),
+        (["--no_such_option", 1], "sample: unknown option '--no_such_option'; see sample --help"),
         (["--seed", "many"], "seed: expected int, got 'many'"),
     ],
 )
@@ -513,3 +512,15 @@ def test_sample_as_a_process_prints_only_useful_lines(run_cli, checkpoint, promp
     for noise in ("Warning", "Traceback", "Loading"):
         assert noise not in done.stdout + done.stderr
     assert len(pixels(tmp_path / "out")) == 4
+
+
+def test_sample_that_cannot_load_its_teacher_leaves_no_directory(checkpoint, prompts, tmp_path, capsys):
+    arguments = [checkpoint, prompts, tmp_path / "out", "--trust", "tiny", "--teacher", tmp_path / "nowhere"]
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert (tmp_path / "out").is_dir()

@@ -43,11 +43,17 @@ def main(arguments: list[str]) -> int:
     origin = Origin(options.seed, name, digest, height, width, options.teacher_steps, options.guidance_scale)
     wanted = wanted_pictures(options.prompts, options.column, options.split, options.count, options.per_prompt)
     existing = existing_pictures(out, wanted, origin)
+    is_new = not out.exists()
     make_directory(out)
     seconds = 0.0
     if existing.missing:
         loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
-        module = load_module(options.checkpoint, device, size=(height, width), **loading)
+        try:
+            module = load_module(options.checkpoint, device, size=(height, width), **loading)
+        except BaseException:
+            if is_new:
+                out.rmdir()
+            raise
         if existing.names or (out / LIST).exists():
             write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
         began = time.perf_counter()
