@@ -64,13 +64,10 @@ def test_signal_outside_of_training_ends_a_command_with_its_status(tmp_path, mon
 
 
 def test_signal_during_a_training_of_demo_ends_it_with_the_status_of_the_signal(fast_fit, tmp_path, monkeypatch):
-    from gdmd_lightning.commands import demo as command
     from gdmd_lightning.studies.arms import Arm
 
     monkeypatch.chdir(tmp_path)
-    arm = Arm([])
-    monkeypatch.setattr(command, "DMD", arm)
-    monkeypatch.setattr(type(arm), "arguments", property(lambda _: [*fast_fit, *stopping(1, signal.SIGTERM)]))
+    monkeypatch.setattr(Arm, "arguments", property(lambda _: [*fast_fit, *stopping(1, signal.SIGTERM)]))
     assert status("demo", "--out=out", "--count=12") == 143
     assert step_of(tmp_path / "out" / "dmd" / "checkpoints" / "last.ckpt") == 1
 
