@@ -130,6 +130,18 @@ def test_own_teacher_page_trains_as_written(tiny_pipeline, tmp_path, monkeypatch
     assert -1 < found.scores["wanted_brightness/overall"] < 0
 
 
+def test_watching_page_parses_and_watches_figures_that_are_logged(tmp_path):
+    (config,) = blocks(ROOT / "docs" / "watching.md", "yaml")
+    (tmp_path / "watched.yaml").write_text(config)
+    parse(["--config", "shapes.yaml", "--config", str(tmp_path / "watched.yaml")])
+    watch = yaml.safe_load(config)["trainer"]["callbacks"][-1]["init_args"]
+    names = [rule["figure"] for rule in (*watch["falls"], *watch["rises"])]
+    logged = (ROOT / "docs" / "logs.md").read_text(encoding="utf-8")
+    trained = [name.replace("/generator", "/<role>") for name in names if name.startswith("train/")]
+    assert len(trained) == 2
+    assert all(f"| `{name}` |" in logged for name in trained)
+
+
 def copied(module):
     """The weights of the trained roles."""
     return {role: [p.detach().clone() for p in module.roles.parameters_of(role)] for role in module.roles.trained}

@@ -54,16 +54,12 @@ class Judge:
             NonFinitePictures: If generator or decoder give pictures that are not finite.
             UserError: If the reward raises, or returns the wrong shape or non-finite scores.
         """
-        parts = tuple(part for part, _ in self.reward.parts)
-        scores = (self._score if gradient else self._in_parts)(latents, prompts, parts)
-        self._scored.append(scores.detach())
+        scores = self._each(latents, prompts, gradient)
         return torch.stack([w * s for w, s in zip(self.weights, scores.unbind(1), strict=True)]).sum(0)
 
     def each(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards ``[B, R]`` of the ``R`` parts of a combined reward, unweighted and without gradient; see above."""
-        scores = self._in_parts(latents, prompts, tuple(reward for reward, _ in self.reward.parts))
-        self._scored.append(scores)
-        return scores
+        return self._each(latents, prompts, gradient=False)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -75,11 +71,11 @@ class Judge:
         names: list[str] = []
         for part, _ in self.reward.parts:
             names.append(f"reward/{part.name}" + (f"_{len(names) + 1}" if f"reward/{part.name}" in names else ""))
-        scored = self._scored.copy()
-        self._scored.clear()
-        if len(names) == 1 or not scored:
+        if not self._scored:
             return {}
-        return dict(zip(names, torch.cat(scored).mean(0).unbind(), strict=True))
+        means = torch.cat(self._scored).mean(0)
+        self._scored.clear()
+        return dict(zip(names, means.unbind(), strict=True))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Fail early if these prompts lack what the reward needs.
@@ -88,6 +84,13 @@ class Judge:
             UserError: If a prompt lacks it; the message names the first one.
         """
         self.reward.check(prompts)
+
+    def _each(self, latents: Tensor, prompts: Sequence[Prompt], gradient: bool) -> Tensor:
+        rewards = tuple(reward for reward, _ in self.reward.parts)
+        scores = (self._score if gradient else self._in_parts)(latents, prompts, rewards)
+        if len(rewards) > 1:
+            self._scored.append(scores.detach())
+        return scores
 
     @torch.no_grad()
     def _in_parts(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
