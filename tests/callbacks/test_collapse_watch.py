@@ -200,6 +200,31 @@ class Ended(pl.Callback):
         trainer.should_stop = self.left == 0
 
 
+def test_after_a_roll_back_an_alarm_takes_its_patience_again(tiny_pipeline, tmp_path):
+    callbacks, watch, after = rolling(tmp_path, [1, 0.1, 0.1, 0.1, 0.9])
+    train(tiny_pipeline, 3, callbacks, place=tmp_path)
+    assert after.updates == [1, 2, 1, 2, 3]
+    assert watch.rolled_back == 1
+
+
+def test_roll_back_scales_a_falling_learning_rate_too(tiny_pipeline, tmp_path):
+    callbacks, _, after = rolling(tmp_path, [0.5, 1, 0.1, 0.1, 0.9])
+    falling = Optimization(learning_rate=1e-3, warmup=0, schedule="linear")
+    train(tiny_pipeline, 4, callbacks, place=tmp_path, generator=falling)
+    assert after.updates == [1, 2, 3, 2, 3, 4]
+    # Callbacks see the rate of the next update.
+    factors = [0.75, 0.5, 0.25, 0.25, 0.125, 0]
+    assert [rate for (rate,) in after.rates] == pytest.approx([1e-3 * factor for factor in factors])
+
+
+def test_checkpoint_of_an_update_that_was_rolled_back_to_is_written_again(tiny_pipeline, tmp_path):
+    callbacks, watch, _ = rolling(tmp_path, [1, 0.1], 1)
+    train(tiny_pipeline, 9, [*callbacks[:2], Ended(2), *callbacks[2:]], place=tmp_path)
+    last = read_checkpoint(str(tmp_path / "last.ckpt"))
+    assert last["global_step"] == 1
+    assert last["callbacks"][watch.state_key]["rolled_back"] == 1
+
+
 def test_roll_backs_are_limited(tiny_pipeline, tmp_path):
     twice = RollBack(limit=2, learning_rate_factor=1.0)
     callbacks, watch, after = rolling(tmp_path, [1, 0.1, 0.1, 0.1], 1, roll_back=twice)

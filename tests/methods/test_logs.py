@@ -99,9 +99,10 @@ class Picture:
 
 
 def test_logs_of_judged_samples_count_groups_and_clipped_advantages() -> None:
-    advantages, groups = torch.tensor([2.0, -2.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
-    logs = JudgedSamples(torch.tensor([1.0, 0.0, 3.0, 3.0]), advantages, groups).logs(clip=2.0)
-    assert logs == {"reward_sample": 1.75, "groups_without_spread": 0.5, "advantage_clipped": 0.5}
+    advantages = torch.tensor([2.0, -2.0, 1.0, -1.0, 0.0, 0.0, 1.0, -1.0])
+    rewards, groups = torch.tensor([1.0, 0, 1, 0, 3, 3, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    logs = JudgedSamples(rewards, advantages, groups).logs(clip=2.0)
+    assert logs == {"reward_sample": 1.0, "groups_without_spread": 0.25, "advantage_clipped": 0.25}
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "logs.md"
