@@ -22,6 +22,8 @@ torch.set_num_threads(1)
 
 HERE = Path(__file__).parent
 REFUSAL = "gdmd_lightning: error: "
+PICTURES = ["--trainer.callbacks.columns=3", "--trainer.callbacks.teacher_steps=2"]
+"""Lets the evaluation of :func:`write_fast_config` draw, too."""
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -92,7 +94,8 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_fast_config(path: Path, pipeline: Path, save_dir: Path) -> list[str]:
     """Write an overlay that makes ``--config shapes.yaml`` cheap; returns the arguments of ``fit``."""
     family = {"class_path": "SD3Family", "init_args": {"path": str(pipeline), "max_sequence_length": 0}}
-    evaluation = {"scores": [{"class_path": "GenEvalScore"}], "count": 6, "columns": 3, "teacher_steps": 2}
+    evaluation = {"scores": [{"class_path": "GenEvalScore"}], "count": 6, "columns": 0, "teacher_steps": 2}
+    evaluation["score_teacher"] = False
     config = {
         "trainer": {
             "max_steps": 3,
@@ -139,7 +142,6 @@ def recorded_run(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Path) 
 
     directory = tmp_path_factory.mktemp("recorded")
     arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
-    training.run(
-        [*arguments, "--trainer.max_steps=6", "--model.advantages.score_samples=true", "--model.targets.size=3"]
-    )
+    changed = ["--model.advantages.score_samples=true", "--model.targets.size=3"]
+    training.run([*arguments, *PICTURES, "--trainer.max_steps=6", *changed])
     return directory / "run"

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from gdmd_lightning.errors import WriteError
-from gdmd_lightning.files import atomic_directory, atomic_file, make_directory, temporary_name, write_atomically
+from gdmd_lightning.files import (
+    atomic_directory,
+    atomic_file,
+    filled_directory,
+    make_directory,
+    output_directory,
+    temporary_name,
+    write_atomically,
+)
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints
 
 
@@ -103,6 +112,97 @@ def test_part_of_another_process_or_person_is_kept(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (alive, theirs, *others)} | {"out"}
     assert all((path / "content").exists() for path in (alive, theirs, *others))
+
+
+def test_part_of_another_host_is_removed_after_a_day(tmp_path):
+    fresh, old, other = (tmp_path / f"{name}@elsewhere.part" for name in ("out.1", "out.2", "other.3"))
+    yesterday = time.time() - 25 * 3600
+    for path in (fresh, old, other):
+        path.write_text("1")
+    for path in (old, other):
+        os.utime(path, (yesterday, yesterday))
+    write_atomically(tmp_path / "out", "2")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", fresh.name, other.name}
+
+
+def test_atomic_file_is_named_when_its_content_is_complete(tmp_path):
+    names = ["early"]
+    with atomic_file(tmp_path / "part", final=lambda: tmp_path / names[-1]) as part:
+        part.write_text("1")
+        names.append("late")
+    assert [path.name for path in tmp_path.iterdir()] == ["late"]
+
+
+def fill(directory):
+    for name in ("a/file", "last/file", "z/deep/file", "top"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("new")
+
+
+def test_filled_directory_keeps_other_files_and_completes_its_last_directory_at_the_end(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for name in ("file", "theirs"):
+        (tmp_path / "a" / name).write_text("old")
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *a: (seen.append((tmp_path / "last").exists()), replace(*a)))
+    with filled_directory(tmp_path, last="last") as part:
+        fill(part)
+        assert not (tmp_path / "z").exists()
+    content = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    new = dict.fromkeys(("a/file", "last/file", "z/deep/file", "top"), "new")
+    assert content == {**new, "a/theirs": "old"}
+    assert seen == [False] * 3
+
+
+def test_filled_directory_has_no_last_one_after_a_failure(tmp_path, monkeypatch):
+    real = os.replace
+
+    def full(source, target):
+        if "z" in str(target.relative_to(tmp_path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with (
+            pytest.raises(WriteError, match="cannot be written: No space left on device"),
+            filled_directory(tmp_path, last="last") as part,
+        ):
+            fill(part)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "top", "z"}
+    with filled_directory(tmp_path, last="last") as part:
+        fill(part)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "top", "z", "last"}
+
+
+def test_output_directory_of_a_command_that_fails_is_removed_unless_it_has_content(tmp_path):
+    out = tmp_path / "new" / "out"
+
+    def stopped_in(directory, name=None):
+        with output_directory(directory):
+            assert directory.is_dir()
+            if name:
+                (directory / name).write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_in(out)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        stopped_in(tmp_path / "empty")
+    with pytest.raises(KeyboardInterrupt):
+        stopped_in(out, "result")
+    with output_directory(tmp_path / "fine"):
+        pass
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {
+        "empty",
+        "fine",
+        "new",
+        "new/out",
+        "new/out/result",
+    }
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])

@@ -12,7 +12,6 @@ from jsonargparse import ArgumentParser
 
 from gdmd_lightning import components
 from gdmd_lightning.cli import COMMANDS, main
-from gdmd_lightning.commands.pretrain import PretrainSettings, Stage
 from gdmd_lightning.configuration import training
 from gdmd_lightning.configuration.numbers import check_configuration
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
@@ -36,6 +35,7 @@ from gdmd_lightning.ranges import (
 )
 from gdmd_lightning.roles import LoRA, Optimization
 from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
+from gdmd_lightning.shapes.settings import PretrainSettings, Stage
 
 NAN, INF = math.nan, math.inf
 

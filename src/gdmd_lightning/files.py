@@ -2,7 +2,7 @@
 
 Everything is first written next to its final place, on the same file system, and then renamed, which POSIX makes
 atomic. A process killed at any time leaves the previous version. At worst a temporary ``NAME.PID@HOST.part`` remains;
-the next write of the same name on that host removes it.
+the next write of the same name removes it: at once on that host, after a day on another, where it may be in use.
 """
 
 from __future__ import annotations
@@ -11,19 +11,27 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gdmd_lightning.errors import UserError, WriteError
 
+DAY = 24 * 3600
+
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, final: Callable[[], Path] | None = None) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to ``path`` on success, remove it on an error.
 
     Missing parent directories are created. The content is flushed to disk before the rename, and the
     rename after it.
+
+    Args:
+        path: The file.
+        final: Where the name depends on when the content is complete: called then, it gives a name in the same
+            directory that is used instead of ``path``.
 
     Raises:
         WriteError: If the disk is full or the place cannot be written.
@@ -32,11 +40,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     with failures_named(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
+            remove_leftovers(path)
             yield part
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(part, path if final is None else final())
             _sync_directory(path.parent)
         finally:
             _remove(part)
@@ -68,13 +76,59 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     with failures_named(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
+            remove_leftovers(path)
             _remove(part)  # of an earlier process with the same number
             part.mkdir()
             yield part
             part.rename(path)
         finally:
             _remove(part)
+
+
+@contextmanager
+def filled_directory(path: Path, last: str) -> Iterator[Path]:
+    """Yield an empty temporary directory; on success move its files into ``path``, its directory ``last`` at the end.
+
+    Files in ``path`` with the same names are replaced one by one, others stay. So ``path / last``, which must not
+    exist before, exists only if all the rest is there.
+
+    Raises:
+        WriteError: If the disk is full or the place cannot be written.
+    """
+    with failures_named(path):
+        part = temporary_name(path / last)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path / last)
+            _remove(part)
+            part.mkdir()
+            yield part
+            for file in sorted(file for file in part.rglob("*") if file.is_file()):
+                place = file.relative_to(part)
+                if place.parts[0] != last:
+                    (path / place).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, path / place)
+            (part / last).rename(path / last)
+        finally:
+            _remove(part)
+
+
+@contextmanager
+def output_directory(path: Path) -> Iterator[None]:
+    """Create the directory of a command's output; if the command fails before it writes anything, remove it again.
+
+    Raises:
+        WriteError: If it cannot be created or written to.
+    """
+    missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
+    try:
+        make_directory(path)
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # it has content, or was never created
+                each.rmdir()
+        raise
 
 
 def make_directory(path: Path) -> None:
@@ -95,6 +149,15 @@ def make_directory(path: Path) -> None:
 def temporary_name(path: Path) -> Path:
     """The name under which this process writes ``path``; no other process uses it."""
     return path.with_name(f"{path.name}.{os.getpid()}@{_host()}.part")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of ``path`` whose process on this host has ended, or that are of another host and old."""
+    pattern = re.compile(re.escape(path.name) + r"\.(\d+)@(.+)\.part")
+    for found in path.parent.glob("*.part"):
+        matched = pattern.fullmatch(found.name)
+        if matched and _is_left(found, int(matched[1]), matched[2]):
+            _remove(found)
 
 
 def write_failure(error: BaseException) -> str | None:
@@ -134,13 +197,12 @@ def _host() -> str:
     return re.sub(r"[^\w.-]", "_", platform.node()) or "localhost"
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of ``path`` whose process on this host has ended."""
-    pattern = re.compile(re.escape(path.name) + r"\.(\d+)@" + re.escape(_host()) + r"\.part")
-    for found in path.parent.glob("*.part"):
-        matched = pattern.fullmatch(found.name)
-        if matched and not _is_running(int(matched[1])):
-            _remove(found)
+def _is_left(part: Path, process: int, host: str) -> bool:
+    if host == _host():
+        return not _is_running(process)
+    with suppress(FileNotFoundError):
+        return time.time() - part.stat().st_mtime > DAY
+    return False
 
 
 def _is_running(process: int) -> bool:

@@ -39,7 +39,8 @@ def test_evaluation_draws_teacher_and_generator_in_tensorboard_and_a_file(events
 
 
 def evaluation(**options) -> GenerationEvaluation:
-    return GenerationEvaluation([RewardScore(tiny.Brightness())], count=6, columns=0, **options)
+    options = {"count": 6, "columns": 0, "score_teacher": False, **options}
+    return GenerationEvaluation([RewardScore(tiny.Brightness())], **options)
 
 
 def test_evaluation_does_not_change_the_run(tiny_pipeline, tmp_path):
@@ -96,6 +97,33 @@ def test_every_score_is_logged_once_at_its_update_in_every_logger(tiny_pipeline,
         assert not {"step", "epoch"} & set(steps)
     last = [value for step, name, value in loggers[0].scalars if (step, name) == (5, "eval/brightness/overall")]
     assert last == [trainer.callback_metrics["eval/brightness/overall"].item()]
+
+
+def test_teacher_is_scored_once_and_logged_with_every_evaluation(tiny_pipeline, tmp_path, monkeypatch):
+    logger, teacher = Listening(), {"teacher_steps": 3, "teacher_guidance": 2.0}
+    tests = evaluation(every_n_updates=1, score_teacher=True, **teacher)
+    module = tiny.module(tiny_pipeline)
+    tiny.train(module, 2, callbacks=[tests], logger=logger, default_root_dir=tmp_path)
+    generate = partial(module.generate_teacher, steps=3, guidance_scale=2.0)
+    evaluate(generate, tests.prompts, tests.scores, module.latent_shape)
+    expected = tests.scores[0].compute()["overall"].item()
+    assert expected != module.provenance.scores["brightness/overall"]
+    logged = [(step, value) for step, name, value in logger.scalars if name == "teacher/brightness/overall"]
+    assert logged == [(1, expected), (2, expected)]
+
+    again = evaluation(every_n_updates=1, score_teacher=True, **teacher)
+    assert again.state_key == tests.state_key
+    again.load_state_dict(tests.state_dict())
+    monkeypatch.setattr(type(module), "generate_teacher", None)  # nothing asks it a second time
+    tiny.train(module, 3, callbacks=[again], default_root_dir=tmp_path)
+    assert again.teacher == tests.teacher
+
+
+@pytest.mark.parametrize(
+    "changed", [{"count": 12}, {"seed": 1}, {"teacher_steps": 4}, {"teacher_guidance": 1.5}, {"every_n_updates": 7}]
+)
+def test_evaluations_with_other_settings_do_not_share_a_teachers_scores(changed):
+    assert evaluation(**changed).state_key != evaluation().state_key
 
 
 def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):

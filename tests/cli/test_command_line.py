@@ -175,13 +175,15 @@ def test_fit_saves_and_obeys_options(fast_fit, tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_fit_trains_dmd_from_its_shipped_config(fast_fit, tmp_path):
     main(["fit", *fast_fit, "--config", "shapes_dmd.yaml"])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_fit_as_a_process_prints_exactly_what_a_user_needs(run_cli, fast_fit, tmp_path):
-    done = run_cli("fit", *fast_fit, "--trainer.max_steps=2", "--trainer.enable_progress_bar=true", check=True)
+    talking = ["--trainer.enable_progress_bar=true", "--trainer.callbacks.score_teacher=true"]
+    done = run_cli("fit", *fast_fit, "--trainer.max_steps=2", *talking, check=True)
     last = rf"{re.escape(str(tmp_path))}/run/\S*checkpoints/last\.ckpt"
     run = rf"{re.escape(str(tmp_path))}/run/?\S*"
     expected = [
@@ -193,7 +195,7 @@ def test_fit_as_a_process_prints_exactly_what_a_user_needs(run_cli, fast_fit, tm
         r"update 1/2  loss \S+  target reward \S+  \S+ s/update  \S+ left",
         r"update 2/2  loss \S+  target reward \S+  \S+ s/update  0:00 left",
         r"2 updates in \S+, 2 in all",
-        *[r"score geneval/\w+: \d\.\d{4}"] * 7,
+        *[r"score geneval/\w+: \d\.\d{4}  \(teacher: \d\.\d{4}\)"] * 7,
         rf"train longer: .+ fit --config {run}/config.yaml --ckpt_path {last} --trainer.max_steps 4",
         rf"sample: python -m gdmd_lightning sample {last} PROMPTS {run}/samples",
         rf"export: python -m gdmd_lightning export {last} {run}/pipeline",

@@ -16,6 +16,7 @@ from gdmd_lightning.data import embedding_cache, embeddings
 from gdmd_lightning.data.embedding_cache import EmbeddingCache, EmbeddingStore, checksum, key_of
 from gdmd_lightning.data.embeddings import PromptEmbeddings, fill
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.files import temporary_name
 from gdmd_lightning.latents import Conditioning
 
 HERE = Path(__file__).parent
@@ -124,6 +125,7 @@ def fill_share(place, rank):
     (place / f"report-{rank}.json").write_text(json.dumps({"encoded": encoded, "read": read}))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_read_each_others_shards(tmp_path):
     running = [run_here("fill_share(Path(sys.argv[1]), int(sys.argv[2]))", tmp_path, rank) for rank in (0, 1)]
     stderr = [process.communicate(timeout=100)[1] for process in running]
@@ -208,9 +210,9 @@ def test_killed_write_leaves_a_usable_cache(tmp_path):
 
 
 def test_unfinished_file_of_a_running_process_is_kept_for_a_day(tmp_path):
-    host = embedding_cache.socket.gethostname()
-    mine = tmp_path / f"00000.{os.getppid()}.{host}.part"
-    far = tmp_path / "00000.1.elsewhere.part"
+    host = temporary_name(tmp_path / "x").name.split("@")[1].removesuffix(".part")
+    mine = tmp_path / f"00000.{os.getppid()}@{host}.part"
+    far = tmp_path / "00000.1@elsewhere.part"
     for part in (mine, far):
         part.write_bytes(b"half")
     EmbeddingStore(str(tmp_path), "words")
@@ -305,9 +307,11 @@ def test_full_disk_is_a_one_line_error_and_keeps_earlier_shards(tmp_path):
 def test_full_disk_error_gives_the_reason(tmp_path, monkeypatch):
     store = EmbeddingStore(str(tmp_path), "words")
     opened = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda self, *a: opened(Path("/dev/full") if self.suffix == ".part" else self, *a)
-    )
+
+    def full(self, *options, **named):
+        return opened(Path("/dev/full") if self.suffix == ".part" else self, *options, **named)
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
         store.write({"a": Words().encode(["a"])})
 

@@ -85,7 +85,8 @@ main(["export", sys.argv[2], sys.argv[3]])
 """
 
 
-@pytest.mark.parametrize("room", [pytest.param(300, marks=pytest.mark.slow), 60_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [300, 60_000])
 def test_export_to_a_full_disk_leaves_no_files(recorded_run, tmp_path, room):
     """A limit on file sizes makes the kernel refuse a write halfway, as on a full disk."""
     from conftest import cli_environment

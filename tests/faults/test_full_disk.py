@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import yaml
-from conftest import REFUSAL
+from conftest import PICTURES, REFUSAL
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration import training
@@ -47,7 +47,7 @@ def test_checkpoint_or_configuration_that_cannot_be_written_is_one_line(fast_fit
 def test_record_or_picture_that_cannot_be_written_warns_and_the_run_goes_on(fast_fit, tmp_path, full, name):
     full(name)
     with pytest.warns(UserWarning, match="the run goes on without a file: .*No space left on device"):
-        training.run([*fast_fit, "--trainer.max_steps=2"])
+        training.run([*fast_fit, *PICTURES, "--trainer.max_steps=2"])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert read_checkpoint(str(last), in_memory=False)["global_step"] == 2
     assert not [path for path in tmp_path.rglob("*") if name in path.name or path.suffix == ".part"]
@@ -72,7 +72,7 @@ def broken_log(monkeypatch):
     return limit
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_logger_that_cannot_write_warns_once_and_the_run_goes_on(fast_fit, tmp_path, broken_log):
     broken_log(3)
     with warnings.catch_warnings(record=True) as said:
@@ -84,7 +84,7 @@ def test_logger_that_cannot_write_warns_once_and_the_run_goes_on(fast_fit, tmp_p
     assert read_checkpoint(str(last), in_memory=False)["global_step"] == 3
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_logger_that_cannot_start_is_one_line(fast_fit, tmp_path, broken_log):
     broken_log(0)
     with pytest.raises(WriteError, match=f"^{tmp_path / 'run'}.*: cannot be written: No space left on device; "):

@@ -56,9 +56,8 @@ def stopped(fast_fit: list[str], directory: Path, number: signal.Signals) -> tup
     return process.returncode, printed, last.parent
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_fit_resumes_exactly_from_the_checkpoint_of_a_signal(fast_fit, tmp_path, number, status):
     code, printed, checkpoints = stopped(fast_fit, tmp_path, number)
     assert code == status, printed
@@ -73,6 +72,7 @@ def test_fit_resumes_exactly_from_the_checkpoint_of_a_signal(fast_fit, tmp_path,
     assert differing(resumed, uninterrupted) == []
 
 
+@pytest.mark.slow
 def test_fit_resumes_exactly_after_kill_9(fast_fit, tmp_path):
     code, printed, checkpoints = stopped(fast_fit, tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL, printed
@@ -105,7 +105,7 @@ VARIANTS = {
 }
 # At 2 updates ModelCheckpoint saves; at 3 only the end of the run does. By 40 some prompts have repeated; a resumed run
 # does not remember the earlier ones.
-FAST = {("default", 3), ("DMD", 3), ("adapters", 2)}
+FAST = {("default", 3)}
 CASES = [(name, end) for name in VARIANTS for end in (2, 3, 40)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+from conftest import PICTURES
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration import training
@@ -20,7 +21,7 @@ def contents(place: Path) -> dict[str, str]:
 
 def placeless(fast_fit: list[str]) -> list[str]:
     """The cheap configuration without its logger."""
-    return [*fast_fit, "--trainer.logger=false", "--trainer.max_steps=2"]
+    return [*fast_fit, *PICTURES, "--trainer.logger=false", "--trainer.max_steps=2"]
 
 
 @pytest.fixture

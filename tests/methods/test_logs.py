@@ -108,7 +108,7 @@ def test_logs_of_judged_samples_count_groups_and_clipped_advantages() -> None:
 PAGE = Path(__file__).parents[2] / "docs" / "logs.md"
 ROW = re.compile(r"^\| `([^`]+)` \|(?: ([^|`]+) \|)?", re.MULTILINE)
 # Logged by callbacks, or where steps were skipped.
-ELSEWHERE = {"eval/<score>/<task>", "eval/seconds_per_picture", "train/skipped_steps"}
+ELSEWHERE = {"eval/<score>/<task>", "teacher/<score>/<task>", "eval/seconds_per_picture", "train/skipped_steps"}
 DEPENDS = {"train/advantage_clipped", "train/groups_without_spread"}
 NAMES = {
     "DMD": "DMD", "GDMD": "GDMD", "ReFL": "ReFL", "dmd2": "DMD2", "gndm": "GNDM", "gndmr": "GNDMR", "ac_dmd": "AC-DMD",

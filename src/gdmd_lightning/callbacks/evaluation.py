@@ -1,8 +1,9 @@
-"""Scores of the few-step generator's averaged weights on fixed test prompts, while it trains."""
+"""Scores of the few-step generator's averaged weights on fixed test prompts, while it trains, and its teacher's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.metrics.evaluation import evaluate, shown
+from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
@@ -28,7 +29,8 @@ class GenerationEvaluation(pl.Callback):
     """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
 
     Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
-    TensorBoard and to ``pictures/`` in the run's directory.
+    TensorBoard and to ``pictures/`` in the run's directory. The teacher's scores are computed once, at the first
+    evaluation, kept in checkpoints, and logged with each evaluation as ``teacher/<score>/<task>``, a level line.
 
     Args:
         scores: What to compute.
@@ -37,8 +39,13 @@ class GenerationEvaluation(pl.Callback):
         every_n_updates: Updates between two evaluations.
         batch_size: Images generated at once.
         columns: Images in the grid; 0 for no grid.
-        teacher_steps, teacher_guidance: Steps and guidance scale of the teacher in the grid.
+        teacher_steps, teacher_guidance: Steps and guidance scale of the teacher in the grid and the scores.
+        score_teacher: Whether the teacher is scored; it costs as much as ``teacher_steps`` evaluations of a generator
+            with one step, or twice that with guidance.
         seed: Seed of the noise.
+
+    Attributes:
+        teacher: The teacher's scores by name, ``<score>/<task>``; empty before the first evaluation.
     """
 
     def __init__(
@@ -51,8 +58,11 @@ class GenerationEvaluation(pl.Callback):
         columns: Whole = 8,
         teacher_steps: Steps = 30,
         teacher_guidance: NonNegative = 3.0,
+        score_teacher: bool = True,
         seed: Seed = 0,
     ) -> None:
+        self.source, self.count, self.score_teacher = prompts, count, score_teacher
+        self.teacher: dict[str, float] = {}
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.prompts = read_evaluation_prompts(prompts, count)
         for score in scores:
@@ -60,6 +70,22 @@ class GenerationEvaluation(pl.Callback):
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Names all that the teacher's scores depend on: a run resumed with other settings computes them again."""
+        names = [score.name for score in self.scores]
+        measured = {"scores": names, "prompts": self.source, "count": self.count, "seed": self.seed}
+        teacher = {"teacher_steps": self.teacher_steps, "teacher_guidance": self.teacher_guidance}
+        return self._generate_state_key(**measured, **teacher, every_n_updates=self.every_n_updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's scores."""
+        return {"teacher": self.teacher}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do not compute the teacher's scores again."""
+        self.teacher = dict(state_dict["teacher"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: PromptBatch, batch_idx: int
@@ -72,8 +98,23 @@ class GenerationEvaluation(pl.Callback):
 
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         """Evaluate now."""
-        seconds = evaluate(
-            module.generate,
+        if self.score_teacher and not self.teacher:
+            self._score(trainer, module, partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance))
+            self.teacher = {name: float(value) for name, value in self._values().items()}
+        seconds = self._score(trainer, module, module.generate)
+        values = self._values()
+        module.provenance = replace(module.provenance, scores={name: float(value) for name, value in values.items()})
+        measured: dict[str, Any] = {f"eval/{name}": value for name, value in values.items()}
+        measured |= {f"teacher/{name}": value for name, value in self.teacher.items()}
+        log_figures(trainer, module, {**measured, "eval/seconds_per_picture": seconds})
+        directory = run_directory(trainer)
+        if self.columns and trainer.is_global_zero:
+            self._draw(trainer, module, directory / "pictures")
+
+    def _score(self, trainer: pl.Trainer, module: DistillationModule, generate: Generate) -> float:
+        """Fill the scores with a generator's pictures; the seconds that one picture took."""
+        return evaluate(
+            generate,
             self.prompts,
             self.scores,
             module.latent_shape,
@@ -83,14 +124,9 @@ class GenerationEvaluation(pl.Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        values = {f"eval/{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
-        found = {name.removeprefix("eval/"): float(value) for name, value in values.items()}
-        module.provenance = replace(module.provenance, scores=found)
-        measured: dict[str, Any] = {**values, "eval/seconds_per_picture": seconds}
-        log_figures(trainer, module, measured)
-        directory = run_directory(trainer)
-        if self.columns and trainer.is_global_zero:
-            self._draw(trainer, module, directory / "pictures")
+
+    def _values(self) -> dict[str, Tensor]:
+        return {f"{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
 
     @torch.no_grad()
     def _draw(self, trainer: pl.Trainer, module: DistillationModule, directory: Path) -> None:
@@ -112,6 +148,10 @@ class GenerationEvaluation(pl.Callback):
             if isinstance(logger, TensorBoardLogger):
                 with warn_if_not_written():
                     logger.experiment.add_figure("teacher and generator", figure, module.updates)
+
+
+def _of_teacher(module: DistillationModule, steps: int, guidance: float, noise: Tensor, texts: list[str]) -> Tensor:
+    return module.generate_teacher(noise, texts, steps, guidance)
 
 
 def log_figures(trainer: pl.Trainer, module: DistillationModule, measured: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from tqdm import tqdm
 
+from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.data.prompt_data import PromptDataModule
@@ -153,8 +154,15 @@ def description(trainer: pl.Trainer, module: DistillationModule, directory: Path
 
 
 def results(trainer: pl.Trainer, module: DistillationModule, directory: Path) -> list[str]:
-    """The last scores, and what to do with the run: commands that can be copied."""
-    lines = [f"score {name}: {value:.4f}" for name, value in sorted(module.provenance.scores.items())]
+    """The last scores and the teacher's, and what to do with the run: commands that can be copied."""
+    teacher: dict[str, float] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GenerationEvaluation):
+            teacher |= callback.teacher
+    lines = [
+        f"score {name}: {value:.4f}" + (f"  (teacher: {teacher[name]:.4f})" if name in teacher else "")
+        for name, value in sorted(module.provenance.scores.items())
+    ]
     kept = [k.last_model_path for k in trainer.checkpoint_callbacks if isinstance(k, ModelCheckpoint)]
     last = next((path for path in kept if path), None)
     if last is None or trainer.interrupted or module.updates < trainer.max_steps:

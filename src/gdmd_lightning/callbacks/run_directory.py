@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -210,15 +208,3 @@ class _ContinuedMetrics(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         """Delete nothing."""
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` to the run's directory when training starts, complete or not at all."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the file; Lightning calls this on rank 0 only."""
-        text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)  # it was checked when parsed
-        write_atomically(run_directory(trainer) / "config.yaml", text)

@@ -15,6 +15,13 @@ from gdmd_lightning.ranges import Count
 BATCH_SIZE = 48
 """Samples per update; the 64 of ``shapes.yaml`` would take more than ten minutes on two cores."""
 
+# No evaluation while it trains: all generators are scored together at the end.
+CHECKPOINTS = {
+    "class_path": "ModelCheckpoint",
+    "init_args": {"every_n_train_steps": 50, "save_last": True, "save_top_k": 0},
+}
+RECORD = {"class_path": "GradientRewardRecord", "init_args": {"pictures_every": 50}}
+
 ENTRIES = ("dmd", "gdmd", "scores.json", "pictures.png", "pipeline")
 
 
@@ -45,10 +52,12 @@ def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str])
     dmd, gdmd = out / "dmd", out / "gdmd"
     print(f"1/3  DMD, {cold_start} updates: from the teacher to four steps")
     batch = option("data.batch_size", BATCH_SIZE)
-    train(dmd, [*DMD.arguments, batch, option("trainer.max_steps", cold_start), *extra])
+    callbacks = option("trainer.callbacks", [CHECKPOINTS])
+    train(dmd, [*DMD.arguments, batch, callbacks, option("trainer.max_steps", cold_start), *extra])
     print(f"2/3  GDMD, {updates} updates: a reward weighs each distillation gradient by where it leads")
     start = option("model.start_from", str(last_checkpoint(dmd)))
-    train(gdmd, [*GDMD.arguments, batch, option("trainer.max_steps", updates), start, *extra])
+    callbacks = option("trainer.callbacks", [CHECKPOINTS, RECORD])
+    train(gdmd, [*GDMD.arguments, batch, callbacks, option("trainer.max_steps", updates), start, *extra])
     print(f"3/3  scores on {count} test prompts")
     modules = {
         "DMD": load_module(str(last_checkpoint(dmd)), role="ema"),

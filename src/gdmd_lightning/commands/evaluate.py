@@ -13,7 +13,7 @@ from gdmd_lightning.configuration.loading import add_loading_options
 from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import make_directory
+from gdmd_lightning.files import output_directory
 from gdmd_lightning.ranges import Count, NonNegative, Steps
 
 if TYPE_CHECKING:
@@ -44,15 +44,15 @@ def main(arguments: list[str]) -> int:
 
     task = replace(SHAPES, prompts=options.prompts)
     task.check(options.count)
-    make_directory(options.out)
-    device = usable_device(options.device)
-    modules = _load(options, task, device)
-    module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher, device)
-    contestants = teachers(module, options.teacher_steps, options.guidance_scale)
-    contestants += [student(name, each) for name, each in modules.items()]
-    card = score(contestants, task, options.count, device=device)
-    write_scorecard(card, options.out / "scores.json")
-    draw(contestants, task.read_prompts(options.count), options.out / "pictures.png")
+    with output_directory(options.out):
+        device = usable_device(options.device)
+        modules = _load(options, task, device)
+        module = next(iter(modules.values())) if modules else bare_teacher(task, options.teacher, device)
+        contestants = teachers(module, options.teacher_steps, options.guidance_scale)
+        contestants += [student(name, each) for name, each in modules.items()]
+        card = score(contestants, task, options.count, device=device)
+        write_scorecard(card, options.out / "scores.json")
+        draw(contestants, task.read_prompts(options.count), options.out / "pictures.png")
     print(score_table(card.rows))
     print(f"\nscores: {options.out / 'scores.json'}\npictures: {options.out / 'pictures.png'}")
     return 0

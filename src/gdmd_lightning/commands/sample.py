@@ -18,7 +18,7 @@ from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import make_directory
+from gdmd_lightning.files import output_directory
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Whole
 
 
@@ -43,28 +43,22 @@ def main(arguments: list[str]) -> int:
     origin = Origin(options.seed, name, digest, height, width, options.teacher_steps, options.guidance_scale)
     wanted = wanted_pictures(options.prompts, options.column, options.split, options.count, options.per_prompt)
     existing = existing_pictures(out, wanted, origin)
-    is_new = not out.exists()
-    make_directory(out)
     seconds = 0.0
-    if existing.missing:
-        loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
-        try:
+    with output_directory(out):
+        if existing.missing:
+            loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
             module = load_module(options.checkpoint, device, size=(height, width), **loading)
-        except BaseException:
-            if is_new:
-                out.rmdir()
-            raise
-        if existing.names or (out / LIST).exists():
-            write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
-        began = time.perf_counter()
-        try:
-            write_pictures(module, wanted, existing, origin, out, options.batch_size)
-        except KeyboardInterrupt:
-            print("run the same command again to continue")
-            raise
-        seconds = (time.perf_counter() - began) / existing.missing
-    if existing.names:  # otherwise the list was written in the order of the prompts
-        write_list(wanted, origin, out)
+            if existing.names or (out / LIST).exists():
+                write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
+            began = time.perf_counter()
+            try:
+                write_pictures(module, wanted, existing, origin, out, options.batch_size)
+            except KeyboardInterrupt:
+                print("run the same command again to continue")
+                raise
+            seconds = (time.perf_counter() - began) / existing.missing
+        if existing.names:  # otherwise the list was written in the order of the prompts
+            write_list(wanted, origin, out)
     print(f"pictures: {out} ({existing.missing} made, {existing.wanted - existing.missing} existed)")
     print(f"seconds per picture: {seconds:.3f}" if existing.missing else "all pictures existed")
     return 0

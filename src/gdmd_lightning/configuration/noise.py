@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 ADVICE = {
     "LeafSpec": "deprecated name inside torch, called by Lightning",
@@ -45,8 +48,24 @@ def passes(record: logging.LogRecord) -> bool:
     return not is_noise(record)
 
 
+@dataclass(frozen=True)
+class WithoutLogWriters:
+    """A ``threading.excepthook`` that says nothing about the thread that writes TensorBoard's files.
+
+    What fails there is raised in the main thread by the logger's next call, which warns once.
+    """
+
+    before: Callable[[threading.ExceptHookArgs], object]
+
+    def __call__(self, failure: threading.ExceptHookArgs, /) -> None:
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self.before(failure)
+
+
 def quiet() -> None:
     """Silence the messages listed here, and only those."""
+    if not isinstance(threading.excepthook, WithoutLogWriters):
+        threading.excepthook = WithoutLogWriters(threading.excepthook)
     for message in ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     for name in SOURCES:

@@ -21,7 +21,8 @@ import gdmd_lightning.components  # noqa: F401  (registers every class under its
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.callbacks.progress import Progress
-from gdmd_lightning.callbacks.run_directory import RunDirectory, SaveConfig, run_directory
+from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory
+from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import fit_arguments
 from gdmd_lightning.configuration.messages import readable_error

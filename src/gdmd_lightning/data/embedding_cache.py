@@ -11,13 +11,10 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
 import time
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdmd_lightning.errors import UserError
+from gdmd_lightning.errors import UserError, WriteError
+from gdmd_lightning.files import atomic_file, remove_leftovers
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.ranges import Count, ranged
 
 FIELDS = ("sequence", "pooled", "ids")
 FINGERPRINT = "text_fingerprint"
-DAY = 24 * 3600
 
 
 @ranged
@@ -84,7 +81,7 @@ class EmbeddingStore:
         self._shapes: dict[str, tuple[int, ...]] = {}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear_leftovers()
+            remove_leftovers(self._unnamed)
         except OSError as error:
             raise self._unwritable(error) from error
         self.refresh()
@@ -179,21 +176,11 @@ class EmbeddingStore:
         }
         checksums = {name: checksum(row) for name, row in rows_by_name.items()}
         content = save(rows_by_name, {FINGERPRINT: self.fingerprint, **checksums})
-        # Not files.atomic_file: the temporary name tells which process on which host writes the file, so that
-        # leftovers of a dead process can be removed without touching files of a running one. And the final
-        # name is the time when the content was complete, not the time when writing started.
-        part = self.directory / f"{self.rank:05d}.{os.getpid()}.{socket.gethostname()}.part"
         try:
-            try:
-                with part.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, self.directory / f"{time.time_ns():020d}-{self.rank:05d}.safetensors")
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritable(error, len(content)) from error
+            with atomic_file(self._unnamed, final=self._next_name) as part:
+                part.write_bytes(content)
+        except WriteError as error:
+            raise self._unwritable(error.__cause__ or error, len(content)) from error
         self.refresh()
 
     def check_room(self, count: int, bytes_each: int) -> None:
@@ -210,18 +197,18 @@ class EmbeddingStore:
                 remedy="free some space, or set embedding_cache.directory to a directory on another disk",
             )
 
-    def _clear_leftovers(self) -> None:
-        """Remove files of this rank that a dead process left unfinished, but none that another run is writing."""
-        for part in self.directory.glob(f"{self.rank:05d}.*.part"):
-            named = re.fullmatch(r"\d+\.(\d+)\.(.+)\.part", part.name)
-            with suppress(FileNotFoundError):
-                dead = named and named[2] == socket.gethostname() and not _alive(int(named[1]))
-                if dead or time.time() - part.stat().st_mtime > DAY:
-                    part.unlink()
+    @property
+    def _unnamed(self) -> Path:
+        """The shard that this rank is writing: its name is known when it is complete."""
+        return self.directory / f"{self.rank:05d}"
 
-    def _unwritable(self, error: OSError, count: int | None = None) -> UserError:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EFBIG:
+    def _next_name(self) -> Path:
+        """A name that begins with the time, so that names are in the order in which shards were completed."""
+        return self.directory / f"{time.time_ns():020d}-{self.rank:05d}.safetensors"
+
+    def _unwritable(self, error: BaseException, count: int | None = None) -> UserError:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
             reason = f"{reason} (a limit on the size of files)"
         return UserError(
             f"cannot write {'here' if count is None else size(count)}: {reason}",
@@ -278,14 +265,3 @@ def _broken(path: Path, reason: str) -> UserError:
         where=str(path),
         remedy="remove this file; its prompts will be encoded again",
     )
-
-
-def _alive(pid: int) -> bool:
-    """Whether another process with this id runs on this host."""
-    if pid == os.getpid():
-        return False  # this process has no unfinished file when it asks, so the id was reused
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # otherwise it exists, but belongs to another user
-    return True

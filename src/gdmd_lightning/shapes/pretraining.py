@@ -1,6 +1,6 @@
 """Training of the embedded pipeline's parts: autoencoder, text-image scorer and teacher.
 
-Three small LightningModules with automatic optimization. ``commands/pretrain.py`` runs them in turn and saves
+Three small LightningModules with automatic optimization. ``studies/shapes_teacher.py`` runs them in turn and saves
 a directory that ``StableDiffusion3Pipeline.from_pretrained`` loads.
 """
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from gdmd_lightning.commands import pretrain as command
-from gdmd_lightning.commands.pretrain import PretrainSettings, Stage, pretrain
+from gdmd_lightning.shapes.settings import PretrainSettings, Stage
+from gdmd_lightning.studies import shapes_teacher as study
+from gdmd_lightning.studies.shapes_teacher import pretrain
 
 SHORT = Stage(steps=2, batch_size=4)
 PARTS = {"vae", "scorer", "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
@@ -28,7 +29,22 @@ def test_pretrain_leaves_no_part_when_saving_is_interrupted(tmp_path, monkeypatc
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.parts.AutoencoderKL, "save_pretrained", interrupted)
+    monkeypatch.setattr(study.parts.AutoencoderKL, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
+
+
+def test_pretrain_completes_a_pipeline_whose_last_save_was_interrupted(tmp_path, monkeypatch):
+    """The transformer is saved before the text encoders; its directory must not say that they are there."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study.parts.CLIPTextModelWithProjection, "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(settings(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "vae", "scorer"}
+    out = pretrain(settings(tmp_path))
+    assert {path.name for path in out.iterdir() if path.is_dir()} == PARTS | {"checkpoints"}
