@@ -1710,13 +1710,32 @@ MUTATIONS = [
     *errors(
         "files.py",
         ("test_files.py",),
-        ("leftovers of running processes removed", "if matched and not _is_running(", "if matched or not _is_running("),
+        ("leftovers of running processes removed", "return not _is_running(process)", "return True"),
+        ("leftovers of another host removed at once", "st_mtime > DAY", "st_mtime > -DAY"),
+        ("file named before its content is complete", "path if final is None else final()", "path"),
+        ("last directory moved with the others", "if place.parts[0] != last:", "if True:"),
+        ("output directory of a failed command kept", "                each.rmdir()", "                pass"),
         ("failed write without a name", "if reason is None:\n            raise", "if True:\n            raise"),
+    ),
+    *errors(
+        "callbacks/settings.py",
+        ("callbacks/test_settings.py",),
+        ("place of a run among its hyper-parameters", "if not key.startswith(CHOSEN_BY_RUN)", ""),
+        ("no scores among the hyper-parameters", '["loss", *_scores(trainer)]', '["loss"]'),
+        ("other loggers get no settings", "logger.log_hyperparams(settings)", "pass"),
     ),
     *errors(
         "callbacks/evaluation.py",
         ("callbacks/test_generation_evaluation.py",),
         ("scores at Lightning's interval", "log_dict(measured, logger=False,", "log_dict(measured,"),
+        ("teacher scored at every evaluation", "if self.score_teacher and not self.teacher:", "if self.score_teacher:"),
+        ("teacher's scores computed again on resume", 'dict(state_dict["teacher"])', "{}"),
+        (
+            "teacher scored without its settings",
+            "module.generate_teacher(noise, texts, steps, guidance)\n\n\ndef log",
+            "module.generate_teacher(noise, texts, 1, 1.0)\n\n\ndef log",
+        ),
+        ("teacher's scores of other prompts kept", '"count": self.count, ', ""),
     ),
     *errors(
         "callbacks/collapse_rules.py",
