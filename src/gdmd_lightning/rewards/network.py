@@ -1,0 +1,88 @@
+"""Rewards that a frozen network computes: loaded when first needed, in parts, on any device and in any precision."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.locations import resolve
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.ranges import Count, ranged
+from gdmd_lightning.rewards.base import Reward
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@ranged
+class NetworkReward(Reward):
+    """Base of rewards with a network; a new one gives :meth:`load` and :meth:`judge`.
+
+    Args:
+        path: Where its weights are: a file or directory, a ``package:`` path, or a hub id, which is downloaded.
+        name: Name in logs.
+        dtype: Precision of the weights; scores are float32.
+        batch_size: Pictures that the network sees at once.
+
+    Raises:
+        UserError: If the precision is unknown.
+    """
+
+    differentiable = True
+
+    def __init__(self, path: str, name: str, dtype: Precision = "float32", batch_size: Count = 32) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"it is {dtype!r}", where=f"{type(self).__name__}.dtype", remedy=f"use {', '.join(DTYPES)}")
+        self.path, self.name, self.dtype, self.batch_size = resolve(str(path)), name, DTYPES[dtype], batch_size
+        self._network: nn.Module | None = None
+        self._device = torch.device("cpu")
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The network on the CPU in float32, with its weights.
+
+        Raises:
+            UserError: If they are missing, broken, or those of another network.
+        """
+
+    @abstractmethod
+    def judge(self, network: nn.Module, images: Tensor, texts: list[str]) -> Tensor:
+        """Score at most ``batch_size`` pictures ``[B, 3, H, W]`` in [0, 1] on the network's device: ``[B]``."""
+
+    @property
+    def where(self) -> str:
+        """This reward in messages."""
+        return f"reward {self.name!r}"
+
+    @property
+    def network(self) -> nn.Module:
+        """The frozen network; the first use loads it."""
+        if self._network is None:
+            self._network = self.load().requires_grad_(False).eval().to(self._device, self.dtype)
+        return self._network
+
+    def to(self, device: torch.device) -> None:
+        self._device = device
+        if self._network is not None:
+            self._network.to(device)
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        network, texts = self.network, [prompt.text for prompt in prompts]
+        pixels = images.to(self._device, torch.float32)  # a reward on the CPU gets pictures from the accelerator
+        parts = zip(pixels.split(self.batch_size), _split(texts, self.batch_size), strict=True)
+        return torch.cat([self.judge(network, part, mine).float() for part, mine in parts])
+
+
+def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Each text once, and for every text its number among them: samples of one prompt share its embedding."""
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return list(numbers), [numbers[text] for text in texts]
+
+
+def _split(texts: list[str], size: int) -> list[list[str]]:
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
