@@ -27,6 +27,7 @@ COMMANDS = {
     "sample": "generate pictures of prompts: sample CHECKPOINT PROMPTS OUT [--per_prompt 4 ...]",
     "export": "write a checkpoint's generator as a diffusers pipeline directory",
     "demo": "distill the embedded teacher with DMD, then GDMD, and print a table of scores",
+    "rewards": "list the rewards, and whether their weights are on this machine",
     "pretrain": "train the embedded Shapes teacher from scratch",
 }
 

@@ -23,8 +23,12 @@ from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
-from gdmd_lightning.rewards.clip import ContrastiveReward
+from gdmd_lightning.rewards.aesthetic import AestheticScore
+from gdmd_lightning.rewards.clip import CLIPScore, ContrastiveReward, PickScore
 from gdmd_lightning.rewards.combine import CombinedReward
+from gdmd_lightning.rewards.hpsv2 import HPSv2
+from gdmd_lightning.rewards.image_reward import ImageReward
+from gdmd_lightning.rewards.ocr import OCRReward
 from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
 from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
@@ -41,6 +45,8 @@ __all__ = [
     "ODE",
     "RTDMD",
     "SDE",
+    "AestheticScore",
+    "CLIPScore",
     "CaptionedImages",
     "CollapseWatch",
     "CombinedReward",
@@ -54,7 +60,11 @@ __all__ = [
     "GenerationEvaluation",
     "GenerationVariety",
     "GradientRewardRecord",
+    "HPSv2",
+    "ImageReward",
     "LogitNormal",
+    "OCRReward",
+    "PickScore",
     "ReFL",
     "Renoise",
     "RewardScore",

@@ -425,6 +425,34 @@ def test_similarity_counts_letters(target, found, score):
     assert similarity(target, found) == score
 
 
+WRONG = {
+    "bytes": (
+        lambda x: (x * 255).byte(),
+        "pictures are uint8 of shape (5, 3, 48, 48); give floats of ",
+    ),
+    "gray": (lambda x: x[:, :1], "pictures are float32 of shape (5, 1, 48, 48); "),
+    "one": (lambda x: x[0], "pictures are float32 of shape (3, 48, 48); "),
+    "levels": (lambda x: x * 255, "5 of 5 pictures are out of range: 0 to 255, the first with prompt 'a red circle'; "),
+    "signed": (lambda x: 2 * x - 1, "5 of 5 pictures are out of range: -1 to 1, "),
+    "fewer": (lambda x: x[:4], "4 pictures and 5 prompts; give one prompt for each picture"),
+    "none": (lambda x: x[:0], "0 pictures and 5 prompts; "),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_pictures_that_are_none_are_refused_in_one_line(places, ocr, kind):
+    change, expected = WRONG[kind]
+    quoted = [Prompt(prompt.text, {"text": "a"}) for prompt in PROMPTS]
+    for reward in (CLIPScore(places["clip"]), ocr):
+        with pytest.raises(UserError) as refused:
+            reward.score(change(pictures(48, 48)), quoted)
+        assert str(refused.value).startswith(f"reward '{reward.name}': {expected}")
+
+
+def test_rounding_errors_of_pixels_are_accepted(places):
+    CLIPScore(places["clip"]).score(pictures(48, 48) * 1.0005, PROMPTS)
+
+
 def test_contrastive_reward_crops_the_middle_as_clip_does(places):
     wide = pictures(48, 80)
     scorer = ContrastiveReward(places["clip"])

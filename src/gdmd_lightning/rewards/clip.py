@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdmd_lightning.families.sketch import sketch_model
+from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, Finite, Positive, ranged
 from gdmd_lightning.rewards.network import NetworkReward, Precision, distinct
 from gdmd_lightning.rewards.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized
@@ -41,7 +42,7 @@ class ContrastiveReward(NetworkReward):
         batch_size: Count = 32,
     ) -> None:
         super().__init__(path, name, dtype, batch_size)
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.tokenizer = mean, std, self.path
         self._tokenizer: Any = None
         check_directory(self.path, self.where, "CLIPModel")
 
@@ -49,7 +50,7 @@ class ContrastiveReward(NetworkReward):
         from transformers import CLIPModel, CLIPTokenizer
 
         network: nn.Module = load_pretrained(CLIPModel, self.path, self.where)
-        self._tokenizer = load_any(CLIPTokenizer, self.path, self.where)
+        self._tokenizer = load_any(CLIPTokenizer, self.tokenizer, self.where)
         return network
 
     def sketch(self) -> nn.Module:
@@ -95,15 +96,23 @@ class PickScore(CLIPScore):
 
     Args:
         path: Directory or hub id of its ``CLIPModel``: ``yuvalkirstain/PickScore_v1``.
+        tokenizer: Directory or hub id of its ``CLIPTokenizer``, which the model's own repository does not hold:
+            ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``; by default ``path``.
         name: Name in logs.
         dtype: Precision of the weights.
         batch_size: Pictures that the network sees at once.
     """
 
     def __init__(
-        self, path: str, name: str = "pickscore", dtype: Precision = "float32", batch_size: Count = 32
+        self,
+        path: str,
+        tokenizer: str | None = None,
+        name: str = "pickscore",
+        dtype: Precision = "float32",
+        batch_size: Count = 32,
     ) -> None:
         super().__init__(path, name, dtype, batch_size)
+        self.tokenizer = self.path if tokenizer is None else resolve(str(tokenizer))
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         return super().judge(network, images, texts) * network.logit_scale.float().exp()

@@ -14,6 +14,7 @@ from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.preprocessing import check_pictures
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +73,9 @@ class NetworkReward(Reward):
             self._network.to(device)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        network, texts = self.network, [prompt.text for prompt in prompts]
+        texts = [prompt.text for prompt in prompts]
+        check_pictures(images, texts, self.where)
+        network = self.network
         pixels = images.to(self._device, torch.float32)  # a reward on the CPU gets pictures from the accelerator
         parts = zip(pixels.split(self.batch_size), _split(texts, self.batch_size), strict=True)
         return torch.cat([self.judge(network, part, mine).float() for part, mine in parts])

@@ -12,6 +12,7 @@ from torch import Tensor
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.preprocessing import check_pictures
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
@@ -52,6 +53,7 @@ class OCRReward(Reward):
                 )
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")
         self.check(prompts)
         pictures = (images.detach().cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
         found = [

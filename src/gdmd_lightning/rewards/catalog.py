@@ -1,0 +1,98 @@
+"""What rewards there are: where their weights come from, and whether this machine has them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of weights.
+
+    Args:
+        file: Its name.
+        source: The hub id that it is in, or the address of the page that links to it.
+    """
+
+    file: str
+    source: str
+
+    @property
+    def command(self) -> str:
+        """How to get it."""
+        if "://" in self.source:
+            return f"download {self.file} from {self.source}"
+        return f"hf download {self.source}"
+
+    def find(self, directories: tuple[Path, ...]) -> Path | None:
+        """The file in one of the directories, below them by hub id, or in the cache of the hub's library."""
+        for directory in directories:
+            for place in (directory / self.file, directory / self.source / self.file):
+                if place.is_file():
+                    return place
+        if "://" in self.source:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.source, self.file)
+        return Path(found) if isinstance(found, str) else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A reward.
+
+    Args:
+        name: Its class.
+        scores: Its range or usual value, in words.
+        differentiable: Whether its scores have a gradient.
+        license: License of the weights.
+        weights: What it needs.
+        packages: What must be installed, by the name to import.
+    """
+
+    name: str
+    scores: str
+    differentiable: bool
+    license: str
+    weights: tuple[Weights, ...] = ()
+    packages: tuple[str, ...] = ()
+
+    def state(self, directories: tuple[Path, ...]) -> tuple[str, ...]:
+        """One line for each thing needed: where it is, or how to get it."""
+        lines = [
+            f"{package} is not installed: pip install 'gdmd-lightning[rewards]'"
+            for package in self.packages
+            if importlib.util.find_spec(package) is None
+        ]
+        for each in self.weights:
+            found = each.find(directories)
+            lines.append(f"found: {found}" if found else f"not found: {each.command}")
+        return tuple(lines) or ("ready: needs no further files",)
+
+
+CLIP_L = Weights("model.safetensors", "openai/clip-vit-large-patch14")
+AESTHETIC = Weights(
+    "sac+logos+ava1-l14-linearMSE.pth", "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+)
+BERT = Weights("vocab.txt", "google-bert/bert-base-uncased")
+IMAGE_REWARD = (Weights("ImageReward.pt", "THUDM/ImageReward"), BERT)
+PICKSCORE = (
+    Weights("model.safetensors", "yuvalkirstain/PickScore_v1"),
+    Weights("tokenizer.json", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+)
+HPS = (Weights("HPS_v2.1_compressed.pt", "xswu/HPSv2"),)
+
+REWARDS = (
+    Entry("HPSv2", "about 0.28", True, "Apache 2.0", HPS, ("open_clip",)),
+    Entry("PickScore", "about 22", True, "see its model card", PICKSCORE),
+    Entry("CLIPScore", "-1 to 1, about 0.3", True, "MIT", (CLIP_L,)),
+    Entry("ImageReward", "about 0, standardized", True, "Apache 2.0", IMAGE_REWARD),
+    Entry("AestheticScore", "1 to 10, about 5.6", True, "see its page; CLIP: MIT", (CLIP_L, AESTHETIC)),
+    Entry("OCRReward", "0 to 1", False, "Apache 2.0", (), ("rapidocr", "onnxruntime")),
+    Entry("ContrastiveReward", "-1 to 1", True, "of the model that you give"),
+    Entry("ShapesReward", "0 to 1", False, "of this project"),
+    Entry("CombinedReward", "weighted sum of others", True, "of its parts"),
+)
