@@ -75,7 +75,7 @@ SEE = "see fit --model.help GDMD"
         ),
         ("--model.lora 4", "model.lora: expected settings (rank, alpha, targets), got '4'; e.g. --model.lora.rank 32; "),
         ("--model.policy full", "model.policy: expected settings (form, at, normalize, beta, old_decay), got 'full'; "),
-        ("--model.reward torch.nn.Linear", "'torch.nn.Linear' is not a Reward; use a subclass of it: CombinedReward, "),
+        ("--model.reward torch.nn.Linear", "'torch.nn.Linear' is not a Reward; use a subclass of it: AestheticScore, "),
         # Values.
         ("--model.policy.form wieghted", "expected one of 'full', 'weighted', got 'wieghted'; did you mean 'weighted'? "),
         # Modules of a user.

@@ -1575,7 +1575,7 @@ MUTATIONS = [
     *errors(
         "rewards/ocr.py",
         ("rewards/test_published_rewards.py",),
-        ("red and blue exchanged for OCR", "picture[..., ::-1]", "picture[::-1]"),
+        ("picture upside down for OCR", "picture[..., ::-1]", "picture[::-1]"),
         (
             "distance longer than the text",
             'min(int(edit_distance(found, target, reduction="sum")), len(target))',
