@@ -66,19 +66,25 @@ def value(formula: str, numbers: dict[str, int]) -> float:
     return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", formula.strip("`")), {}, numbers)
 
 
-def counted(name: str, numbers: dict[str, int]) -> list[float]:
-    """Networks, decodings and rewards per sample in one update."""
+def world_of(name: str, numbers: dict[str, int], reward: Liking) -> World:
+    """A world of a method with these numbers."""
     method, options = ROWS[name]
     more = options(numbers) | {"steps": numbers["K"]}
     if issubclass(method, MatchingModule):
         interval = "step" if method in (ACDMD, RTDMD) else "whole"
         more["matching"] = Matching(guidance_scale=2.5, fake_score_updates=numbers["C"], interval=interval)
-    reward = Liking()
     if method not in (DMD, DMD2, GNDM, ACDMD):
         more["reward"] = reward
     world = World(method, prompts=4, each=2, **more)
     if method is DMD2:
         world.batch = replace(world.batch, real_x0=torch.randn(len(world.batch), *SHAPE))
+    return world
+
+
+def counted(name: str, numbers: dict[str, int]) -> list[float]:
+    """Networks, decodings and rewards per sample in one update."""
+    reward = Liking()
+    world = world_of(name, numbers, reward)
     decoded: list[int] = []
     decode = world.module.family.decode
     world.module.family.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
@@ -86,6 +92,21 @@ def counted(name: str, numbers: dict[str, int]) -> list[float]:
     judged = sum(len(images) for images, _ in reward.asked)
     size = len(world.batch)
     return [world.roles.evaluations.total() / size, sum(decoded) / size, judged / size]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_random_stream_is_drawn_from_twice_in_an_update(name, monkeypatch):
+    world, asked = world_of(name, EXAMPLE, Liking()), []
+    stream = world.module.stream
+
+    def recorded(purpose, turn=0):
+        asked.append((purpose, turn))
+        return stream(purpose, turn)
+
+    monkeypatch.setattr(world.module, "stream", recorded)
+    world.update()
+    assert asked
+    assert len(asked) == len(set(asked)), asked
 
 
 def test_every_method_has_a_row():

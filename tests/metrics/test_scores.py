@@ -45,6 +45,13 @@ def test_score_overall_is_the_mean_of_task_means():
     assert result["overall"] == pytest.approx(0.625)
 
 
+def test_rank_without_prompts_has_values_to_gather_too():
+    score = RewardScore(Brightness())
+    score.begin([with_task("a")])
+    assert [part.shape for part in (*score.values, *score.tasks)] == [(0,), (0,)]
+    assert score.compute()["overall"].isnan()
+
+
 def test_score_of_prompts_without_task_is_overall_only():
     assert set(filled([0.2, 0.4], ["all", "all"]).compute()) == {"overall"}
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 DMD, GDMD, REFL = ("methods/test_dmd_update.py",), ("methods/test_gdmd_update.py",), ("methods/test_refl_update.py",)
-PARTS, WIRING = ("methods/test_micro_batches.py",), ("methods/test_lightning_wiring.py",)
+PARTS, WIRING = ("methods/test_micro_batches.py", "methods/test_cost_table.py"), ("methods/test_lightning_wiring.py",)
 RANGES = ("test_ranges.py",)
 RESUMING, TRUST = ("methods/test_resuming.py",), ("configuration/test_trust.py",)
 REFERENCES, INPUT = ("configuration/test_references.py",), ("faults/test_bad_input.py",)
