@@ -58,6 +58,7 @@ SIDEWAYS = {
     ("schedules", "errors"),  # a lowest level above the highest
     ("rewards", "families"),  # latents are decoded before they are scored
     ("shapes", "geneval"),  # the Shapes detector is judged by GenEval's rules
+    ("geneval", "families"),  # loading errors and sketches of the detector's networks
     ("rewards", "geneval"),  # the metadata that the Shapes detector needs
     ("rewards", "shapes"),  # the Shapes detector as a reward
 }

@@ -12,6 +12,7 @@ from gdmd_lightning.data.images import CaptionedImages, ShapesImages
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.geneval.mask2former import Mask2FormerDetector
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.dmd2 import DMD2
@@ -26,6 +27,7 @@ from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.aesthetic import AestheticScore
 from gdmd_lightning.rewards.clip import CLIPScore, ContrastiveReward, PickScore
 from gdmd_lightning.rewards.combine import CombinedReward
+from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.rewards.hpsv2 import HPSv2
 from gdmd_lightning.rewards.image_reward import ImageReward
 from gdmd_lightning.rewards.ocr import OCRReward
@@ -56,6 +58,7 @@ __all__ = [
     "FlowGRPO",
     "Flux2Family",
     "Flux2KleinFamily",
+    "GenEvalReward",
     "GenEvalScore",
     "GenerationEvaluation",
     "GenerationVariety",
@@ -63,6 +66,7 @@ __all__ = [
     "HPSv2",
     "ImageReward",
     "LogitNormal",
+    "Mask2FormerDetector",
     "OCRReward",
     "PickScore",
     "ReFL",

@@ -79,13 +79,13 @@ def test_tables_name_the_settings_that_matter():
 
 
 def test_resumed_run_uses_the_optimizer_settings_it_is_given(tiny_pipeline, full):
-    trainer = resume(tiny.module(tiny_pipeline, DMD, generator=AFTER), full, 3)
+    trainer = resume(tiny.module(tiny_pipeline, DMD, generator=AFTER), full, 5)
     group = trainer.optimizers[0].param_groups[0]
-    # Three of the eight updates of the new warm-up are done; the schedule has moved on to the fourth.
-    assert group["lr"] == pytest.approx(3e-4 * 4 / 8)
+    # Five of the eight updates of the new warm-up are done, and the old one would be over; the schedule has moved on.
+    assert group["lr"] == pytest.approx(3e-4 * 6 / 8)
     assert (tuple(group["betas"]), group["weight_decay"]) == ((0.5, 0.6), 0.2)
     assert trainer.optimizers[1].param_groups[0]["weight_decay"] == Optimization().weight_decay
-    assert trainer.optimizers[0].state_dict()["state"][0]["step"] == 3
+    assert trainer.optimizers[0].state_dict()["state"][0]["step"] == 5
 
 
 def test_resumed_run_with_the_same_settings_has_the_same_schedule_to_the_bit(tiny_pipeline, full, tmp_path):

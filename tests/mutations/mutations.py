@@ -1242,8 +1242,8 @@ MUTATIONS = [
             '            with phase("optimizer step"):',
             '            self.roles.update_averages(role)\n            with phase("optimizer step"):',
         ),
-        ("average not moved", "        self.roles.update_averages(role)\n", ""),
-        ("role never stepped", "self.step(role)", "pass"),
+        ("average not moved", "self.roles.update_averages(role)", "pass"),
+        ("role never stepped", "self.step(role)", "True"),
         ("gradient not dropped", "self.zero_grad(role)\n", "pass\n"),
     ),
     *errors(
@@ -1372,6 +1372,11 @@ MUTATIONS = [
     ),
     *errors(
         "methods/lightning.py",
+        PRECISION,
+        ("precision not checked", "            check_precision(self.trainer.precision)\n", ""),
+    ),
+    *errors(
+        "methods/lightning.py",
         NON_FINITE,
         ("last update not judged", 'was not finite."""\n        self.guard.settle()', 'was not finite."""'),
         (
@@ -1382,7 +1387,6 @@ MUTATIONS = [
         ("update not judged before the next", 'as ``outputs``."""\n        self.guard.settle()', 'as ``outputs``."""'),
         ("non-finite checkpoints written", "            learned(checkpoint),", "            {},"),
         ("non-finite checkpoints resumed", 'check_finite(learned(checkpoint), "in', 'check_finite({}, "in'),
-        ("precision not checked", "            check_precision(self.trainer.precision)\n", ""),
     ),
     *errors(
         "methods/lightning.py",
@@ -1503,10 +1507,14 @@ MUTATIONS = [
         ("parts share the pictures", "images.clone() for _", "images for _"),
     ),
     *errors(
-        "rewards/weights.py",
+        "families/pretrained.py",
         ("rewards/test_rewards.py", "rewards/test_published_rewards.py"),
         ("random weights accepted", "    check_complete(found, where, path,", "    print(found, where, path,"),
         ("random weights of a file accepted", "if wrong := sorted(map(str, keys[kind])):", "if wrong := []:"),
+    ),
+    *errors(
+        "rewards/weights.py",
+        ("rewards/test_rewards.py", "rewards/test_published_rewards.py"),
         ("code in weights run", "map_location=device, weights_only=True)", "map_location=device, weights_only=False)"),
         ("weights checked when used only", '_read(find_file(path, filename, where), where, "meta")', "pass"),
     ),
@@ -1517,6 +1525,7 @@ MUTATIONS = [
         ("dropout in a reward", ".requires_grad_(False).eval()", ".requires_grad_(False).train()"),
         ("precision of a reward ignored", ".to(self._device, self.dtype)", ".to(self._device)"),
         ("pictures not checked", "check_pictures(images, texts, self.where)", "pass"),
+        ("pictures out of range scored", "if bool(outside.any()):", "if False:"),
         (
             "texts of the first part for all",
             "zip(pixels.split(self.batch_size), _split(texts, self.batch_size), strict=True)",
@@ -1525,13 +1534,12 @@ MUTATIONS = [
         ("distinct texts out of order", "[numbers[text] for text in texts]", "list(range(len(texts)))"),
     ),
     *errors(
-        "rewards/preprocessing.py",
+        "families/preprocessing.py",
         ("rewards/test_published_rewards.py",),
         ("crop at the edge", "((side - size) // 2 for", "(0 * (side - size) for"),
         ("no antialiasing", "antialias=True", "antialias=False"),
         ("padding on one side", "(right // 2, right - right // 2, down // 2, down - down // 2)", "(0, right, 0, down)"),
         ("mean and deviation exchanged", "std: Channels = CLIP_STD", "std: Channels = CLIP_MEAN"),
-        ("pictures out of range scored", "if bool(outside.any()):", "if False:"),
     ),
     *errors(
         "rewards/clip.py",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized, pad_square
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards import weights
 from gdmd_lightning.rewards.aesthetic import AestheticScore
@@ -22,7 +23,6 @@ from gdmd_lightning.rewards.hpsv2 import HPSv2
 from gdmd_lightning.rewards.image_reward import ImageReward, build, published_sizes, renamed
 from gdmd_lightning.rewards.network import distinct
 from gdmd_lightning.rewards.ocr import OCRReward, similarity
-from gdmd_lightning.rewards.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized, pad_square
 
 TEXTS = ["a red circle", "two blue circle", "a red circle", "a square of circle", "two square"]
 PROMPTS = [Prompt(text) for text in TEXTS]
@@ -250,7 +250,7 @@ def pil(images):
     return [Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for image in images]
 
 
-@pytest.mark.parametrize(("height", "width"), [(48, 48), (64, 96), (100, 61), (30, 40)])
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (64, 96), (100, 61), (30, 40), (50, 74)])
 def test_center_crop_is_that_of_clips_processor_up_to_its_rounding(height, width):
     from transformers import CLIPImageProcessor
 

@@ -16,6 +16,7 @@ from typing import Protocol, cast, get_args
 from gdmd_lightning.data.files import FORMATS, format_of, open_file
 from gdmd_lightning.data.hub import HubDataset, open_folder
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.geneval.training_prompts import TEST_PROMPTS, training_prompt
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.shapes.captions import Split, prompt_at
 
@@ -49,10 +50,11 @@ def open_source(source: str, *, column: str = "prompt", split: str = "train", se
     Args:
         source: A ``.txt`` (one prompt per line), ``.jsonl``, ``.json`` (a list), ``.csv``, ``.tsv`` or
             ``.parquet`` file, also compressed (``.txt.gz``); a Hugging Face data set as ``organization/name``;
-            a local folder; or ``shapes``, the prompts of the Shapes world.
-        column: Key or column that holds the prompt; ignored for ``.txt`` files and the Shapes world.
-        split: Split of a Hugging Face data set, a folder or the Shapes world; ignored for files.
-        seed: Seed of the Shapes world's prompts.
+            a local folder; ``shapes``, the prompts of the Shapes world; or ``geneval``, endless prompts in GenEval's
+            form, of which ``test`` is the official set.
+        column: Key or column that holds the prompt; ignored for ``.txt`` files, Shapes and GenEval.
+        split: Split of a Hugging Face data set, a folder, Shapes or GenEval; ignored for files.
+        seed: Seed of the training prompts of Shapes and GenEval.
 
     Raises:
         UserError: If the source does not exist, has no prompt, or its first row is not a prompt.
@@ -74,6 +76,10 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
         if split not in splits:
             raise UserError(f"no split {split!r}", where=source, remedy=f"its splits are {' and '.join(splits)}")
         return ShapesPrompts(cast(Split, split), seed)
+    if source == "geneval":
+        if split not in ("train", "test"):
+            raise UserError(f"no split {split!r}", where=source, remedy="its splits are train and test")
+        return open_file(str(TEST_PROMPTS), column) if split == "test" else GenEvalPrompts(seed)
     if format_of(source):
         return open_file(source, column)
     # os.path, unlike Path, raises no error for a path that is too long or may not be searched.
@@ -87,7 +93,7 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
     raise UserError(
         "unknown kind of prompt source",
         where=source or "data.source",
-        remedy=f"give a {FORMATS} file, a Hugging Face data set as organization/name, or 'shapes'",
+        remedy=f"give a {FORMATS} file, a Hugging Face data set as organization/name, 'shapes' or 'geneval'",
     )
 
 
@@ -105,6 +111,25 @@ class ShapesPrompts:
     def read(self, start: int = 0) -> Iterator[Prompt]:
         for row in range(start, self.count()):
             yield prompt_at(self.split, self.seed, row)
+
+    def count(self) -> int:
+        """More rows than any run reads."""
+        return sys.maxsize
+
+
+@dataclass(frozen=True)
+class GenEvalPrompts:
+    """Training prompts in GenEval's form, without what its 553 test prompts ask for; the six tasks equally often.
+
+    A row depends only on the seed and its number, so any row can be reached directly and a pass never ends.
+    """
+
+    seed: int = 0
+    name: str = "geneval"
+
+    def read(self, start: int = 0) -> Iterator[Prompt]:
+        for row in range(start, self.count()):
+            yield training_prompt(self.seed, row)
 
     def count(self) -> int:
         """More rows than any run reads."""

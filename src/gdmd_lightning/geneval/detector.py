@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gdmd_lightning.geneval.rules import OFFICIAL, Detection, Rules
 from gdmd_lightning.prompts import Prompt
@@ -16,9 +17,12 @@ class Detector(ABC):
 
     Attributes:
         rules: Thresholds that suit this detector's scores.
+        classes, colors: The names that it can find; ``None`` for any.
     """
 
     rules: Rules = OFFICIAL
+    classes: tuple[str, ...] | None = None
+    colors: tuple[str, ...] | None = None
 
     @abstractmethod
     def detect(self, images: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
@@ -31,3 +35,10 @@ class Detector(ABC):
         Returns:
             The detections of each picture, in any order.
         """
+
+    def to(self, device: torch.device) -> None:
+        """Move the detector's models to a device."""
+
+    def sketch(self) -> nn.Module | None:
+        """The detector's models on the meta device, for memory planning; ``None`` if it has none."""
+        return None

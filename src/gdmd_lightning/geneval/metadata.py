@@ -18,13 +18,14 @@ def check_metadata(
     *,
     classes: Collection[str] | None = None,
     colors: Collection[str] | None = None,
+    tags: Collection[str] | None = None,
 ) -> None:
     """Check that prompts carry metadata in GenEval's form.
 
     Args:
         prompts: The prompts.
         where: Who needs the metadata, for the message.
-        classes, colors: The known names; ``None`` if all are.
+        classes, colors, tags: The known names; ``None`` if all are.
 
     Raises:
         UserError: If a prompt has none, or a clause that cannot be judged; the message names the first such prompt.
@@ -32,6 +33,9 @@ def check_metadata(
     for prompt in prompts:
         if "include" not in prompt.metadata:
             raise UserError(f"prompt {prompt.text!r} has no GenEval metadata", where=where, remedy=REMEDY)
+        tag = prompt.metadata.get("tag")
+        if tags is not None and tag not in tags:
+            raise _wrong(prompt, where, f"tag is {tag!r}", f"use one of {', '.join(tags)}")
         include, exclude = prompt.metadata["include"], prompt.metadata.get("exclude", [])
         for key, clauses in (("include", include), ("exclude", exclude)):
             if not isinstance(clauses, list) or (key == "include" and not clauses):

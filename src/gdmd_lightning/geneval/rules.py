@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from gdmd_lightning.ranges import Count, Fraction, OpenLow, ranged
+
 RELATIONS = ("left of", "right of", "above", "below")
 RELATION_THRESHOLD = 0.5  # a relation holds if its strength is greater
 
@@ -39,6 +41,7 @@ class Detection:
     color: str | None = None
 
 
+@ranged
 @dataclass(frozen=True)
 class Rules:
     """Settings of the rules; the defaults are GenEval's own.
@@ -47,16 +50,19 @@ class Rules:
         score_threshold: Only objects with a higher score count.
         counting_threshold: The same for prompts with the tag ``counting``.
         max_per_class: At most this many objects per class count, those with the highest scores.
+        max_overlap: An object whose box overlaps that of a more confident one of its class by this intersection over
+            union, or more, does not count; 1 counts all.
         position_threshold: Share of the summed sizes of two objects by which the offset between them is
             shortened.
         color_first: Whether a clause with a color takes the most confident objects of that color. If not,
             it takes the most confident objects of any color and requires all of them to have that color.
     """
 
-    score_threshold: float = 0.3
-    counting_threshold: float = 0.9
-    max_per_class: int = 16
-    position_threshold: float = 0.1
+    score_threshold: Fraction = 0.3
+    counting_threshold: Fraction = 0.9
+    max_per_class: Count = 16
+    max_overlap: OpenLow = 1.0
+    position_threshold: Fraction = 0.1
     color_first: bool = False
 
 
@@ -80,7 +86,7 @@ def verdict(detections: Sequence[Detection], metadata: Mapping[str, Any], rules:
         metadata: What the prompt asks for, in GenEval's form.
         rules: Thresholds and the order of color and count.
     """
-    by_class = _counted(detections, metadata, rules)
+    by_class = counted(detections, metadata, rules)
     groups: list[list[Detection] | None] = []  # the objects of each include clause, None if it does not hold
     reasons: list[str] = []
     for clause in metadata["include"]:
@@ -127,7 +133,7 @@ def relations(box: Box, landmark: Box, position_threshold: float = 0.1) -> set[s
     return {name for name, strength in zip(RELATIONS, strengths, strict=True) if strength > RELATION_THRESHOLD}
 
 
-def _counted(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules) -> dict[str, list[Detection]]:
+def counted(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules) -> dict[str, list[Detection]]:
     """The objects that count, by class, most confident first."""
     threshold = rules.counting_threshold if metadata.get("tag") == "counting" else rules.score_threshold
     by_class: dict[str, list[Detection]] = {}
@@ -135,7 +141,29 @@ def _counted(detections: Sequence[Detection], metadata: Mapping[str, Any], rules
         objects = by_class.setdefault(found.label, [])
         if found.score > threshold and len(objects) < rules.max_per_class:
             objects.append(found)
-    return by_class
+    if rules.max_overlap == 1:
+        return by_class
+    return {label: _apart(objects, rules.max_overlap) for label, objects in by_class.items()}
+
+
+def _apart(objects: list[Detection], max_overlap: float) -> list[Detection]:
+    """The objects, without those that overlap a more confident one that is kept."""
+    kept: list[Detection] = []
+    for found in objects:
+        if all(overlap(found.box, other.box) < max_overlap for other in kept):
+            kept.append(found)
+    return kept
+
+
+def overlap(box: Box, other: Box) -> float:
+    """Intersection over union of two boxes whose right and bottom edges are pixels of theirs, as in GenEval."""
+    shared = _area((max(box[0], other[0]), max(box[1], other[1]), min(box[2], other[2]), min(box[3], other[3])))
+    union = _area(box) + _area(other) - shared
+    return shared / union if union else 0.0
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0)
 
 
 def _matching(

@@ -132,10 +132,11 @@ class GenEvalScore(TaskScore):
         self.detector = detector or ShapesDetector()
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        check_metadata(prompts, f"score {self.name!r}")
+        check_metadata(prompts, f"score {self.name!r}", classes=self.detector.classes, colors=self.detector.colors)
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self.detector.to(images.device)
         found = self.detector.detect(images, prompts)
         verdicts = [
             verdict(detections, prompt.metadata, self.detector.rules)

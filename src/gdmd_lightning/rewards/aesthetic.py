@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdmd_lightning.families.preprocessing import center_crop, normalized
+from gdmd_lightning.families.pretrained import check_directory, load_pretrained
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.rewards.heads import regression_head
 from gdmd_lightning.rewards.network import NetworkReward, Precision
-from gdmd_lightning.rewards.preprocessing import center_crop, normalized
-from gdmd_lightning.rewards.weights import check_directory, check_file, fill, find_file, load_pretrained, read_weights
+from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 

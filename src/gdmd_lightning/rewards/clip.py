@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdmd_lightning.families.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized
+from gdmd_lightning.families.pretrained import check_directory, load_any, load_pretrained
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, Finite, Positive, ranged
 from gdmd_lightning.rewards.network import NetworkReward, Precision, distinct
-from gdmd_lightning.rewards.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized
-from gdmd_lightning.rewards.weights import check_directory, load_any, load_pretrained
 
 
 @ranged

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.preprocessing import normalized, pad_square
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.rewards.network import NetworkReward, Precision, distinct
-from gdmd_lightning.rewards.preprocessing import normalized, pad_square
 from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.preprocessing import center_crop, normalized
+from gdmd_lightning.families.pretrained import AGAIN, is_local, load_any
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.rewards.heads import regression_head
 from gdmd_lightning.rewards.network import NetworkReward, Precision
-from gdmd_lightning.rewards.preprocessing import center_crop, normalized
-from gdmd_lightning.rewards.weights import AGAIN, check_file, fill, find_file, is_local, load_any, read_weights
+from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
 FILE = "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

@@ -14,7 +14,6 @@ from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.rewards.base import Reward
-from gdmd_lightning.rewards.preprocessing import check_pictures
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,6 +78,37 @@ class NetworkReward(Reward):
         pixels = images.to(self._device, torch.float32)  # a reward on the CPU gets pictures from the accelerator
         parts = zip(pixels.split(self.batch_size), _split(texts, self.batch_size), strict=True)
         return torch.cat([self.judge(network, part, mine).float() for part, mine in parts])
+
+
+TOLERANCE = 1e-3
+"""How far pixels may be out of [0, 1]; a rounding error is none of the user's."""
+
+
+def check_pictures(images: Tensor, texts: Sequence[str], where: str) -> None:
+    """Check what a scorer is given; waits for the device. Pixels that are not finite are left to the judge.
+
+    Raises:
+        UserError: If there is no picture, not one prompt for each, or they are no ``[B, 3, H, W]`` of floats in [0, 1].
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise UserError(
+            f"pictures are {str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}",
+            where=where,
+            remedy="give floats of shape (B, 3, H, W) in [0, 1]",
+        )
+    if not len(images) or len(images) != len(texts):
+        raise UserError(
+            f"{len(images)} pictures and {len(texts)} prompts", where=where, remedy="give one prompt for each picture"
+        )
+    low, high = images.detach().flatten(1).aminmax(dim=1)
+    outside = (low < -TOLERANCE) | (high > 1 + TOLERANCE)
+    if bool(outside.any()):
+        raise UserError(
+            f"{int(outside.sum())} of {len(images)} pictures are out of range: {low.min().item():.4g} to "
+            f"{high.max().item():.4g}, the first with prompt {texts[int(outside.nonzero()[0])]!r}",
+            where=where,
+            remedy="give pixels in [0, 1]",
+        )
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:

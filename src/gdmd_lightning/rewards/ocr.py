@@ -12,7 +12,7 @@ from torch import Tensor
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
-from gdmd_lightning.rewards.preprocessing import check_pictures
+from gdmd_lightning.rewards.network import check_pictures
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 

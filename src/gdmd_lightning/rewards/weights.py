@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.hub import loading_problem
-
-AGAIN = "save or download it again"
-
-
-def is_local(path: str) -> bool:
-    """Whether a path is meant as a place on this machine, not as a hub id."""
-    return Path(path).expanduser().is_absolute() or path.startswith(".") or Path(path).exists()
-
-
-def check_directory(path: str, where: str, kind: str) -> None:
-    """Fail early if a local directory is no saved model.
-
-    Args:
-        path: Directory or hub id.
-        where: What needs it, for the message.
-        kind: Class of the model.
-
-    Raises:
-        UserError: If it has no ``config.json``.
-    """
-    if is_local(path) and not (Path(path).expanduser() / "config.json").is_file():
-        raise UserError(f"{path!r} has no config.json", where=where, remedy=f"give a {kind} directory")
+from gdmd_lightning.families.pretrained import AGAIN, check_complete, is_local
 
 
 def check_file(path: str, filename: str, where: str) -> None:
@@ -103,60 +81,6 @@ def fill(network: nn.Module, weights: Mapping[str, Tensor], where: str, source: 
         "this network",
     )
     network.load_state_dict(weights)
-
-
-def check_complete(keys: Mapping[str, Any], where: str, source: str, network: str) -> None:
-    """Fail unless a file holds exactly a network's weights; libraries would draw missing ones at random.
-
-    Args:
-        keys: Names of weights that are ``missing``, ``mismatched`` or ``unexpected``.
-        where: What needs them, for the message.
-        source: The file or directory.
-        network: What the weights should be those of.
-
-    Raises:
-        UserError: The message names the first weight and the number of them.
-    """
-    for kind in ("missing", "mismatched", "unexpected"):
-        if wrong := sorted(map(str, keys[kind])):
-            raise UserError(
-                f"the weights in {source!r} are not those of {network}: {len(wrong)} {kind}, the first {wrong[0]}",
-                where=where,
-                remedy=AGAIN,
-            )
-
-
-def load_pretrained(kind: Any, path: str, where: str) -> Any:
-    """A model of transformers in float32 from safetensors.
-
-    Args:
-        kind: The model's class.
-        path: Directory or hub id.
-        where: What needs it, for messages.
-
-    Raises:
-        UserError: If the files do not load, or do not hold exactly the model's weights.
-    """
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    model, report = load_any(kind, path, where, **options)
-    # Constants that earlier versions of transformers saved; the models number positions themselves.
-    unexpected = {key for key in report["unexpected_keys"] if not str(key).endswith(".position_ids")}
-    found = {"missing": report["missing_keys"], "mismatched": report["mismatched_keys"], "unexpected": unexpected}
-    check_complete(found, where, path, "its config.json")
-    return model
-
-
-def load_any(kind: Any, path: str, where: str, **options: Any) -> Any:
-    """``kind.from_pretrained(path)``: a model, tokenizer or processor of transformers.
-
-    Raises:
-        UserError: If the files do not load.
-    """
-    try:
-        return kind.from_pretrained(path, **options)
-    except Exception as error:  # transformers and safetensors raise a dozen unrelated types here
-        problem, remedy = loading_problem(path, error)
-        raise UserError(f"{path!r} {problem}", where=where, remedy=remedy) from error
 
 
 def _read(file: Path, where: str, device: str) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ class ShapesDetector(Detector):
     """
 
     rules = Rules(score_threshold=0.0, counting_threshold=0.0, max_per_class=SIZE * SIZE, color_first=True)
+    classes, colors = SHAPES, COLORS
 
     def detect(self, images: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
         found = find_components(images)
