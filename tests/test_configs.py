@@ -3,11 +3,14 @@
 import json
 import re
 
+import published
 import pytest
 import tiny
 import torch
 import yaml
+from tiny_detector import save_mask2former
 
+from gdmd_lightning.callbacks.logged_figures import read_figures
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration.restore import build_module
 from gdmd_lightning.configuration.training import parse
@@ -21,7 +24,16 @@ REAL = {
 }
 # What differs for a tiny pipeline: its size, shorter training, and a reward that needs no download.
 TINY = {
-    "trainer": {"max_steps": 3, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+    "trainer": {
+        "max_steps": 3,
+        "accelerator": "cpu",
+        "devices": 1,
+        "enable_progress_bar": False,
+        "callbacks": [
+            {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}},
+            {"class_path": "GradientRewardRecord"},
+        ],
+    },
     "data": {"batch_size": 4, "group_size": 2},
     "model": {
         "init_args": {
@@ -87,6 +99,7 @@ def test_config_of_a_published_model_plans_and_trains_on_a_tiny_pipeline(
     else:
         for key in ("reward", "targets"):
             del mine["model"]["init_args"][key]
+        del mine["trainer"]["callbacks"]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(mine))
     overlays = ["--config", overlay_name(family, overlay), "--config", "tiny.yaml"]
     main(["plan", "--config", f"{family}.yaml", *overlays])
@@ -97,6 +110,57 @@ def test_config_of_a_published_model_plans_and_trains_on_a_tiny_pipeline(
     assert state["global_step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["state_dict"].values())
     assert len(list((tmp_path / "runs").glob("*_embeddings/*.safetensors"))) == (overlay == "lora_24gb")
+
+
+def replaced(settings, names):
+    """Settings in which every hub id is a local path."""
+    if isinstance(settings, dict):
+        return {key: replaced(value, names) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [replaced(value, names) for value in settings]
+    return names.get(settings, settings) if isinstance(settings, str) else settings
+
+
+def test_sd3_trains_on_published_rewards_and_computes_geneval_hps_and_ocr_at_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
+    (tmp_path / "written.txt").write_text('a sign that says "open"\na sign that says "closed"\n')
+    architecture = published.open_clip_architecture(tmp_path)
+    clip = str(published.save_clip(tmp_path / "clip"))
+    mine = replaced(
+        yaml.safe_load((shipped_configs() / "sd3.yaml").read_text()),
+        {
+            "stabilityai/stable-diffusion-3-medium-diffusers": str(tiny.save_pipeline(tmp_path / "pipeline")),
+            "xswu/HPSv2": str(published.save_hps(tmp_path / "HPS_v2.1_compressed.pt", architecture)),
+            "yuvalkirstain/PickScore_v1": clip,
+            "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": clip,
+            "openai/clip-vit-large-patch14": clip,
+            "facebook/mask2former-swin-small-coco-instance": str(save_mask2former(tmp_path / "detector")),
+        },
+    )
+    small = json.loads(json.dumps(TINY))
+    del small["model"]["init_args"]["reward"], small["trainer"]["callbacks"]
+    small["trainer"] |= {"precision": "32-true", "max_steps": 2, "log_every_n_steps": 1}
+    evaluation = next(c for c in mine["trainer"]["callbacks"] if c["class_path"] == "GenerationEvaluation")
+    options = evaluation["init_args"]
+    options |= {"count": 6, "every_n_updates": 1, "teacher_steps": 2, "columns": 0}
+    hps, geneval = options["scores"][1]["init_args"]["reward"]["init_args"], options["scores"][0]
+    geneval["init_args"]["detector"]["init_args"] |= {"shortest_edge": 64, "longest_edge": 96}
+    judged = mine["model"]["init_args"]["reward"]["init_args"]["rewards"][0]["init_args"]
+    for each in (hps, judged):
+        each |= {"architecture": architecture}
+    reading = {"class_path": "RewardScore", "init_args": {"reward": {"class_path": "OCRReward"}}}
+    written = {"prompts": "written.txt", "count": 2, "scores": [reading], "score_teacher": False}
+    mine["trainer"]["callbacks"].append({"class_path": "GenerationEvaluation", "init_args": {**options, **written}})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    main(["fit", "--config", "mine.yaml", "--config", "small.yaml"])
+    figures = read_figures(tmp_path / "runs" / "sd3" / "version_0", "")
+    for name in ("eval/geneval/overall", "eval/hpsv2/overall", "eval/ocr/overall", "teacher/hpsv2/overall"):
+        assert [update for update, _ in figures[name]] == [1, 2], name
+    assert {"eval/geneval/counting", "eval/geneval/color_attr"} <= figures.keys()
+    parts = [float(figures[f"train/reward/{name}"][-1][1]) for name in ("hpsv2", "pickscore", "clip_score")]
+    assert len(set(parts)) == 3
 
 
 OVERLAYS = sorted(path.name for path in shipped_configs().glob("shapes_*.yaml") if path.name != "shapes_teacher.yaml")

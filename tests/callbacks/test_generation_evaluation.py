@@ -126,6 +126,46 @@ def test_evaluations_with_other_settings_do_not_share_a_teachers_scores(changed)
     assert evaluation(**changed).state_key != evaluation().state_key
 
 
+class Prepared(tiny.Brightness):
+    """Keeps what is done with it, in order."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def prepare(self):
+        self.done.append("prepared")
+
+    def to(self, device):
+        self.done.append(device)
+
+    def score(self, images, prompts):
+        self.done.append("scored")
+        return super().score(images, prompts)
+
+
+def test_networks_of_scores_are_loaded_before_training_and_leave_the_device_after_each_evaluation(
+    tiny_pipeline, tmp_path, monkeypatch
+):
+    done = []
+    tests = GenerationEvaluation([RewardScore(Prepared(done))], count=6, columns=0, score_teacher=False)
+    module = tiny.module(tiny_pipeline)
+    update = type(module).update
+    monkeypatch.setattr(type(module), "update", lambda *a: done.append("update") or update(*a))
+    tiny.train(module, 1, callbacks=[tests], default_root_dir=tmp_path)
+    cpu = torch.device("cpu")
+    assert done == ["prepared", "update", cpu, "scored", cpu]
+
+
+def test_several_pictures_of_a_prompt_have_different_noise(tiny_pipeline, tmp_path):
+    tests = evaluation(per_prompt=3)
+    texts = [prompt.text for prompt in tests.prompts]
+    assert len(texts) == 18
+    assert texts[:3] == [texts[0]] * 3
+    trainer = tiny.train(tiny.module(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
+    assert trainer.logged_metrics["eval/brightness/overall"].isfinite()
+    assert tests.state_key != evaluation().state_key
+
+
 def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo squares\n")

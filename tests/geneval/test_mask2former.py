@@ -2,17 +2,13 @@
 
 import shutil
 import socket
-import sys
 from pathlib import Path
 
+import published
 import pytest
 import torch
-from torch.nn import functional as F
-
-sys.path.append(str(Path(__file__).parents[1] / "rewards"))
-
-import published
 from tiny_detector import save_mask2former
+from torch.nn import functional as F
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.preprocessing import CLIP_MEAN, CLIP_STD

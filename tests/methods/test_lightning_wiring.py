@@ -17,6 +17,7 @@ from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.roles import Optimization
 
 SLOW, FAST = Optimization(learning_rate=1e-3, warmup=1), Optimization(learning_rate=3e-2, warmup=1)
@@ -408,3 +409,17 @@ def test_sampling_refuses_pictures_that_are_not_finite(monkeypatch, wrong):
         monkeypatch.setattr(GaussianFamily, "decode", lambda self, latents: latents * float("nan"))
     with pytest.raises(UserError, match=f"{wrong}: 2 of 2 pictures are not finite, the first with prompt '0.5 -1.0'"):
         module.generate(torch.randn(2, 2, 2, 3), list(TEXTS[:2]))
+
+
+class Unready(tiny.Brightness):
+    """Says that its weights are missing."""
+
+    def prepare(self):
+        raise UserError("no weights")
+
+
+def test_reward_of_a_training_is_loaded_before_its_teacher(tmp_path, monkeypatch):
+    reward = CombinedReward([tiny.Brightness(), Unready()], [1.0, 1.0])
+    monkeypatch.setattr(GaussianFamily, "load", None)
+    with pytest.raises(UserError, match=r"^no weights$"):
+        tiny.trainer(1).fit(ReFL(GaussianFamily(), reward=reward), datamodule=three_prompts(tmp_path))

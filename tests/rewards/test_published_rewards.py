@@ -274,6 +274,12 @@ def test_pad_square_is_that_of_hpsv2_up_to_rounding(height, width):
         assert np.abs(ours.numpy() * 255 - levels).max() <= 1.5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sketch_has_the_precision_of_the_weights(places, name):
+    sketch = MADE[name](places, dtype="bfloat16").sketch()
+    assert {weight.dtype for weight in sketch.parameters()} == {torch.bfloat16}
+
+
 def test_distinct_texts_keep_their_order():
     assert distinct(["b", "a", "b"]) == (["b", "a"], [0, 1, 0])
 

@@ -36,6 +36,7 @@ class GenerationEvaluation(pl.Callback):
         scores: What to compute.
         prompts: ``shapes``, or a prompt file as the data module reads it.
         count: Number of prompts; for Shapes the same number of each task.
+        per_prompt: Pictures of each prompt; GenEval's published scores are of four.
         every_n_updates: Updates between two evaluations.
         batch_size: Images generated at once.
         columns: Images in the grid; 0 for no grid.
@@ -59,12 +60,13 @@ class GenerationEvaluation(pl.Callback):
         teacher_steps: Steps = 30,
         teacher_guidance: NonNegative = 3.0,
         score_teacher: bool = True,
+        per_prompt: Count = 1,
         seed: Seed = 0,
     ) -> None:
-        self.source, self.count, self.score_teacher = prompts, count, score_teacher
+        self.source, self.count, self.score_teacher = prompts, count * per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
-        self.prompts = read_evaluation_prompts(prompts, count)
+        self.prompts = [each for each in read_evaluation_prompts(prompts, count) for _ in range(per_prompt)]
         for score in scores:
             score.check(self.prompts)
         self.columns, self.seed = columns, seed
@@ -86,6 +88,11 @@ class GenerationEvaluation(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do not compute the teacher's scores again."""
         self.teacher = dict(state_dict["teacher"])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Load what the scores need, so that nothing is missing at the first evaluation, hours later."""
+        for score in self.scores:
+            score.prepare()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: PromptBatch, batch_idx: int

@@ -40,6 +40,10 @@ class ColorClassifier:
         self._device = torch.device("cpu")
         self._classifiers: dict[str, Tensor] = {}
 
+    def prepare(self) -> None:
+        """Load the model."""
+        self._model()
+
     def to(self, device: torch.device) -> None:
         """Move the model to a device."""
         self._device = device

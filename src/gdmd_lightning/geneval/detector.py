@@ -36,6 +36,13 @@ class Detector(ABC):
             The detections of each picture, in any order.
         """
 
+    def prepare(self) -> None:
+        """Load the detector's models; called before training, so that nothing is missing later.
+
+        Raises:
+            UserError: If something is missing or broken.
+        """
+
     def to(self, device: torch.device) -> None:
         """Move the detector's models to a device."""
 

@@ -91,6 +91,10 @@ class Mask2FormerDetector(Detector):
         self._network: Any = None
         self._device = torch.device("cpu")
 
+    def prepare(self) -> None:
+        self._model()
+        self.color_classifier.prepare()
+
     def to(self, device: torch.device) -> None:
         self._device = device
         self.color_classifier.to(device)

@@ -82,6 +82,8 @@ class DistillationModule(RoleModule, ABC):
                 where="data.group_size",
                 remedy="use at least 2",
             )
+        if stage == "fit" and self.judge is not None:
+            self.judge.reward.prepare()
 
     def build_roles(self, network: nn.Module) -> None:
         super().build_roles(network)

@@ -60,6 +60,7 @@ def evaluate(
     for score in scores:
         score.begin(prompts)
         score.to(device)
+        score.place(device)
     mine = range(rank, len(prompts), world_size)
     seconds = 0.0
     for start in range(0, len(mine), batch_size):
@@ -72,4 +73,7 @@ def evaluate(
         for score in scores:
             # A copy for each: a reward may change its input in place.
             score.update(images.clone(), [prompts[i] for i in rows])
+    for score in scores:
+        # Between evaluations their networks would only take memory from the training.
+        score.place(torch.device("cpu"))
     return seconds / max(len(mine), 1)

@@ -63,6 +63,16 @@ class TaskScore(Metric):
             UserError: If a prompt lacks it.
         """
 
+    def prepare(self) -> None:
+        """Load what the score needs; called before training, so that nothing is missing later.
+
+        Raises:
+            UserError: If something is missing or broken.
+        """
+
+    def place(self, device: torch.device) -> None:
+        """Move the score's networks, if it has any, to the device of the pictures, or back to the CPU."""
+
     def begin(self, prompts: Sequence[Prompt]) -> None:
         """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers.
 
@@ -134,9 +144,14 @@ class GenEvalScore(TaskScore):
     def check(self, prompts: Sequence[Prompt]) -> None:
         check_metadata(prompts, f"score {self.name!r}", classes=self.detector.classes, colors=self.detector.colors)
 
+    def prepare(self) -> None:
+        self.detector.prepare()
+
+    def place(self, device: torch.device) -> None:
+        self.detector.to(device)
+
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        self.detector.to(images.device)
         found = self.detector.detect(images, prompts)
         verdicts = [
             verdict(detections, prompt.metadata, self.detector.rules)
@@ -160,7 +175,12 @@ class RewardScore(TaskScore):
     def check(self, prompts: Sequence[Prompt]) -> None:
         self.reward.check(prompts)
 
+    def prepare(self) -> None:
+        self.reward.prepare()
+
+    def place(self, device: torch.device) -> None:
+        self.reward.to(device)
+
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        self.reward.to(images.device)
         return checked_score(self.reward, images, prompts)

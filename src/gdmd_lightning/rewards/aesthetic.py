@@ -57,7 +57,7 @@ class AestheticScore(NetworkReward):
     def sketch(self) -> nn.Module:
         from transformers import CLIPModel
 
-        return _without_texts(sketch_model(CLIPModel, self.path))
+        return _without_texts(sketch_model(CLIPModel, self.path)).to(self.dtype)
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         clip, head = network["clip"], network["head"]

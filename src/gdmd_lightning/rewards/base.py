@@ -40,6 +40,13 @@ class Reward(ABC):
             UserError: If a prompt lacks it.
         """
 
+    def prepare(self) -> None:
+        """Load what the reward needs; called before training, so that nothing is missing later.
+
+        Raises:
+            UserError: If something is missing or broken.
+        """
+
     def to(self, device: torch.device) -> None:
         """Move the reward's model to a device."""
 

@@ -56,7 +56,7 @@ class ContrastiveReward(NetworkReward):
     def sketch(self) -> nn.Module:
         from transformers import CLIPModel
 
-        return sketch_model(CLIPModel, self.path)
+        return sketch_model(CLIPModel, self.path).to(self.dtype)
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         size = network.config.vision_config.image_size

@@ -50,6 +50,10 @@ class CombinedReward(Reward):
         for reward in self.rewards:
             reward.check(prompts)
 
+    def prepare(self) -> None:
+        for reward in self.rewards:
+            reward.prepare()
+
     def to(self, device: torch.device) -> None:
         for reward in self.rewards:
             reward.to(device)

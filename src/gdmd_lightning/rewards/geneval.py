@@ -48,6 +48,9 @@ class GenEvalReward(Reward):
     def check(self, prompts: Sequence[Prompt]) -> None:
         check_metadata(prompts, f"reward {self.name!r}", classes=self.detector.classes, colors=self.detector.colors)
 
+    def prepare(self) -> None:
+        self.detector.prepare()
+
     def to(self, device: torch.device) -> None:
         self.detector.to(device)
 

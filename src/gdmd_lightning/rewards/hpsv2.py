@@ -63,7 +63,7 @@ class HPSv2(NetworkReward):
 
     def sketch(self) -> nn.Module:
         with torch.device("meta"):
-            return self._built()
+            return self._built().to(self.dtype)
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         pixels = normalized(pad_square(images, network.visual.image_size[0])).to(self.dtype)

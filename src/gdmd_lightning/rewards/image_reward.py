@@ -88,9 +88,9 @@ class ImageReward(NetworkReward):
     def sketch(self) -> nn.Module:
         with torch.device("meta"):
             if not is_local(self.path):
-                return build(published_sizes(), self.where, self.path)
+                return build(published_sizes(), self.where, self.path).to(self.dtype)
             file = find_file(self.path, FILE, self.where)
-            return build(renamed(read_weights(file, self.where)), self.where, str(file))
+            return build(renamed(read_weights(file, self.where)), self.where, str(file)).to(self.dtype)
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         pixels = normalized(center_crop(images, network["vision"].config.image_size)).to(self.dtype)

@@ -66,6 +66,9 @@ class NetworkReward(Reward):
             self._network = self.load().requires_grad_(False).eval().to(self._device, self.dtype)
         return self._network
 
+    def prepare(self) -> None:
+        _ = self.network
+
     def to(self, device: torch.device) -> None:
         self._device = device
         if self._network is not None:
