@@ -55,9 +55,9 @@ def test_claim_replaces_only_what_the_command_wrote(tmp_path):
         "[]",
         json.dumps({"program": "gdmd_lightning", "command": "results", "entries": ["a"]}),
         json.dumps({"program": "other", "command": "demo", "entries": ["a"]}),
-        json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": ["../kept"]}),
-        json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": [".."]}),
-        json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": [""]}),
+        json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": ["a", "../kept"]}),
+        json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": ["a", ".."]}),
+        json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": ["a", ""]}),
         json.dumps({"program": "gdmd_lightning", "command": "demo", "entries": []}),
     ],
 )

@@ -181,6 +181,7 @@ def test_csv_record_can_span_lines(tmp_path: Path) -> None:
         ("p.json", b" \n", "p.json: there is no prompt in it"),
         ("p.json", b"[ ]\n", "p.json: there is no prompt in it"),
         ("p.json", b'\n{"prompt": "a"}\n', "p.json:2: not a JSON list; the file must be one list"),
+        ("p.json", b'[\n{"prompt": 3}]', "p.json:2: the prompt is of type int"),
         ("p.json", b'["a",\n"b"]\n["c"]', "p.json:3: more text after the list"),
         ("p.json", b'["a",\n"b"\n"c"]', "p.json:3: broken JSON: expected ',' or ']', found '\"'"),
         ("p.json", b'["a",\n"b"\n', "p.json:3: broken JSON: expected ',' or ']', found 'the end of the file'"),

@@ -78,6 +78,7 @@ AESTHETIC = Weights(
     "sac+logos+ava1-l14-linearMSE.pth", "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 )
 BERT = Weights("vocab.txt", "google-bert/bert-base-uncased")
+DETECTOR = Weights("model.safetensors", "facebook/mask2former-swin-small-coco-instance")
 IMAGE_REWARD = (Weights("ImageReward.pt", "THUDM/ImageReward"), BERT)
 PICKSCORE = (
     Weights("model.safetensors", "yuvalkirstain/PickScore_v1"),
@@ -91,6 +92,7 @@ REWARDS = (
     Entry("CLIPScore", "-1 to 1, about 0.3", True, "MIT", (CLIP_L,)),
     Entry("ImageReward", "about 0, standardized", True, "Apache 2.0", IMAGE_REWARD),
     Entry("AestheticScore", "1 to 10, about 5.6", True, "see its page; CLIP: MIT", (CLIP_L, AESTHETIC)),
+    Entry("GenEvalReward", "0 or 1, or graded", False, "see its model card; CLIP: MIT", (DETECTOR, CLIP_L)),
     Entry("OCRReward", "0 to 1", False, "Apache 2.0", (), ("rapidocr", "onnxruntime")),
     Entry("ContrastiveReward", "-1 to 1", True, "of the model that you give"),
     Entry("ShapesReward", "0 to 1", False, "of this project"),
