@@ -225,7 +225,7 @@ def test_weights_in_bfloat16_score_nearly_the_same_in_float32(places, name):
     expected, scores = exact.score(pictures(48, 48), PROMPTS), rounded.score(pictures(48, 48), PROMPTS)
     assert scores.dtype == torch.float32
     assert {weight.dtype for weight in rounded.network.parameters()} == {torch.bfloat16}
-    assert 0 < ((scores - expected) / expected.abs().clamp(min=1)).abs().max() < 0.1
+    assert 0 < ((scores - expected) / expected.abs().clamp(min=1)).abs().max() < 0.25
 
 
 @pytest.mark.parametrize("name", NAMES)
