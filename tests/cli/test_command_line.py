@@ -46,6 +46,11 @@ def test_trivial_answers_import_nothing_heavy_and_take_under_a_second(arguments,
         (["plan", "--trainr.max_steps", "3"], "plan: unknown option '--trainr.max_steps'; did you mean '--trainer'? "),
         (["evaluate", "--chekpoint", "a=b"], "evaluate: unknown option '--chekpoint'; did you mean 'checkpoint'? "),
         (["sample", "a"], "sample: missing: prompts, out; see sample --help"),
+        (
+            ["pretrain", "--teachr.steps", "3"],
+            "pretrain: unknown option '--teachr.steps'; did you mean 'teacher.steps'? ",
+        ),
+        (["rewards", "--directory", "no"], "--directory no: there is no such directory"),
     ],
 )
 def test_mistake_that_needs_no_model_imports_nothing_heavy(arguments, expected):

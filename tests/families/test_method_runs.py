@@ -14,15 +14,20 @@ from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.dmdr import DMDR
 from gdmd_lightning.methods.flow_grpo import FlowGRPO
+from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.nft import DiffusionNFT
+from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.rtdmd import RTDMD
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import LoRA
 from gdmd_lightning.schedules import UniformTimestep
 
 METHODS = {
+    "dmd": (DMD, {}),
+    "gdmd": (GDMD, {}),
+    "refl": (ReFL, {}),
     "decoupled dmd": (DMD, {"guidance_levels": "above"}),
     "dmd2": (DMD2, {}),
     "gndm": (GNDM, {}),
@@ -35,7 +40,7 @@ METHODS = {
     "nft": (DiffusionNFT, {}),
     "rtdmd": (RTDMD, {"interval": "step"}),
 }
-SLOW = ("dmdr grpo", "dmdr nft")
+SLOW = ("dmdr grpo", "dmdr nft", "dmd")
 FAMILIES = {
     "sd3": (tiny.save_pipeline, tiny.family),
     "sdxl": (tiny.save_sdxl, lambda path: SDXLFamily(str(path))),
@@ -61,7 +66,7 @@ def build(method, family, path, lora):
     if family == "sdxl":
         options = {**options, "renoise_distribution": UniformTimestep()}
     more = {}
-    if kind in (GNDMR, RTDMD, DMDR, FlowGRPO, DiffusionNFT):
+    if kind in (GDMD, ReFL, GNDMR, RTDMD, DMDR, FlowGRPO, DiffusionNFT):
         more["reward"] = tiny.Brightness()
     if kind is DMD2:
         more["images"] = ShapesImages()

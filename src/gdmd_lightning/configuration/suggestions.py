@@ -76,9 +76,9 @@ def instead_of_key(key: str, arguments: Arguments, outside: str = "") -> str:
     """
     group, _, last = key.rpartition(".")
     siblings = [name for name in arguments if name.rpartition(".")[0] == group]
-    ends = {name.rpartition(".")[2]: name for name in reversed(list(arguments))}
+    same = [name for name in arguments if name.rpartition(".")[2] == last]
     end = nearest(last, [name.rpartition(".")[2] for name in siblings])
-    found = ".".join(filter(None, [group, end])) if end else ends.get(last)
+    found = ".".join(filter(None, [group, end])) if end else nearest(key, same) or next(iter(same), None)
     if found is None and (whole := nearest(key, arguments)) and nearest(last, [whole.rpartition(".")[2]]):
         found = whole
     if found is not None:
