@@ -48,7 +48,7 @@ def test_trivial_answers_import_nothing_heavy_and_take_under_a_second(arguments,
         (["sample", "a"], "sample: missing: prompts, out; see sample --help"),
         (
             ["pretrain", "--teachr.steps", "3"],
-            "pretrain: unknown option '--teachr.steps'; did you mean 'teacher.steps'? ",
+            "pretrain: unknown option '--teachr.steps'; did you mean 'teacher.steps'",
         ),
         (["rewards", "--directory", "no"], "--directory no: there is no such directory"),
     ],
