@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from gdmd_lightning.configuration import training
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.data.readers import open_source
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.classes import CLASSES, COLORS, TASKS
 from gdmd_lightning.geneval.metadata import check_metadata
-from gdmd_lightning.geneval.training_prompts import TEST_PROMPTS, number_of_contents, training_prompt
+from gdmd_lightning.geneval.training_prompts import (
+    TEST_PROMPTS,
+    all_training_prompts,
+    number_of_contents,
+    training_prompt,
+)
+from gdmd_lightning.studies.sampling import wanted_pictures
 
 OFFICIAL = [json.loads(line) for line in TEST_PROMPTS.read_text(encoding="utf-8").splitlines()]
 MANY = [training_prompt(0, row) for row in range(6000)]
@@ -97,6 +105,30 @@ def test_source_geneval_trains_on_prompts_and_tests_on_the_official_ones():
     assert official[7].metadata["include"] == OFFICIAL[7]["include"]
     with pytest.raises(UserError, match=r"^geneval: no split 'dev'; its splits are train and test$"):
         open_source("geneval", split="dev")
+
+
+def test_every_training_prompt_can_be_listed_once():
+    listed = Counter(prompt.metadata["tag"] for prompt in islice(all_training_prompts(), 30_000))
+    assert listed["counting"] == number_of_contents("counting")
+    assert listed["two_object"] == number_of_contents("two_object")
+    texts = [prompt.text for prompt in islice(all_training_prompts(), 1000)]
+    assert len(set(texts)) == 1000
+    data = PromptDataModule("geneval", batch_size=4, group_size=2)
+    assert list(islice(data.texts(), 1000)) == texts
+
+
+def test_fit_trains_on_geneval_prompts_and_resumes(fast_fit, tmp_path):
+    source = ["--data.source=geneval", "--trainer.callbacks=ModelCheckpoint", "--trainer.max_steps=1"]
+    training.run([*fast_fit, *source])
+    (last,) = tmp_path.rglob("last.ckpt")
+    cli = training.run([*fast_fit, *source, f"--ckpt_path={last}", "--trainer.max_steps=2"])
+    assert cli.model.updates == 2
+
+
+def test_endless_prompts_are_sampled_only_with_a_count():
+    with pytest.raises(UserError, match=r"^geneval: this source is endless; give the number of prompts with --count"):
+        wanted_pictures("geneval", "prompt", "train", None, 1)
+    assert len(list(wanted_pictures("geneval", "prompt", "test", None, 1))) == 553
 
 
 def test_evaluation_takes_official_prompts_of_every_task():

@@ -1,7 +1,8 @@
-"""Score generators on fixed prompts from the same noise; write a table and a picture grid."""
+"""Score generators on fixed prompts from the same noise, or directories of pictures; write a table."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """``evaluate [--checkpoint NAME=PATH ...]``."""
+    """``evaluate [--checkpoint NAME=PATH ...]`` or ``evaluate --pictures NAME=DIR ... --config scores.yaml``."""
     parser = ArgumentParser(
         prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of a .ckpt; may be repeated")
+    parser.add_argument("--pictures", action="append", default=[], help="NAME=DIR of pictures; may be repeated")
+    parser.add_argument("--config", action="config", help="YAML file with these options, such as scores")
+    parser.add_argument("--scores", type=list[dict], default=[], help="of --pictures; default: those of Shapes")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures of a directory scored at once")
     add_loading_options(parser)
     parser.add_argument("--teacher_steps", type=int, default=30, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
@@ -35,8 +40,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parsed(parser, arguments)
-    check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count)
+    check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count, batch_size=Count)
+    if options.pictures:
+        return _score_folders(options)
+    if options.scores:
+        raise UserError(
+            "only pictures have scores of your own",
+            where="--scores",
+            remedy="make the pictures with sample, then give --pictures NAME=DIR",
+        )
+    return _score_generators(options)
 
+
+def _score_generators(options: Namespace) -> int:
     from gdmd_lightning.studies.contestants import bare_teacher, draw, student, teachers
     from gdmd_lightning.studies.scorecards import score, write_scorecard
     from gdmd_lightning.studies.tables import score_table
@@ -58,14 +74,52 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _score_folders(options: Namespace) -> int:
+    if options.checkpoint:
+        raise UserError(
+            "checkpoints and pictures cannot be scored together",
+            where="--pictures",
+            remedy="make pictures of the checkpoints with sample, and give their directories too",
+        )
+    named = [_named(given, "--pictures") for given in options.pictures]
+    if len(dict(named)) < len(named):
+        raise UserError("a name is given twice", where="--pictures", remedy="give each directory its own name")
+    from gdmd_lightning.studies.folders import read_folder, score_folder
+    from gdmd_lightning.studies.scorecards import write_scores
+    from gdmd_lightning.studies.tables import folder_table
+    from gdmd_lightning.studies.tasks import built_scores, shapes_scores
+
+    shots = {name: read_folder(Path(directory)) for name, directory in named}
+    scores = built_scores(options.scores) if options.scores else shapes_scores()
+    for score in scores:
+        for each in shots.values():
+            score.check([shot.prompt for shot in each])
+        score.prepare()
+    device, settings = usable_device(options.device), json.dumps(options.scores, sort_keys=True)
+    with output_directory(options.out):
+        rows = [
+            score_folder(name, each, scores, options.out / f"{name}.jsonl", settings, device, options.batch_size)
+            for name, each in shots.items()
+        ]
+        write_scores(rows, options.out / "scores.json")
+    print(folder_table(rows))
+    print(f"\nscores: {options.out / 'scores.json'}\neach picture: {options.out}/NAME.jsonl")
+    return 0
+
+
+def _named(given: str, option: str) -> tuple[str, str]:
+    name, separator, path = given.partition("=")
+    if not separator or not name or "/" in name:
+        raise UserError(f"{given!r} is not NAME=PATH", where=option, remedy="give a name, then the path")
+    return name, path
+
+
 def _load(options: Namespace, task: Task, device: str) -> dict[str, DistillationModule]:
     from gdmd_lightning.configuration.restore import load_module, picture_size
 
     named = []
     for given in options.checkpoint:
-        name, separator, path = given.partition("=")
-        if not separator:
-            raise UserError(f"{given!r} is not NAME=PATH", where="--checkpoint", remedy="give a name, then the path")
+        name, path = _named(given, "--checkpoint")
         task.check_size(path, *picture_size(path))
         named.append((name, path))
     loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from gdmd_lightning.data.readers import HubDataset, PromptSource, ShapesPrompts
+from gdmd_lightning.data.readers import GenEvalPrompts, HubDataset, PromptSource, ShapesPrompts
 from gdmd_lightning.errors import UserError
 
 
 def content_of(source: PromptSource) -> str:
     """Digest of a source's content.
 
-    Files, and all files of a local folder, are read once, at about 1 GB per second. The Shapes world is its split, as
-    its seed is a setting of its own. A data set on the hub is its name and current revision.
+    Files, and all files of a local folder, are read once, at about 1 GB per second. The Shapes world is its split, and
+    GenEval's training prompts are all the same: their seeds are settings of their own. A data set on the hub is its
+    name and current revision.
 
     Raises:
         UserError: If a file cannot be read.
     """
     if isinstance(source, ShapesPrompts):
         return f"shapes {source.split}"
+    if isinstance(source, GenEvalPrompts):
+        return source.name
     path = Path(source.name)
     if isinstance(source, HubDataset) and not path.exists():
         return f"{source.name} {_revision(source.name)}"

@@ -13,9 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from gdmd_lightning.data.identity import content_of
-from gdmd_lightning.data.readers import ShapesPrompts, open_source
+from gdmd_lightning.data.readers import GenEvalPrompts, ShapesPrompts, open_source
 from gdmd_lightning.data.stream import PromptStream
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.geneval.training_prompts import all_training_prompts
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Seed, Whole, ranged
 from gdmd_lightning.shapes.captions import TASK_WEIGHTS, prompts
@@ -130,10 +131,12 @@ class PromptDataModule(LightningDataModule):
         return loader if self.trainer is None else InTransitLoader(loader)
 
     def texts(self) -> Iterator[str]:
-        """Texts of one pass over the source; for the endless Shapes world, all texts that it draws from."""
+        """Texts of one pass over the source; for an endless one, all texts that it draws from."""
         if isinstance(self.prompts, ShapesPrompts):
             split = self.prompts.split
             return (prompt.text for task in TASK_WEIGHTS for prompt in prompts(task, split))
+        if isinstance(self.prompts, GenEvalPrompts):
+            return (prompt.text for prompt in all_training_prompts())
         return (prompt.text for prompt in self.prompts.read())
 
     def first_prompts(self, count: int = 1000) -> list[Prompt]:

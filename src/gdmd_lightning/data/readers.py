@@ -65,6 +65,11 @@ def open_source(source: str, *, column: str = "prompt", split: str = "train", se
     return chosen
 
 
+def is_endless(source: PromptSource) -> bool:
+    """Whether a source generates prompts without an end."""
+    return isinstance(source, ShapesPrompts | GenEvalPrompts)
+
+
 def no_prompt(source: PromptSource) -> UserError:
     """Error for a source without a single prompt."""
     return UserError("there is no prompt in it", where=source.name, remedy="give a source with at least one prompt")

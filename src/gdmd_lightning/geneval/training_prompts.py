@@ -7,6 +7,7 @@ its objects. The test prompts of ``single_object`` name all 80 classes, so these
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from math import prod
 from typing import Any
@@ -46,6 +47,13 @@ def training_prompt(seed: int, row: int) -> Prompt:
     task = order[place]
     passes, position = divmod(group, len(_pool(task)))
     return _prompt(task, *_choice(task, _shuffled(task, seed, passes)[position]))
+
+
+def all_training_prompts() -> Iterator[Prompt]:
+    """Every training prompt once, task by task."""
+    for task in TASKS:
+        for index in _pool(task):
+            yield _prompt(task, *_choice(task, index))
 
 
 def number_of_contents(task: str) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gdmd_lightning.configuration.restore import picture_size
-from gdmd_lightning.data.readers import PromptSource, ShapesPrompts, open_source
+from gdmd_lightning.data.readers import PromptSource, is_endless, open_source
 from gdmd_lightning.errors import UserError, without_middle
 from gdmd_lightning.files import atomic_file, failures_named, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
@@ -123,7 +123,7 @@ def wanted_pictures(source: str, column: str, split: str, count: int | None, per
         UserError: If the source cannot be read, or if it is endless and ``count`` is None.
     """
     opened = open_source(source, column=column, split=split)
-    if count is None and isinstance(opened, ShapesPrompts):
+    if count is None and is_endless(opened):
         raise UserError("this source is endless", where=source, remedy="give the number of prompts with --count")
     return Wanted(opened, per_prompt, count)
 

@@ -102,6 +102,11 @@ def score(
     return Scorecard(task.prompts, count, tuple(rows))
 
 
+def write_scores(rows: Sequence[Any], path: Path) -> None:
+    """Write rows of scores, dataclasses, as a JSON list, complete or not at all."""
+    write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
 def write_scorecard(card: Scorecard, path: Path) -> None:
     """Write a scorecard as JSON, complete or not at all."""
     write_atomically(path, json.dumps(asdict(card), indent=1) + "\n")

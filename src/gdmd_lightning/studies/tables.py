@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from gdmd_lightning.studies.folders import FolderScores
 from gdmd_lightning.studies.outcome import Outcome, estimate, value
 from gdmd_lightning.studies.scorecards import Row
 from gdmd_lightning.studies.watch import WATCHED
@@ -21,7 +22,24 @@ def score_table(rows: Sequence[Row]) -> str:
         cells = [row.name, str(row.evaluations), *(str(row.scores[name]) for name in overall)]
         cells += [f"{row.scores[name].mean:.2f}" for name in tasks] + [f"{1000 * row.seconds:.1f}"]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return _aligned(lines)
+
+
+def folder_table(rows: Sequence[FolderScores]) -> str:
+    """One line per directory of pictures: overall scores with 95% intervals, then tasks."""
+    names = list(rows[0].scores)
+    overall = [name for name in names if name.endswith("/overall")]
+    tasks = [name for name in names if name not in overall]
+    header = ["pictures of", "pictures", "prompts", *(name.removesuffix("/overall") for name in overall), *tasks]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        cells = [row.name, str(row.pictures), str(row.prompts), *(str(row.scores[name]) for name in overall)]
+        lines.append(cells + [f"{row.scores[name].mean:.3f}" if name in row.scores else "-" for name in tasks])
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(_line([c.ljust(w) for c, w in zip(line, widths, strict=True)]) for line in lines)
 
 

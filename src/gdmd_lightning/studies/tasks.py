@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
 from gdmd_lightning.errors import UserError
@@ -79,6 +80,32 @@ def shapes_scores() -> list[TaskScore]:
     """GenEval's verdict, the graded reward, and the contrastive scorer, which stands for HPS."""
     hps = ContrastiveReward("package:assets/shapes/scorer", name="hps_like")
     return [GenEvalScore(), RewardScore(ShapesReward()), RewardScore(hps)]
+
+
+def built_scores(settings: list[dict[str, Any]]) -> list[TaskScore]:
+    """Scores from their settings, ``{class_path: RewardScore, init_args: {...}}``.
+
+    Raises:
+        UserError: If a class or an argument is wrong, or two scores have the same name.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
+    from gdmd_lightning.configuration.messages import readable_error
+    from gdmd_lightning.configuration.suggestions import arguments_of
+
+    parser = ArgumentParser(prog="evaluate", exit_on_error=False)
+    parser.add_argument("--scores", type=list[TaskScore])
+    try:
+        scores: list[TaskScore] = parser.instantiate_classes(parser.parse_object({"scores": settings})).scores
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise readable_error(error, "evaluate", arguments_of(parser)) from error
+    names = [score.name for score in scores]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two have the same name: {', '.join(names)}", where="--scores", remedy="give their rewards a name"
+        )
+    return scores
 
 
 SHAPES = Task(

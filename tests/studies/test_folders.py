@@ -1,0 +1,194 @@
+"""Directories of pictures, scored by anything, over prompts, and without scoring a picture twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from gdmd_lightning.cli import main
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.metrics.scores import Interval, RewardScore
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.studies.folders import intervals, read_folder, score_folder
+from gdmd_lightning.studies.tasks import built_scores
+
+GRAYS = {"0.png": 0, "1.png": 51, "2.png": 102, "3.png": 255}
+TEXTS = {"0.png": "dark", "1.png": "dark", "2.png": "bright", "3.png": "bright"}
+
+
+class Brightness(Reward):
+    """Keeps the shapes of what it scores."""
+
+    name = "brightness"
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, images, prompts):
+        self.asked.append(tuple(images.shape))
+        return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four gray pictures of two prompts, as an image folder; one has another size."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for name, gray in GRAYS.items():
+        size = (6, 4) if name == "3.png" else (4, 4)
+        Image.new("RGB", size, (gray, gray, gray)).save(place / name)
+    rows = [{"file_name": name, "text": TEXTS[name], "tag": TEXTS[name]} for name in GRAYS]
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def scored(folder, record, reward=None, settings="s", **options):
+    return score_folder("x", read_folder(folder), [RewardScore(reward or Brightness())], record, settings, **options)
+
+
+def test_pictures_are_scored_in_batches_of_one_size_and_averaged_by_task(folder, tmp_path):
+    reward = Brightness()
+    found = scored(folder, tmp_path / "x.jsonl", reward, batch_size=2)
+    assert reward.asked == [(2, 3, 4, 4), (1, 3, 4, 4), (1, 3, 4, 6)]
+    assert (found.pictures, found.prompts) == (4, 2)
+    means = {name: interval.mean for name, interval in found.scores.items()}
+    assert means == pytest.approx(
+        {"brightness/dark": 0.1, "brightness/bright": 0.7, "brightness/overall": 0.4}, abs=1e-6
+    )
+
+
+def test_scoring_continues_where_it_was_and_notices_a_changed_picture(folder, tmp_path):
+    class Broken(Brightness):
+        def score(self, images, prompts):
+            if len(self.asked) == 1:
+                raise KeyboardInterrupt
+            return super().score(images, prompts)
+
+    record = tmp_path / "x.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        scored(folder, record, Broken(), batch_size=2)
+    reward = Brightness()
+    whole = scored(folder, record, reward, batch_size=2)
+    assert sum(shape[0] for shape in reward.asked) == 2
+    again = Brightness()
+    assert scored(folder, record, again) == whole == scored(folder, tmp_path / "fresh.jsonl")
+    assert again.asked == []
+    Image.new("RGB", (4, 4), (255, 255, 255)).save(folder / "0.png")
+    changed = scored(folder, record, again)
+    assert again.asked == [(1, 3, 4, 4)]
+    assert changed.scores["brightness/dark"].mean == pytest.approx(0.6)
+
+
+def test_record_of_other_scores_is_refused(folder, tmp_path):
+    record = tmp_path / "x.jsonl"
+    scored(folder, record)
+    with pytest.raises(UserError, match=r"x\.jsonl: it was made with other scores; remove it, or use another --out"):
+        scored(folder, record, settings="t")
+    record.write_text("{}\n")
+    with pytest.raises(UserError, match=r"x\.jsonl: not a record of scores; "):
+        scored(folder, record)
+
+
+def test_intervals_are_over_prompts_not_pictures():
+    draw = np.random.default_rng(0)
+    means = draw.random(40)
+    one = intervals(list(means), [Prompt(f"p{i}") for i in range(40)])
+    # Ten equal pictures of each prompt are no more evidence than one.
+    ten = intervals(list(np.repeat(means, 10)), [Prompt(f"p{i}") for i in range(40) for _ in range(10)])
+    assert set(ten) == {"overall"}
+    assert ten["overall"] == one["overall"]
+    assert ten["overall"].high - ten["overall"].low > 0.1
+    assert intervals([0.25, 0.75], [Prompt("p")] * 2)["overall"] == Interval(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "metadata.jsonl: it lists no picture"),
+        ("{", r"metadata\.jsonl:1: broken JSON"),
+        ("[]", r"metadata\.jsonl:1: not a picture with its prompt; write "),
+        ('{"file_name": "0.png"}', r"metadata\.jsonl:1: not a picture with its prompt; write "),
+        ('{"file_name": "9.png", "text": "a"}', r"metadata\.jsonl:1: no such picture: '.*9\.png'"),
+    ],
+)
+def test_malformed_lists_name_the_line(folder, line, expected):
+    (folder / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=expected):
+        read_folder(folder)
+
+
+def test_directory_without_a_list_and_unreadable_pictures_are_refused(folder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"it has no pictures\.jsonl, as sample writes it, and no metadata\.jsonl"
+    ):
+        read_folder(tmp_path)
+    (folder / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1\.png: not a readable image: "):
+        scored(folder, tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([{"class_path": "RewardScor"}], "did you mean 'RewardScore'"),
+        ([{"class_path": "RewardScore", "init_args": {"rewad": 1}}], "did you mean"),
+        ([{"class_path": "GenEvalScore"}] * 2, "--scores: two have the same name: geneval, geneval; give"),
+    ],
+)
+def test_wrong_scores_are_explained(settings, expected):
+    with pytest.raises(UserError) as refused:
+        built_scores(settings)
+    assert expected in str(refused.value)
+
+
+def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scores = [{"class_path": "RewardScore", "init_args": {"reward": {"class_path": "tiny.Brightness"}}}]
+    Path("scores.yaml").write_text(yaml.safe_dump({"scores": scores, "batch_size": 2}))
+    arguments = ["--pictures", f"mine={folder}", "--pictures", "theirs=pictures", "--config", "scores.yaml"]
+    main(["evaluate", *arguments, "--out", "out"])
+    printed = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:] == [
+        "mine",
+        "theirs",
+    ]
+    one, other = json.loads(Path("out/scores.json").read_text())
+    assert (one["pictures"], one["prompts"]) == (4, 2)
+    assert one["scores"] == other["scores"]
+    first, *rows = map(json.loads, Path("out/mine.jsonl").read_text().splitlines())
+    assert json.loads(first["settings"]) == scores
+    assert {row["prompt"] for row in rows} == {"dark", "bright"}
+    assert all(set(row["scores"]) == {"brightness"} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--pictures", "x"], "--pictures: 'x' is not NAME=PATH"),
+        (["--pictures", "a/b=x"], "--pictures: 'a/b=x' is not NAME=PATH"),
+        (["--pictures", "a=x", "--pictures", "a=y"], "--pictures: a name is given twice"),
+        (["--pictures", "a=x", "--checkpoint", "b=y"], "--pictures: checkpoints and pictures cannot be scored"),
+        (["--scores", '[{"class_path": "GenEvalScore"}]'], "--scores: only pictures have scores of your own"),
+        (["--pictures", "a=nowhere"], "nowhere: it has no pictures.jsonl"),
+        (["--pictures", "a=x", "--batch_size", "0"], "--batch_size: it is 0"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_score(complaint, arguments, expected):
+    assert complaint("evaluate", *arguments).startswith(expected)
+
+
+def test_evaluate_scores_what_sample_has_written(recorded_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = str(recorded_run / "checkpoints" / "last.ckpt")
+    main(["sample", last, "shapes", "samples", "--count=2", "--per_prompt=2", "--split=test", "--trust=tiny"])
+    main(["evaluate", "--pictures", "ours=samples", "--out", "out"])
+    (row,) = json.loads(Path("out/scores.json").read_text())
+    assert (row["pictures"], row["prompts"]) == (4, 2)
+    assert {"geneval/overall", "shapes/overall", "hps_like/overall"} <= row["scores"].keys()
+    assert torch.isfinite(torch.tensor(row["scores"]["shapes/overall"]["mean"]))
+    capsys.readouterr()
