@@ -21,7 +21,11 @@ def test_the_test_prompts_of_shapes_pass():
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({}, "prompt 'p' has no GenEval metadata; use data.source: shapes, or a .jsonl file with 'include' in each "),
+        (
+            {},
+            "prompt 'p' has no GenEval metadata; use data.source: shapes or geneval, or a .jsonl file with 'include' in each ",
+        ),
+        ({"include": [CIRCLE], "tag": "countng"}, "tag is 'countng'; use one of single_object, two_object, counting, "),
         ({"include": []}, "include is []; use a list of clauses"),
         ({"include": "circle"}, "include is 'circle'; use a list of clauses"),
         ({"include": ["circle"]}, "a clause is 'circle'; use an object with 'class' and 'count'"),

@@ -78,7 +78,7 @@ def test_rows_depend_on_the_seed_only():
 
 
 def test_metadata_can_be_judged_and_says_what_the_text_says():
-    check_metadata(MANY, "test", classes=CLASSES, colors=COLORS, tags=TASKS)
+    check_metadata(MANY, "test", classes=CLASSES, colors=COLORS)
     for prompt in MANY[:600]:
         for clause in prompt.metadata["include"]:
             assert clause["class"] in prompt.text

@@ -123,9 +123,7 @@ def test_malformed_lists_name_the_line(folder, line, expected):
 
 
 def test_directory_without_a_list_and_unreadable_pictures_are_refused(folder, tmp_path):
-    with pytest.raises(
-        UserError, match=r"it has no pictures\.jsonl, as sample writes it, and no metadata\.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"it has no pictures\.jsonl, as sample writes it, and no metadata\.jsonl"):
         read_folder(tmp_path)
     (folder / "1.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1\.png: not a readable image: "):

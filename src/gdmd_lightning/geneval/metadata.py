@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.geneval.classes import TASKS
 from gdmd_lightning.geneval.rules import RELATIONS
 from gdmd_lightning.prompts import Prompt
 
-REMEDY = "use data.source: shapes, or a .jsonl file with 'include' in each line"
+REMEDY = "use data.source: shapes or geneval, or a .jsonl file with 'include' in each line"
 
 
 def check_metadata(
@@ -18,14 +19,13 @@ def check_metadata(
     *,
     classes: Collection[str] | None = None,
     colors: Collection[str] | None = None,
-    tags: Collection[str] | None = None,
 ) -> None:
     """Check that prompts carry metadata in GenEval's form.
 
     Args:
         prompts: The prompts.
         where: Who needs the metadata, for the message.
-        classes, colors, tags: The known names; ``None`` if all are.
+        classes, colors: The known names; ``None`` if all are.
 
     Raises:
         UserError: If a prompt has none, or a clause that cannot be judged; the message names the first such prompt.
@@ -33,9 +33,9 @@ def check_metadata(
     for prompt in prompts:
         if "include" not in prompt.metadata:
             raise UserError(f"prompt {prompt.text!r} has no GenEval metadata", where=where, remedy=REMEDY)
-        tag = prompt.metadata.get("tag")
-        if tags is not None and tag not in tags:
-            raise _wrong(prompt, where, f"tag is {tag!r}", f"use one of {', '.join(tags)}")
+        tag = prompt.metadata.get("tag", TASKS[0])
+        if tag not in TASKS:  # a misspelled "counting" would be judged with another threshold
+            raise _wrong(prompt, where, f"tag is {tag!r}", f"use one of {', '.join(TASKS)}, or no tag")
         include, exclude = prompt.metadata["include"], prompt.metadata.get("exclude", [])
         for key, clauses in (("include", include), ("exclude", exclude)):
             if not isinstance(clauses, list) or (key == "include" and not clauses):

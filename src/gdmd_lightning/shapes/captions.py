@@ -10,13 +10,13 @@ from functools import cache
 from itertools import permutations, product
 from typing import Any, Literal
 
+from gdmd_lightning.geneval.classes import TASKS as TASKS
 from gdmd_lightning.geneval.rules import RELATIONS
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import python_stream
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow")
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = {2: "two", 3: "three"}
 PREFIXES = ("", "photo of ", "picture of ", "drawing of ", "painting of ")
 
