@@ -23,7 +23,7 @@ def test_the_test_prompts_of_shapes_pass():
     [
         (
             {},
-            "prompt 'p' has no GenEval metadata; use data.source: shapes or geneval, or a .jsonl file with 'include' in each ",
+            "prompt 'p' has no GenEval metadata; use data.source: shapes or geneval, or a .jsonl file ",
         ),
         ({"include": [CIRCLE], "tag": "countng"}, "tag is 'countng'; use one of single_object, two_object, counting, "),
         ({"include": []}, "include is []; use a list of clauses"),
