@@ -14,6 +14,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.metrics.scores import Interval, RewardScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.studies import pipelines
 from gdmd_lightning.studies.folders import intervals, read_folder, score_folder
 from gdmd_lightning.studies.tasks import built_scores
 
@@ -178,6 +179,51 @@ def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_
 )
 def test_evaluate_refuses_what_it_cannot_score(complaint, arguments, expected):
     assert complaint("evaluate", *arguments).startswith(expected)
+
+
+def test_evaluate_draws_a_pipeline_once_and_scores_it(tiny_pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    scores = '[{"class_path": "RewardScore", "init_args": {"reward": {"class_path": "tiny.Brightness"}}}]'
+    size = ["--steps", "2", "--height", "32", "--width", "32", "--per_prompt", "2"]
+    arguments = [
+        "evaluate",
+        "--pipeline",
+        f"tiny={tiny_pipeline}",
+        "--prompts",
+        "prompts.txt",
+        "--scores",
+        scores,
+        *size,
+    ]
+    main([*arguments, "--out", "out"])
+    (row,) = json.loads(Path("out/scores.json").read_text())
+    assert (row["pictures"], row["prompts"]) == (4, 2)
+    drawn = {path.name: path.read_bytes() for path in Path("out/tiny").glob("*.png")}
+    assert len(set(drawn.values())) == 4
+    Path("out/tiny/000001-0.png").write_bytes(b"truncated")
+    Path("out/tiny/000000-1.png").unlink()
+    calls = []
+    real = pipelines._draw
+    monkeypatch.setattr(pipelines, "_draw", lambda *a: calls.append(a[2]) or real(*a))
+    main([*arguments, "--out", "out"])
+    assert calls == ["a red circle", "a blue square"]
+    assert {path.name: path.read_bytes() for path in Path("out/tiny").glob("*.png")} == drawn
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", "out", "--pipeline_guidance", "2"])
+    assert "out/tiny: its pictures were drawn with other settings or prompts; remove it" in capsys.readouterr().err
+
+
+def test_pipeline_that_cannot_be_loaded_or_fails_is_one_line(complaint, tiny_pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    scores = '[{"class_path": "RewardScore", "init_args": {"reward": {"class_path": "tiny.Brightness"}}}]'
+    usual = ["evaluate", "--prompts", tmp_path / "prompts.txt", "--scores", scores, "--out", tmp_path / "out"]
+    (tmp_path / "empty").mkdir()
+    assert complaint(*usual, "--pipeline", f"a={tmp_path / 'empty'}").startswith(
+        f"--pipeline: '{tmp_path}/empty' cannot"
+    )
+    odd = complaint(*usual, "--pipeline", f"b={tiny_pipeline}", "--height", "33", "--width", "32")
+    assert odd.startswith(f"--pipeline {tiny_pipeline}: fails: ValueError: ")
 
 
 def test_evaluate_scores_what_sample_has_written(recorded_run, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -15,7 +15,7 @@ from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import output_directory
-from gdmd_lightning.ranges import Count, NonNegative, Steps
+from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.base import DistillationModule
@@ -29,9 +29,23 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--checkpoint", action="append", default=[], help="NAME=PATH of a .ckpt; may be repeated")
     parser.add_argument("--pictures", action="append", default=[], help="NAME=DIR of pictures; may be repeated")
+    parser.add_argument(
+        "--pipeline", action="append", default=[], help="NAME=PATH of a diffusers pipeline, or hub id; may be repeated"
+    )
     parser.add_argument("--config", action="config", help="YAML file with these options, such as scores")
-    parser.add_argument("--scores", type=list[dict], default=[], help="of --pictures; default: those of Shapes")
+    parser.add_argument(
+        "--scores", type=list[dict], default=[], help="of pictures and pipelines; default: those of Shapes"
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="pictures of a directory scored at once")
+    parser.add_argument("--steps", type=int, default=30, help="steps of pipelines")
+    parser.add_argument("--pipeline_guidance", type=float, default=4.5, help="guidance scale of pipelines")
+    parser.add_argument("--height", type=int | None, default=None, help="height of pipelines' pictures, in pixels")
+    parser.add_argument("--width", type=int | None, default=None, help="width of pipelines' pictures, in pixels")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of pipelines"
+    )
+    parser.add_argument("--per_prompt", type=int, default=1, help="pictures of a prompt by each pipeline")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pipelines' noise")
     add_loading_options(parser)
     parser.add_argument("--teacher_steps", type=int, default=30, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
@@ -41,13 +55,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
     options = parsed(parser, arguments)
     check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count, batch_size=Count)
-    if options.pictures:
+    check_options(options, steps=Steps, pipeline_guidance=NonNegative, height=Count, width=Count)
+    check_options(options, per_prompt=Count, seed=Seed)
+    if options.pictures or options.pipeline:
         return _score_folders(options)
     if options.scores:
         raise UserError(
             "only pictures have scores of your own",
             where="--scores",
-            remedy="make the pictures with sample, then give --pictures NAME=DIR",
+            remedy="make pictures of the checkpoint with sample, then give --pictures NAME=DIR",
         )
     return _score_generators(options)
 
@@ -81,26 +97,36 @@ def _score_folders(options: Namespace) -> int:
             where="--pictures",
             remedy="make pictures of the checkpoints with sample, and give their directories too",
         )
-    named = [_named(given, "--pictures") for given in options.pictures]
-    if len(dict(named)) < len(named):
-        raise UserError("a name is given twice", where="--pictures", remedy="give each directory its own name")
+    pictures = [_named(given, "--pictures") for given in options.pictures]
+    pipelines = [_named(given, "--pipeline") for given in options.pipeline]
+    named = [name for name, _ in [*pictures, *pipelines]]
+    if len(set(named)) < len(named):
+        raise UserError("a name is given twice", where="--pictures", remedy="give each row of the table its own name")
+    from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
     from gdmd_lightning.studies.folders import read_folder, score_folder
+    from gdmd_lightning.studies.pipelines import Drawing, draw_pictures
     from gdmd_lightning.studies.scorecards import write_scores
     from gdmd_lightning.studies.tables import folder_table
     from gdmd_lightning.studies.tasks import built_scores, shapes_scores
 
-    shots = {name: read_folder(Path(directory)) for name, directory in named}
+    shots = {name: read_folder(Path(directory)) for name, directory in pictures}
+    prompts = read_evaluation_prompts(options.prompts, options.count) if pipelines else []
     scores = built_scores(options.scores) if options.scores else shapes_scores()
     for score in scores:
-        for each in shots.values():
-            score.check([shot.prompt for shot in each])
+        for asked in [*([shot.prompt for shot in each] for each in shots.values()), prompts]:
+            score.check(asked)
         score.prepare()
     device, settings = usable_device(options.device), json.dumps(options.scores, sort_keys=True)
+    rows = []
     with output_directory(options.out):
-        rows = [
-            score_folder(name, each, scores, options.out / f"{name}.jsonl", settings, device, options.batch_size)
-            for name, each in shots.items()
-        ]
+        for name, path in pipelines:
+            how = {"height": options.height, "width": options.width, "dtype": options.dtype, "seed": options.seed}
+            drawing = Drawing(path, options.steps, options.pipeline_guidance, **how)
+            draw_pictures(drawing, prompts, options.per_prompt, options.out / name, device)
+            shots[name] = read_folder(options.out / name)
+        for name, each in shots.items():
+            record = options.out / f"{name}.jsonl"
+            rows.append(score_folder(name, each, scores, record, settings, device, options.batch_size))
         write_scores(rows, options.out / "scores.json")
     print(folder_table(rows))
     print(f"\nscores: {options.out / 'scores.json'}\neach picture: {options.out}/NAME.jsonl")

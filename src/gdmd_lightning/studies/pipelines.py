@@ -1,0 +1,122 @@
+"""Pictures of any diffusers pipeline, drawn into a directory that is scored like any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.hub import loading_problem
+from gdmd_lightning.files import atomic_file, write_atomically
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.streams import named_seed
+
+SETTINGS = "drawn_with.json"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a pipeline draws.
+
+    Args:
+        path: Directory or hub id of the pipeline.
+        steps: Sampling steps.
+        guidance_scale: Guidance scale.
+        height, width: In pixels; None for the pipeline's own.
+        dtype: Precision of its networks.
+        seed: Seed of the noise; every picture has its own stream.
+    """
+
+    path: str
+    steps: int
+    guidance_scale: float
+    height: int | None = None
+    width: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+
+
+def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, out: Path, device: str) -> None:
+    """Draw the pictures that a directory lacks, one by one, and list them as image folders do.
+
+    Args:
+        drawing: The pipeline and its settings.
+        prompts: The prompts.
+        per_prompt: Pictures of each prompt.
+        out: The directory.
+        device: Where the pipeline runs.
+
+    Raises:
+        UserError: If the pipeline cannot be loaded or fails, or the directory has pictures drawn with other settings.
+    """
+    wanted = [
+        (f"{row:06d}-{number}.png", prompt, named_seed("drawn", drawing.seed, row, number))
+        for row, prompt in enumerate(prompts)
+        for number in range(per_prompt)
+    ]
+    settings = json.dumps({**asdict(drawing), "prompts": [prompt.text for prompt in prompts]}, indent=1) + "\n"
+    _claim(out / SETTINGS, settings)
+    missing = [each for each in wanted if not _is_picture(out / each[0])]
+    pipeline = _load(drawing, device) if missing else None
+    for name, prompt, seed in tqdm(missing, desc=f"drawing {out.name}", unit="picture"):
+        picture = _draw(pipeline, drawing, prompt.text, seed)
+        with atomic_file(out / name) as part:
+            picture.save(part, "PNG")
+    rows = [{"file_name": name, "text": prompt.text, **prompt.metadata} for name, prompt, _ in wanted]
+    write_atomically(out / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _claim(file: Path, settings: str) -> None:
+    if file.is_file():
+        if file.read_text(encoding="utf-8") != settings:
+            raise UserError(
+                "its pictures were drawn with other settings or prompts",
+                where=str(file.parent),
+                remedy="remove it, or use another --out",
+            )
+        return
+    write_atomically(file, settings)
+
+
+def _is_picture(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # absent, truncated or damaged
+        return False
+    return True
+
+
+def _load(drawing: Drawing, device: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(drawing.path, dtype=getattr(torch, drawing.dtype))
+    except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
+        problem, remedy = loading_problem(drawing.path, error)
+        raise UserError(f"{drawing.path!r} {problem}", where="--pipeline", remedy=remedy) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _draw(pipeline: Any, drawing: Drawing, text: str, seed: int) -> Image.Image:
+    size = {name: value for name in ("height", "width") if (value := getattr(drawing, name)) is not None}
+    try:
+        picture: Image.Image = pipeline(
+            prompt=text,
+            num_inference_steps=drawing.steps,
+            guidance_scale=drawing.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            **size,
+        ).images[0]
+    except Exception as error:  # a pipeline may raise anything
+        what = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(what, where=f"--pipeline {drawing.path}") from error
+    return picture
