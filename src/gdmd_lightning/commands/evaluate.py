@@ -57,15 +57,28 @@ def main(arguments: list[str]) -> int:
     check_options(options, teacher_steps=Steps, guidance_scale=NonNegative, count=Count, batch_size=Count)
     check_options(options, steps=Steps, pipeline_guidance=NonNegative, height=Count, width=Count)
     check_options(options, per_prompt=Count, seed=Seed)
-    if options.pictures or options.pipeline:
-        return _score_folders(options)
-    if options.scores:
-        raise UserError(
-            "only pictures have scores of your own",
-            where="--scores",
-            remedy="make pictures of the checkpoint with sample, then give --pictures NAME=DIR",
-        )
-    return _score_generators(options)
+    _refuse_unused(options, parser.get_defaults())
+    return _score_folders(options) if options.pictures or options.pipeline else _score_generators(options)
+
+
+OF_PIPELINES = ("steps", "pipeline_guidance", "height", "width", "dtype", "per_prompt", "seed")
+OF_DIRECTORIES = ("scores", "batch_size")
+OF_CHECKPOINTS = ("teacher", "trust", "teacher_steps", "guidance_scale")
+
+
+def _refuse_unused(options: Namespace, defaults: Namespace) -> None:
+    """Fail if an option would be ignored."""
+    directories = bool(options.pictures or options.pipeline)
+    unused = {
+        "--pipeline": () if options.pipeline else (*OF_PIPELINES, *(("prompts", "count") if directories else ())),
+        "--pictures or --pipeline": () if directories else OF_DIRECTORIES,
+        "--checkpoint": OF_CHECKPOINTS if directories else (),
+    }
+    for wanted, names in unused.items():
+        for name in names:
+            if options[name] != defaults[name]:
+                what = "only for checkpoints and the teacher" if wanted == "--checkpoint" else f"only with {wanted}"
+                raise UserError(what, where=f"--{name}", remedy="leave it out, or make pictures with sample first")
 
 
 def _score_generators(options: Namespace) -> int:
