@@ -174,7 +174,7 @@ def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_
         (["--pictures", "a=x", "--checkpoint", "b=y"], "--pictures: checkpoints and pictures cannot be scored"),
         (
             ["--scores", '[{"class_path": "GenEvalScore"}]'],
-            "--scores: only with --pictures or --pipeline; leave it out",
+            "--scores: only with --pictures or --pipeline; ",
         ),
         (["--steps", "3"], "--steps: only with --pipeline; "),
         (["--pictures", "a=x", "--seed", "3"], "--seed: only with --pipeline; "),
