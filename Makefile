@@ -23,7 +23,7 @@ test: venv
 test-slow: venv
 	$(BIN)/python -m pytest -q -m slow
 
-# Check that the tests notice one-line errors. Takes a quarter of an hour, so CI does not run it.
+# Check that the tests notice one-line errors. Takes about an hour on one core, so CI does not run it.
 test-mutations: venv
 	$(BIN)/python tests/mutations/run.py
 
