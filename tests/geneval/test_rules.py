@@ -1,8 +1,11 @@
 """GenEval's rules on hand-made detections."""
 
+import gzip
+import json
 import subprocess
 import sys
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,3 +201,17 @@ def test_verdict_does_not_depend_on_the_order_of_detections():
 def test_rules_do_not_import_torch():
     code = "import sys, gdmd_lightning.geneval.rules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+VERDICTS = Path(__file__).with_name("verdicts.jsonl.gz")
+"""Random detections over the official prompts, each with the verdict of djghosh13/geneval's ``evaluate_images.py``."""
+
+
+def test_verdicts_are_those_of_the_official_evaluator():
+    with gzip.open(VERDICTS, "rt", encoding="utf-8") as lines:
+        cases = [json.loads(line) for line in lines]
+    assert len(cases) == 1000
+    assert 200 < sum(case["correct"] for case in cases) < 800
+    for case in cases:
+        found = [Detection(d["label"], tuple(d["box"]), d["score"], d["color"]) for d in case["detections"]]
+        assert verdict(found, case["metadata"]).correct == case["correct"], case
