@@ -181,7 +181,7 @@ class CollapseWatch(pl.Callback):
 
     def _stop(self, trainer: pl.Trainer, module: RoleModule, story: str) -> None:
         path = run_directory(trainer) / CHECKPOINTS / "collapsed.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         trainer.should_stop = True
         self._failure = UserError(
             f"stopped after {module.updates} updates: {story}",

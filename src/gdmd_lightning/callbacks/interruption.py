@@ -69,7 +69,7 @@ class StopOnSignal(pl.Callback):
         if number:
             self.received = number
             self.stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
-            trainer.save_checkpoint(interrupted_checkpoint(trainer))
+            trainer.save_checkpoint(interrupted_checkpoint(trainer), weights_only=False)
             trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
