@@ -77,14 +77,14 @@ def demo(out: Path, cold_start: int, updates: int, count: int, extra: list[str])
 
 
 def main(arguments: list[str]) -> int:
-    """``demo [--cold_start 60 --updates 85 ...]``."""
+    """``demo [--cold_start 60 --updates 100 ...]``."""
     parser = ArgumentParser(prog="gdmd_lightning demo", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="directory to write; an earlier demo there is replaced"
     )
     parser.add_argument("--cold_start", type=int, default=60, help="DMD updates")
-    parser.add_argument("--updates", type=int, default=85, help="GDMD updates")
-    parser.add_argument("--count", type=int, default=600, help="test prompts")
+    parser.add_argument("--updates", type=int, default=100, help="GDMD updates")
+    parser.add_argument("--count", type=int, default=480, help="test prompts")
     parser.add_argument("--fit", type=list[str], default=[], help="further arguments of both trainings")
     options = parsed(parser, arguments)
     check_options(options, cold_start=Count, updates=Count, count=Count)

@@ -98,7 +98,10 @@ def _load(drawing: Drawing, device: str) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        pipeline = DiffusionPipeline.from_pretrained(drawing.path, dtype=getattr(torch, drawing.dtype))
+        index = DiffusionPipeline.load_config(drawing.path)
+        # Parts that were saved as None, such as SD3's largest text encoder, are asked for by name otherwise.
+        without = {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is None}
+        pipeline = DiffusionPipeline.from_pretrained(drawing.path, dtype=getattr(torch, drawing.dtype), **without)
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
         problem, remedy = loading_problem(drawing.path, error)
         raise UserError(f"{drawing.path!r} {problem}", where="--pipeline", remedy=remedy) from error

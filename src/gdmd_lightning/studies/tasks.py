@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def built_scores(settings: list[dict[str, Any]]) -> list[TaskScore]:
     parser = ArgumentParser(prog="evaluate", exit_on_error=False)
     parser.add_argument("--scores", type=list[TaskScore])
     try:
-        scores: list[TaskScore] = parser.instantiate_classes(parser.parse_object({"scores": settings})).scores
+        scores: list[TaskScore] = parser.instantiate_classes(parser.parse_object({"scores": deepcopy(settings)})).scores
     except (ArgumentError, ValueError, TypeError) as error:
         raise readable_error(error, "evaluate", arguments_of(parser)) from error
     names = [score.name for score in scores]
