@@ -191,7 +191,8 @@ def test_sample_continues_after_kill_9_and_keeps_complete_pictures(checkpoint, t
     )
     try:
         limit = time.monotonic() + 200
-        while not list(tmp_path.glob("out/*.png")) and process.poll() is None and time.monotonic() < limit:
+        # The list appears after the first picture.
+        while not list(tmp_path.glob("out/*.jsonl")) and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
