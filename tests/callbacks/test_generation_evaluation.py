@@ -126,6 +126,10 @@ def test_evaluations_with_other_settings_do_not_share_a_teachers_scores(changed)
     assert evaluation(**changed).state_key != evaluation().state_key
 
 
+def test_more_prompts_are_not_more_pictures_of_each_prompt():
+    assert evaluation(count=12).state_key != evaluation(count=6, per_prompt=2).state_key
+
+
 class Prepared(tiny.Brightness):
     """Keeps what is done with it, in order."""
 

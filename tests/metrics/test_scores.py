@@ -189,3 +189,15 @@ def test_scores_refuse_prompts_that_they_cannot_judge_before_any_picture():
             with pytest.raises(UserError, match=f"^{where}: prompt 'a red circle' has no GenEval metadata; "):
                 ask(bare)
     RewardScore(Brightness()).check(bare)
+
+
+def test_geneval_score_is_strict():
+    class Half(Detector):
+        def detect(self, images, prompts):
+            return [[Detection("circle", (0, 0, 9, 9), 0.95)] for _ in images]
+
+    two = [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]
+    score, prompts = GenEvalScore(Half()), [Prompt("a circle and a square", {"tag": "two_object", "include": two})]
+    score.begin(prompts)
+    score.update(torch.zeros(1, 3, 8, 8), prompts)
+    assert score.compute()["overall"] == 0

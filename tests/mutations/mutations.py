@@ -1598,6 +1598,28 @@ MUTATIONS = [
         ("reward loaded after the teacher", "self.judge.reward.prepare()", "pass"),
     ),
     *errors(
+        "studies/pipelines.py",
+        ("studies/test_folders.py",),
+        ("metadata of drawn pictures lost", '"metadata": prompt.metadata}', '"metadata": {}}'),
+        ("pictures of other settings kept", "!= settings:", "!= settings and False:"),
+        ("one noise for all drawn pictures", "torch.Generator().manual_seed(seed)", "torch.Generator().manual_seed(0)"),
+        ("steps of a pipeline ignored", "num_inference_steps=drawing.steps", "num_inference_steps=1"),
+        ("guidance of a pipeline ignored", "guidance_scale=drawing.guidance_scale", "guidance_scale=1.0"),
+    ),
+    *errors(
+        "studies/folders.py",
+        ("studies/test_folders.py",),
+        ("intervals over pictures", "setdefault(prompt.text, [])", "setdefault(str(value), [])"),
+        ("pictures scored again", "set(names) - known.get(key, {}).keys()", "True"),
+        ("values of other pictures", "mine = [absent[row] for row in rows]", "mine = rows"),
+        ("record of other scores continued", "if there != settings:", "if False:"),
+    ),
+    *errors(
+        "metrics/scores.py",
+        ("metrics/test_scores.py",),
+        ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
+    ),
+    *errors(
         "rewards/network.py",
         ("rewards/test_published_rewards.py",),
         ("weights of a reward trained", ".requires_grad_(False).eval()", ".eval()"),

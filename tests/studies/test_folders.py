@@ -14,6 +14,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.metrics.scores import Interval, RewardScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.streams import named_seed
 from gdmd_lightning.studies import pipelines
 from gdmd_lightning.studies.folders import intervals, read_folder, score_folder
 from gdmd_lightning.studies.tasks import built_scores
@@ -222,6 +223,27 @@ def test_evaluate_draws_a_pipeline_once_and_scores_it(tiny_pipeline, tmp_path, m
     assert "out/tiny: its pictures were drawn with other settings or prompts; remove it" in capsys.readouterr().err
 
 
+def test_pictures_are_those_that_the_pipeline_draws_with_these_settings(tiny_pipeline, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, text_encoder_3=None, tokenizer_3=None)
+    drawing = pipelines.Drawing(str(tiny_pipeline), 3, 2.5, 32, 16, seed=4)
+    pipelines.draw_pictures(drawing, [Prompt("a red circle")], 2, tmp_path / "out", "cpu")
+    for number, shot in enumerate(read_folder(tmp_path / "out")):
+        generator = torch.Generator().manual_seed(named_seed("drawn", 4, 0, number))
+        options = {"num_inference_steps": 3, "guidance_scale": 2.5, "height": 32, "width": 16}
+        expected = pipe(prompt="a red circle", generator=generator, **options).images[0]
+        assert np.array_equal(np.array(Image.open(shot.file)), np.array(expected))
+
+
+def test_metadata_of_a_drawn_picture_does_not_replace_its_prompt(tiny_pipeline, tmp_path):
+    drawing = pipelines.Drawing(str(tiny_pipeline), 1, 1.0, 32, 32)
+    prompt = Prompt("a sign", {"text": "open", "file": "x"})
+    pipelines.draw_pictures(drawing, [prompt], 1, tmp_path / "out", "cpu")
+    (shot,) = read_folder(tmp_path / "out")
+    assert shot.prompt == prompt
+
+
 def test_pipeline_that_cannot_be_loaded_or_fails_is_one_line(complaint, tiny_pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     scores = '[{"class_path": "RewardScore", "init_args": {"reward": {"class_path": "tiny.Brightness"}}}]'
@@ -230,6 +252,7 @@ def test_pipeline_that_cannot_be_loaded_or_fails_is_one_line(complaint, tiny_pip
     assert complaint(*usual, "--pipeline", f"a={tmp_path / 'empty'}").startswith(
         f"--pipeline: '{tmp_path}/empty' cannot"
     )
+    assert not (tmp_path / "out").exists()
     odd = complaint(*usual, "--pipeline", f"b={tiny_pipeline}", "--height", "33", "--width", "32")
     assert odd.startswith(f"--pipeline {tiny_pipeline}: fails: ValueError: ")
 

@@ -34,15 +34,15 @@ class GenerationEvaluation(pl.Callback):
 
     Args:
         scores: What to compute.
-        prompts: ``shapes``, or a prompt file as the data module reads it.
+        prompts: ``shapes``, ``geneval`` for its official prompts, or a prompt file as the data module reads it.
         count: Number of prompts; for Shapes the same number of each task.
         per_prompt: Pictures of each prompt; GenEval's published scores are of four.
         every_n_updates: Updates between two evaluations.
         batch_size: Images generated at once.
         columns: Images in the grid; 0 for no grid.
         teacher_steps, teacher_guidance: Steps and guidance scale of the teacher in the grid and the scores.
-        score_teacher: Whether the teacher is scored; it costs as much as ``teacher_steps`` evaluations of a generator
-            with one step, or twice that with guidance.
+        score_teacher: Whether the teacher is scored; a picture costs ``teacher_steps`` evaluations of its network, or
+            twice as many with guidance.
         seed: Seed of the noise.
 
     Attributes:
@@ -63,7 +63,7 @@ class GenerationEvaluation(pl.Callback):
         per_prompt: Count = 1,
         seed: Seed = 0,
     ) -> None:
-        self.source, self.count, self.score_teacher = prompts, count * per_prompt, score_teacher
+        self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.prompts = [each for each in read_evaluation_prompts(prompts, count) for _ in range(per_prompt)]
@@ -75,11 +75,14 @@ class GenerationEvaluation(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Names all that the teacher's scores depend on: a run resumed with other settings computes them again."""
+        """Names the settings of the teacher's scores: a run resumed with others computes them again.
+
+        Scores count by their names only; a reward with other weights needs another name.
+        """
         names = [score.name for score in self.scores]
-        measured = {"scores": names, "prompts": self.source, "count": self.count, "seed": self.seed}
+        prompts = {"prompts": self.source, "count": self.count, "per_prompt": self.per_prompt, "seed": self.seed}
         teacher = {"teacher_steps": self.teacher_steps, "teacher_guidance": self.teacher_guidance}
-        return self._generate_state_key(**measured, **teacher, every_n_updates=self.every_n_updates)
+        return self._generate_state_key(scores=names, **prompts, **teacher, every_n_updates=self.every_n_updates)
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's scores."""

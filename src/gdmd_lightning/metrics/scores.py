@@ -14,9 +14,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
-from gdmd_lightning.geneval.rules import verdict
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
+from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.shapes.detector import ShapesDetector
 
 NO_TASK = "all"
@@ -128,38 +128,6 @@ def task_of(prompt: Prompt) -> str:
     return str(prompt.metadata.get("tag", NO_TASK))
 
 
-class GenEvalScore(TaskScore):
-    """Share of pictures that are correct under GenEval's rules.
-
-    Args:
-        detector: Finds the objects; by default the detector of the Shapes world.
-    """
-
-    name = "geneval"
-
-    def __init__(self, detector: Detector | None = None) -> None:
-        super().__init__()
-        self.detector = detector or ShapesDetector()
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        check_metadata(prompts, f"score {self.name!r}", classes=self.detector.classes, colors=self.detector.colors)
-
-    def prepare(self) -> None:
-        self.detector.prepare()
-
-    def place(self, device: torch.device) -> None:
-        self.detector.to(device)
-
-    @torch.no_grad()
-    def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        found = self.detector.detect(images, prompts)
-        verdicts = [
-            verdict(detections, prompt.metadata, self.detector.rules)
-            for detections, prompt in zip(found, prompts, strict=True)
-        ]
-        return torch.tensor([float(each.correct) for each in verdicts])
-
-
 class RewardScore(TaskScore):
     """Mean reward; the score has the reward's name.
 
@@ -184,3 +152,19 @@ class RewardScore(TaskScore):
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return checked_score(self.reward, images, prompts)
+
+
+class GenEvalScore(RewardScore):
+    """Share of pictures that are correct under GenEval's rules.
+
+    Args:
+        detector: Finds the objects; by default the detector of the Shapes world.
+    """
+
+    def __init__(self, detector: Detector | None = None) -> None:
+        detector = detector or ShapesDetector()
+        super().__init__(GenEvalReward(detector))
+        self.detector = detector
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check_metadata(prompts, f"score {self.name!r}", classes=self.detector.classes, colors=self.detector.colors)

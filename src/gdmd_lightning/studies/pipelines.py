@@ -17,6 +17,7 @@ from gdmd_lightning.families.hub import loading_problem
 from gdmd_lightning.files import atomic_file, write_atomically
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import named_seed
+from gdmd_lightning.studies.folders import LISTS
 
 SETTINGS = "drawn_with.json"
 
@@ -44,7 +45,7 @@ class Drawing:
 
 
 def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, out: Path, device: str) -> None:
-    """Draw the pictures that a directory lacks, one by one, and list them as image folders do.
+    """Draw the pictures that a directory lacks, one by one, and list them as ``sample`` does.
 
     Args:
         drawing: The pipeline and its settings.
@@ -62,27 +63,22 @@ def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, 
         for number in range(per_prompt)
     ]
     settings = json.dumps({**asdict(drawing), "prompts": [prompt.text for prompt in prompts]}, indent=1) + "\n"
-    _claim(out / SETTINGS, settings)
+    if (out / SETTINGS).is_file() and (out / SETTINGS).read_text(encoding="utf-8") != settings:
+        raise UserError(
+            "its pictures were drawn with other settings or prompts",
+            where=str(out),
+            remedy="remove it, or use another --out",
+        )
     missing = [each for each in wanted if not _is_picture(out / each[0])]
     pipeline = _load(drawing, device) if missing else None
+    write_atomically(out / SETTINGS, settings)  # a pipeline that cannot be loaded leaves nothing
     for name, prompt, seed in tqdm(missing, desc=f"drawing {out.name}", unit="picture"):
         picture = _draw(pipeline, drawing, prompt.text, seed)
         with atomic_file(out / name) as part:
             picture.save(part, "PNG")
-    rows = [{"file_name": name, "text": prompt.text, **prompt.metadata} for name, prompt, _ in wanted]
-    write_atomically(out / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _claim(file: Path, settings: str) -> None:
-    if file.is_file():
-        if file.read_text(encoding="utf-8") != settings:
-            raise UserError(
-                "its pictures were drawn with other settings or prompts",
-                where=str(file.parent),
-                remedy="remove it, or use another --out",
-            )
-        return
-    write_atomically(file, settings)
+    # Metadata on its own: it may have a key "text", such as what a picture should say.
+    rows = [{"file": name, "prompt": prompt.text, "metadata": prompt.metadata} for name, prompt, _ in wanted]
+    write_atomically(out / LISTS[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _is_picture(file: Path) -> bool:
