@@ -14,8 +14,6 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
-from gdmd_lightning.methods.provenance import read_provenance
-from gdmd_lightning.methods.resuming import adapter_settings, check_teacher, raise_if_changed
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.lightning import RoleModule
@@ -159,9 +157,12 @@ def content_digest(path: str) -> str:
 def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
     """Fail if a checkpoint does not hold this module's roles in their shapes.
 
+    Merged adapters that it has in addition to the declared roles are built in the module.
+
     Raises:
         UserError: If it does not; the message names the first tensor that differs.
     """
+    module.roles.adopt({name.removeprefix("roles."): value for name, value in checkpoint["state_dict"].items()})
     mine, theirs = module.state_dict(), checkpoint["state_dict"]
     remedy = "use the configuration that the checkpoint was trained with, or start a new run with model.start_from"
     for name in [*mine, *(() if module.restricted else theirs)]:
@@ -171,55 +172,3 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
         if mine[name].shape != theirs[name].shape:
             shapes = f"{tuple(theirs[name].shape)} there, {tuple(mine[name].shape)} here"
             raise UserError(f"it is of another model: {name} is {shapes}", where="checkpoint", remedy=remedy)
-
-
-def take_over(module: RoleModule, path: str) -> None:
-    """Load roles of another run, possibly of another method.
-
-    The checkpoint must contain the generator. A role that it lacks starts as usual: a trained one as the
-    teacher, an average or snapshot as the role that it follows.
-
-    Raises:
-        UserError: If a role does not fit.
-    """
-    checkpoint = read_checkpoint(path)
-    _check_adapters(module, checkpoint, path)
-    theirs, roles = checkpoint["state_dict"], module.roles
-    own = roles.state_dict()
-    taken: dict[str, Any] = {}
-    followers = []
-    for spec in roles.specs:
-        names = roles.names_of(spec.name)
-        found = {name: theirs[f"roles.{name}"] for name in names if f"roles.{name}" in theirs}
-        if not found and spec.name != "generator":
-            followers += [spec] if spec.source is not None else []
-            continue
-        if len(found) < len(names) or any(found[name].shape != own[name].shape for name in found):
-            raise UserError(
-                f"its {spec.name} is not this model's",
-                where=f"model.start_from {path!r}",
-                remedy="use the same family, size and adapters (model.lora)",
-            )
-        taken |= found
-    check_finite(taken, f"in {path!r}")
-    roles.load_state_dict(taken, strict=False)
-    for spec in followers:
-        roles.copy(str(spec.source), spec.name)
-
-
-def _check_adapters(module: RoleModule, checkpoint: dict[str, Any], path: str) -> None:
-    """Adapters have a meaning only with their own scale, on the network that they were trained on.
-
-    Raises:
-        UserError: If either differs. Checkpoints of earlier versions do not record them.
-    """
-    if module.lora is None or "provenance" not in checkpoint:
-        return
-    origin = read_provenance(checkpoint)
-    adapters = {key: value for key, value in origin.settings.items() if key.startswith("model.lora.")}
-    try:
-        if adapters.get("model.lora.rank") is not None:
-            raise_if_changed(adapters, adapter_settings(module), "use the same values")
-        check_teacher(module, origin)
-    except UserError as error:
-        raise UserError(error.what, where=f"model.start_from {path!r}", remedy=error.remedy) from error

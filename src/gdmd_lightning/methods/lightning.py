@@ -23,7 +23,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.fingerprint import weights_fingerprint
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.checkpointing import check_finite, check_fits, content_digest, learned, take_over
+from gdmd_lightning.methods.checkpointing import check_finite, check_fits, content_digest, learned
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.methods.random_states import global_states, restore_global_states
 from gdmd_lightning.methods.resuming import (
@@ -33,6 +33,7 @@ from gdmd_lightning.methods.resuming import (
     use_current_optimization,
 )
 from gdmd_lightning.methods.settings import Memory
+from gdmd_lightning.methods.starting import merges, take_over
 from gdmd_lightning.phases import Stopwatch, listening
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
@@ -167,7 +168,7 @@ class RoleModule(pl.LightningModule):
         self.latent_shape = self.family.latent_shape(self.height, self.width)
         specs = self.role_specs()
         if self._only is not None:
-            specs = (RoleSpec(self._only, optimizer=self.generator),)
+            specs = tuple(spec.alone(self.generator) for spec in specs if spec.name == self._only)
         if self.lora is None:
             self.roles = CopiedRoles(self.family, network, specs, self.micro_batch_size)
         else:
@@ -233,7 +234,17 @@ class RoleModule(pl.LightningModule):
             self.roles.micro_batch_size = self.micro_batch_size
 
     def on_fit_start(self) -> None:
-        """Move text encoders and VAE to the device; embed all prompts if configured."""
+        """Move text encoders and VAE to the device; embed all prompts if configured.
+
+        Raises:
+            UserError: If adapters are to start merged and neither ``start_from`` nor a resumed run has any.
+        """
+        if merges(self) and not self.roles.start_names():
+            raise UserError(
+                "it is merged, but no checkpoint is given",
+                where="model.lora.start",
+                remedy="set model.start_from to a checkpoint of a run with model.lora, or use continued",
+            )
         self.family.to(self.device)
         if self.embedding_cache is not None:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

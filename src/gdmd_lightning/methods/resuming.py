@@ -65,12 +65,14 @@ def fixed_settings(module: RoleModule) -> dict[str, Any]:
 
 
 def adapter_settings(module: RoleModule) -> dict[str, Any]:
-    """Rank, alpha and targets of the adapters; all ``None`` for full copies."""
+    """Rank, alpha and targets of the adapters, all ``None`` for full copies; and whether they started merged."""
     lora = module.lora
     if lora is None:
         return dict.fromkeys(("model.lora.rank", "model.lora.alpha", "model.lora.targets"))
     targets = sorted(set(lora.targets or module.family.lora_targets))
-    return {"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha, "model.lora.targets": targets}
+    settings = {"model.lora.rank": lora.rank, "model.lora.alpha": lora.alpha, "model.lora.targets": targets}
+    # Left out if it is the default, which earlier versions did not record.
+    return settings | ({"model.lora.start": lora.start} if lora.start == "merged" else {})
 
 
 def check_resumable(module: RoleModule, origin: Provenance, started_from: str) -> None:

@@ -21,6 +21,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Batch, Conditioning
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.matching import MatchingModule
+from gdmd_lightning.methods.starting import build_starts
 from gdmd_lightning.phases import listening, phase
 from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
@@ -135,6 +136,7 @@ def plan(
     reward = _take_reward(module)
     module.updates = module.fullest_update
     module.build_roles(module.family.sketch())
+    build_starts(module)
     module.to(META)
     if isinstance(module, MatchingModule):
         module.matching = replace(module.matching, fake_score_updates=1)  # the others are like it
@@ -262,6 +264,7 @@ def _components(
     state = roles.state_dict(keep_vars=True)
     for name in (TEACHER, *(spec.name for spec in roles.specs)):
         yield from _nonempty(_count(name, (state[member] for member in roles.names_of(name))))
+    yield from _nonempty(_count("merged adapters", (state[member] for member in roles.start_names())))
     for role in optimizers:
         grads = (p.grad for p in roles.parameters_of(role) if p.grad is not None)
         yield _count(f"{role}: gradients", grads)

@@ -10,15 +10,16 @@ only within its own forward, and a checkpointed block is recomputed under the ro
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,13 +41,39 @@ class LoRA:
         rank: Rank of the two factors.
         alpha: Scale; the adapter's product is multiplied by ``alpha / rank``.
         targets: Suffixes of the names of the modules that get an adapter; empty for the family's own choice.
+        start: What happens to the adapters of ``start_from``. ``continued``: they are trained further. ``merged``:
+            each trained role keeps its average from there as part of its frozen network, and a new adapter, which may
+            have another rank, is trained on top. The base cannot absorb them, since all roles share it.
 
-    Source: LoRA (2106.09685); rank 32, alpha 64 as in RTDMD (2605.26108).
+    Source: LoRA (2106.09685); rank 32, alpha 64 as in RTDMD (2605.26108), whose second stage starts ``merged``.
     """
 
     rank: Count = 32
     alpha: Count = 64
     targets: tuple[str, ...] = ()
+    start: Literal["continued", "merged"] = "continued"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter of one layer whose scale is part of its factors.
+
+    Args:
+        a: ``[r, in]``, or a convolution's kernel.
+        b: ``[out, r]``, likewise.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def zeros(self, rank: int) -> Factors:
+        """An adapter of this layer that does nothing, of rank ``rank``."""
+        a, b = self.a, self.b
+        return Factors(a.new_zeros(rank, *a.shape[1:]), b.new_zeros(len(b), rank, *b.shape[2:]))
+
+    def named(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        """The factors by peft's letters."""
+        return ("A", self.a.contiguous()), ("B", self.b.contiguous())
 
 
 class AdapterRoles(Roles):
@@ -84,13 +111,48 @@ class AdapterRoles(Roles):
             if spec.head is not None:
                 self.add_module(spec.name, FeatureHead(family.feature_width(network), spec.head))
         names = [spec.name for spec in specs if spec.head is None]
-        self._layers = _add_adapters(self.network, lora, _targets(family, network, lora), names, seed)
+        _add_adapters(self.network, lora, _targets(family, network, lora), names, seed)
+        self._set_up()
+        self.reset_followers()
+
+    def _set_up(self) -> None:
+        """Undo what peft did when it added adapters: which of them are active and require gradient."""
+        from peft.tuners.lora import LoraLayer
+
+        self._layers = tuple(module for module in self.network.modules() if isinstance(module, LoraLayer))
         self._state: tuple[str | None, float] = (None, 1.0)
         self._activate(None)
-        for spec in specs:
+        self.network.requires_grad_(False)
+        for spec in self.specs:
             for parameter in self.parameters_of(spec.name):
                 parameter.requires_grad_(spec.optimizer is not None)
-        self.reset_followers()
+
+    # What a role is on top of, if a run started from merged adapters.
+
+    def _start_of(self, role: str) -> str | None:
+        """Name of the frozen adapter under a role's own, ``None`` if there is none."""
+        origin = next((spec.origin for spec in self.specs if spec.name == role), role)
+        return start_name(origin) if start_name(origin) in self.network.peft_config else None
+
+    def start_names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if is_start(name)]
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Build the frozen adapters in a state, such as a checkpoint's, that these roles lack; values are not loaded.
+
+        Args:
+            state: Tensors by their names in :meth:`state_dict`.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for name, tensor in state.items():
+            if match := re.fullmatch(r"network\.(.+)\.lora_A\.(.+@start)\.weight", name):
+                found.setdefault(match[2], {})[match[1]] = len(tensor)
+        origins = {spec.origin for spec in self.specs}
+        for adapter, ranks in found.items():
+            if adapter.removesuffix("@start") in origins and adapter not in self.network.peft_config:
+                rank = max(ranks.values())
+                _add_adapters(self.network, LoRA(rank, rank), sorted(ranks), [adapter], seed=0)
+        self._set_up()
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         if role in self.heads:
@@ -110,7 +172,7 @@ class AdapterRoles(Roles):
     def standalone(self, role: str) -> nn.Module:
         network: Any = copy.deepcopy(self.network)
         if role != TEACHER:
-            network.fuse_lora(adapter_names=[role])
+            network.fuse_lora(adapter_names=self._adapters(role))
         network.unload_lora()
         if network.is_gradient_checkpointing:
             network.disable_gradient_checkpointing()  # its recomputation refers to the original roles
@@ -119,8 +181,16 @@ class AdapterRoles(Roles):
     def write_adapter(self, role: str, directory: Path) -> nn.Module:
         from peft import get_peft_model_state_dict
 
-        layers = get_peft_model_state_dict(self.network, adapter_name=role)
-        self.family.save_lora(directory, layers, self.network.peft_config[role].to_dict())
+        layers, settings = get_peft_model_state_dict(self.network, adapter_name=role), self.network.peft_config[role]
+        start = self._start_of(role)
+        if start is not None:
+            scales = {start: 1.0, role: settings.lora_alpha / settings.r}
+            both = stacked(dict(self.network.state_dict()), scales)
+            layers = {f"{layer}.lora_{kind}.weight": tensor for layer, f in both.items() for kind, tensor in f.named()}
+            settings = copy.copy(settings)
+            settings.r = settings.lora_alpha = len(next(iter(both.values())).a)
+            settings.target_modules = set(both)
+        self.family.save_lora(directory, layers, settings.to_dict())
         base: nn.Module = self.network
         return base
 
@@ -149,23 +219,65 @@ class AdapterRoles(Roles):
             yield self.network
 
     @contextmanager
-    def _under(self, adapter: str | None, scale: float) -> Iterator[None]:
+    def _under(self, role: str | None, scale: float) -> Iterator[None]:
         before = self._state
-        self._activate(adapter, scale)
+        self._activate(role, scale)
         try:
             yield
         finally:
             self._activate(*before)
 
-    def _activate(self, adapter: str | None, scale: float = 1.0) -> None:
+    def _adapters(self, role: str | None) -> list[str]:
+        """Adapters that are active in a role; none in the teacher, ``None``."""
+        if role is None:
+            return []
+        start = self._start_of(role)
+        return [role] if start is None else [start, role]
+
+    def _activate(self, role: str | None, scale: float = 1.0) -> None:
         previous, previous_scale = self._state
-        self._state = (adapter, scale)
+        self._state = (role, scale)
+        active, before = self._adapters(role), self._adapters(previous) if previous_scale != 1.0 else []
         for layer in self._layers:
-            layer._active_adapter = [] if adapter is None else [adapter]
-            if previous is not None and previous_scale != 1.0:
-                layer.set_scale(previous, 1.0)
-            if adapter is not None and scale != 1.0:
+            layer._active_adapter = active
+            for adapter in before:
+                layer.set_scale(adapter, 1.0)
+            for adapter in active if scale != 1.0 else ():
                 layer.set_scale(adapter, scale)
+
+
+def start_name(role: str) -> str:
+    """Name of the frozen adapter that a trained role started on."""
+    return f"{role}@start"
+
+
+def is_start(name: str) -> bool:
+    """Whether a tensor belongs to a frozen adapter that a role started on."""
+    return "@start." in name
+
+
+def stacked(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Factors]:
+    """Sum of adapters as one, by layer: their factors side by side, so that ranks add up.
+
+    A layer that one of them lacks has zeros there, so that all layers have the same rank.
+
+    Args:
+        state: Tensors by name, ``<layer>.lora_A.<adapter>.weight`` and likewise ``lora_B``; others are ignored.
+        scales: What each adapter's product is multiplied by, ``alpha / rank``.
+    """
+    pairs: dict[str, dict[str, Factors]] = {}
+    for name, a in state.items():
+        match = re.fullmatch(r"(.+)\.lora_A\.(.+)\.weight", name)
+        if match and match[2] in scales:
+            b = state[name.replace(".lora_A.", ".lora_B.")].float() * scales[match[2]]
+            pairs.setdefault(match[1], {})[match[2]] = Factors(a.float(), b)
+    ranks = {adapter: len(f.a) for found in pairs.values() for adapter, f in found.items()}
+    out: dict[str, Factors] = {}
+    for layer, found in pairs.items():
+        shape = next(iter(found.values()))
+        parts = [found[adapter] if adapter in found else shape.zeros(rank) for adapter, rank in ranks.items()]
+        out[layer] = Factors(torch.cat([f.a for f in parts]), torch.cat([f.b for f in parts], dim=1))
+    return out
 
 
 def _is_of(name: str, adapter: str) -> bool:
@@ -191,9 +303,8 @@ def _targets(family: ModelFamily, network: nn.Module, lora: LoRA) -> list[str]:
     return sorted({name for found in matched.values() for name in found})
 
 
-def _add_adapters(network: Any, lora: LoRA, targets: list[str], adapters: list[str], seed: int) -> tuple[Any, ...]:
+def _add_adapters(network: Any, lora: LoRA, targets: list[str], adapters: list[str], seed: int) -> None:
     from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
 
     # Without a device context, peft puts all adapters except the first on the CPU.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), next(network.parameters()).device:
@@ -205,4 +316,3 @@ def _add_adapters(network: Any, lora: LoRA, targets: list[str], adapters: list[s
     for name, parameter in network.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    return tuple(module for module in network.modules() if isinstance(module, LoraLayer))

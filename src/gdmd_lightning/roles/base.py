@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -195,6 +195,13 @@ class Roles(nn.Module, ABC):
         for spec in self.specs:
             if spec.source is not None:
                 self.copy(spec.source, spec.name)
+
+    def start_names(self) -> list[str]:
+        """Names in :meth:`state_dict` of frozen adapters that roles are on top of."""
+        return []
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Build what a state, such as a checkpoint's, has in addition to the declared roles; values are not loaded."""
 
     def _set_training(self, role: str, mode: bool) -> None:
         """Switch the role's own network, if it has one, to training mode or back."""

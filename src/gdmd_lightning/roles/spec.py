@@ -123,6 +123,7 @@ class RoleSpec:
         snapshot_of: Name of the trained role that this is a past state of, or an average of past states; the method
             decides when it is taken or moved.
         head: A trained role that is a head on features; ``None`` for a network like the teacher's.
+        followed: For a role that is built alone: the role that it follows in its method.
 
     Raises:
         ValueError: If the spec contradicts itself.
@@ -134,6 +135,7 @@ class RoleSpec:
     decay: float = 0.0
     snapshot_of: str | None = None
     head: Head | None = None
+    followed: str | None = None
 
     def __post_init__(self) -> None:
         if sum(kind is not None for kind in (self.optimizer, self.average_of, self.snapshot_of)) != 1:
@@ -149,6 +151,15 @@ class RoleSpec:
     def source(self) -> str | None:
         """The role that this one follows, ``None`` for a trained one."""
         return self.average_of or self.snapshot_of
+
+    @property
+    def origin(self) -> str:
+        """The trained role that this one is, follows, or followed."""
+        return self.source or self.followed or self.name
+
+    def alone(self, optimizer: Optimization) -> RoleSpec:
+        """This role as the only one, for sampling and export."""
+        return RoleSpec(self.name, optimizer=optimizer, followed=self.source)
 
 
 def check_specs(specs: tuple[RoleSpec, ...]) -> None:
