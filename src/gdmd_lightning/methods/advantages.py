@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Batch
+from gdmd_lightning.methods.history import PromptHistory, RunningStatistics
 from gdmd_lightning.objectives.advantages import (
     Spread,
     center_within,
@@ -18,7 +18,6 @@ from gdmd_lightning.objectives.advantages import (
     group_advantages,
     group_mean,
 )
-from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, Positive, ranged
 from gdmd_lightning.rewards.judge import Judge
 
@@ -211,6 +210,7 @@ class JudgedSamples:
         }
 
 
+@ranged
 @dataclass(frozen=True)
 class SampleAdvantages:
     """How rewards of samples become advantages within the samples of a prompt.
@@ -220,27 +220,31 @@ class SampleAdvantages:
         rewards: Several rewards (:class:`CombinedReward`) are normalized ``jointly``, as their weighted sum, or
             ``separately``, before they are summed, so that none decides by its scale; then the sum is divided by the
             batch's standard deviation (GDPO, 2601.05242, with ``spread: group``).
+        running: Compare with the prompt's rewards of earlier updates too; null for the group alone.
     """
 
     spread: Spread = "batch"
     rewards: Literal["jointly", "separately"] = "jointly"
+    running: RunningStatistics | None = None
 
-    def __call__(self, judge: Judge, x0: Tensor, prompts: Sequence[Prompt], groups: Tensor) -> JudgedSamples:
+    def __call__(self, judge: Judge, x0: Tensor, batch: Batch, history: PromptHistory) -> JudgedSamples:
         """Judge samples.
 
         Args:
             judge: Scores the samples.
             x0: Samples, ``[B, C, H, W]``.
-            prompts: One per sample.
-            groups: Index of each sample's prompt, ``[B]``.
+            batch: Prompts and groups of the samples.
+            history: The run's; used and extended if ``running`` is set.
         """
-        groups = groups.to(x0.device)
+        prompts, groups = batch.prompts, batch.groups.to(x0.device)
         if self.rewards == "jointly":
             total = judge(x0, prompts)
-            return JudgedSamples(total, group_advantages(total, groups, self.spread), groups)
+            past = None if self.running is None else history.add(prompts, total[:, None], self.running)[0]
+            return JudgedSamples(total, group_advantages(total, groups, self.spread, past=past), groups)
         each = judge.each(x0, prompts)
         weights = each.new_tensor(judge.weights)
-        advantages = decoupled_advantages(each, weights, groups, self.spread)
+        pasts = None if self.running is None else history.add(prompts, each, self.running)
+        advantages = decoupled_advantages(each, weights, groups, self.spread, pasts=pasts)
         return JudgedSamples((each * weights).sum(1), advantages, groups)
 
 

@@ -18,6 +18,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.pictures import check_pictures
 from gdmd_lightning.latents import Batch, Conditioning, NoisyLatents, micro_batches
+from gdmd_lightning.methods.history import PromptHistory
 from gdmd_lightning.methods.lightning import Logs, RoleModule, Update
 from gdmd_lightning.phases import phase
 from gdmd_lightning.prompts import Prompt
@@ -53,6 +54,10 @@ class DistillationModule(RoleModule, ABC):
         steps: Network evaluations per sample.
         sampler: How the generator goes from step to step.
         shared: Arguments of :class:`RoleModule`.
+
+    Attributes:
+        history: Rewards of earlier updates by prompt, for methods that compare samples with them; part of the
+            checkpoint.
     """
 
     judge: Judge | None = None
@@ -64,6 +69,7 @@ class DistillationModule(RoleModule, ABC):
     def __init__(self, family: ModelFamily, steps: Steps = 4, sampler: Sampler = ODE(), **shared: Any) -> None:
         super().__init__(family, **shared)
         self.steps, self.sampler = steps, sampler
+        self.history = PromptHistory()
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
         """A trained generator and its average, which is evaluated and exported."""
@@ -124,10 +130,17 @@ class DistillationModule(RoleModule, ABC):
         super().on_fit_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the reward's name too: export and sampling restore a module without its reward."""
+        """Add the reward's name, since export and sampling restore a module without it, and the prompts' history."""
         super().on_save_checkpoint(checkpoint)
         if self.judge is not None:
             checkpoint["provenance"]["reward"] = self.judge.reward.name
+        if len(self.history):
+            checkpoint["prompt_history"] = self.history.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "prompt_history" in checkpoint:
+            self.history.load_state_dict(checkpoint["prompt_history"])
 
     # What updates are written with.
 

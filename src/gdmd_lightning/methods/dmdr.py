@@ -156,7 +156,7 @@ class DMDR(MatchingModule):
     def _grpo(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of GRPO on the generator's rollouts; matching takes the place of its KL term."""
         path = self.rollout(batch, "reward rollout", self.grpo.sampler)
-        judged = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
         logs = judged.logs(self.grpo.advantage_clip)
         for k in steps:
@@ -170,7 +170,7 @@ class DMDR(MatchingModule):
     def _nft(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of DiffusionNFT on the old policy's rollouts."""
         x0 = self.rollout(batch, "reward rollout", role="old").x0
-        judged = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, x0, batch, self.history)
         o = optimality(judged.advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
         logs = judged.logs(self.nft.advantage_clip)

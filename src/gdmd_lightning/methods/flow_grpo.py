@@ -62,7 +62,7 @@ class FlowGRPO(DistillationModule):
         """Roll out and judge once, then step the generator on the trained steps of all samples."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        judged = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
         logs = {"sample_std": path.x0.std()} | judged.logs(self.grpo.advantage_clip)
         for _ in range(self.inner_epochs):

@@ -67,7 +67,7 @@ class DiffusionNFT(DistillationModule):
         """The old policy's samples are judged; the generator learns from them at its own levels."""
         self.judge.check(batch.prompts)
         x0 = self.rollout(batch, role="old").x0
-        judged = self.sample_advantages(self.judge, x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, x0, batch, self.history)
         o = optimality(judged.advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
         logs = {"sample_std": x0.std()} | judged.logs(self.nft.advantage_clip)

@@ -79,7 +79,7 @@ class RTDMD(AmbientModule):
         """Roll out and judge once; one generator step on all terms; then the fake score's steps."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        judged = self.sample_advantages(self.judge, path.x0, batch.prompts, batch.groups)
+        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps")) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Spread = Literal["group", "batch", "none"]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What earlier updates say about the rewards of each row's prompt.
+
+    Args:
+        mean: ``[N]``.
+        std: ``[N]``.
+        known: Whether they are to be used, ``[N]``; a row for which they are not is compared within its group.
+    """
+
+    mean: Tensor
+    std: Tensor
+    known: Tensor
 
 
 def group_mean(values: Tensor, groups: Tensor) -> Tensor:
@@ -18,7 +35,9 @@ def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     return (total / size.clamp(min=1))[groups]
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", floor: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, groups: Tensor, spread: Spread = "batch", floor: float = 1e-4, past: Past | None = None
+) -> Tensor:
     """``A = (r - mean of the group) / std``.
 
     Args:
@@ -28,27 +47,36 @@ def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "batch", 
             ``batch`` (steadier for small groups: with two members, ``group`` makes every advantage +-1), or
             ``none``.
         floor: Advantages are exactly 0 where the standard deviation is not above this.
+        past: Takes the place of the group's mean, and of its standard deviation, where it is known.
 
     Returns:
-        ``[N]``; 0 for a group of equal rewards. A constant added to all rewards changes nothing, and permuted
-        rows give permuted advantages.
+        ``[N]``; 0 for a group of equal rewards, unless its past is known. A constant added to all rewards changes
+        nothing, and permuted rows give permuted advantages.
 
     Source: GRPO (2402.03300), section 4.1.2; the batch's std as in Flow-GRPO (2505.05470).
     """
     centered = rewards - group_mean(rewards, groups)
     # The mean of equal numbers may have a rounding error, which must not count as a preference.
     centered = torch.where(_all_equal(rewards, groups), torch.zeros_like(centered), centered)
+    if past is not None:
+        centered = torch.where(past.known, rewards - past.mean, centered)
     if spread == "none":
         return centered
-    variance = (
-        group_mean(centered.square(), groups) if spread == "group" else centered.square().mean().expand_as(centered)
-    )
-    std = variance.sqrt()
+    if spread == "batch":
+        std = centered.square().mean().sqrt().expand_as(centered)
+    else:
+        std = group_mean(centered.square(), groups).sqrt()
+        std = std if past is None else torch.where(past.known, past.std, std)
     return torch.where(std > floor, centered / std.clamp(min=floor), torch.zeros_like(centered))
 
 
 def decoupled_advantages(
-    rewards: Tensor, weights: Tensor, groups: Tensor, spread: Spread = "group", floor: float = 1e-4
+    rewards: Tensor,
+    weights: Tensor,
+    groups: Tensor,
+    spread: Spread = "group",
+    floor: float = 1e-4,
+    pasts: Sequence[Past | None] | None = None,
 ) -> Tensor:
     """``A = sum_k w_k A_k`` over the batch's standard deviation, each ``A_k`` normalized on its own within groups.
 
@@ -61,14 +89,21 @@ def decoupled_advantages(
         groups: Index of each row's group, ``[N]``, from 0 without gaps.
         spread: Standard deviation that each reward is divided by.
         floor: As in :func:`group_advantages`.
+        pasts: One per reward, see :func:`group_advantages`; ``None`` for none.
 
     Returns:
         ``[N]``.
 
     Source: GDPO (2601.05242), Eqs. 4 to 6.
     """
-    each = torch.stack([group_advantages(r, groups, spread, floor) for r in rewards.unbind(1)], dim=1)
-    return group_advantages((each * weights).sum(1), groups, "batch", floor)
+    columns = zip(rewards.unbind(1), pasts or [None] * rewards.shape[1], strict=True)
+    each = torch.stack([group_advantages(r, groups, spread, floor, past) for r, past in columns], dim=1)
+    total = (each * weights).sum(1)
+    if pasts is None:
+        return group_advantages(total, groups, "batch", floor)
+    # Not centered again, which would take away what the past says about a whole group.
+    std = total.square().mean().sqrt()
+    return torch.where(std > floor, total / std.clamp(min=floor), torch.zeros_like(total))
 
 
 def _all_equal(values: Tensor, groups: Tensor) -> Tensor:
