@@ -34,7 +34,10 @@ class Says:
 
     def __call__(self, x0, prompts):
         assert prompts == PROMPTS
-        return (self.rewards * torch.tensor(self.weights)).sum(1)
+        return self.combined(self.rewards)
+
+    def combined(self, each):
+        return (each * torch.tensor(self.weights)).sum(1)
 
     def each(self, x0, prompts):
         assert prompts == PROMPTS

@@ -631,15 +631,15 @@ MUTATIONS = [
         ),
         (
             "separate rewards of targets unweighted",
-            "(torch.stack(parts, dim=-1) * weights).sum(-1)",
-            "torch.stack(parts, dim=-1).sum(-1)",
+            "judge.combined(torch.stack(parts, dim=1))",
+            "torch.stack(parts, dim=1).sum(1)",
         ),
         (
             "summed advantages of targets not rescaled",
-            "JudgedGroup(*apart((each * weights).sum(1)), advantages)",
-            "JudgedGroup(*apart((each * weights).sum(1)), combined)",
+            "JudgedGroup(*apart(judge.combined(each)), advantages)",
+            "JudgedGroup(*apart(judge.combined(each)), combined)",
         ),
-        ("separate rewards of targets unweighted in logs", "apart((each * weights).sum(1))", "apart(each.sum(1))"),
+        ("separate rewards of targets unweighted in logs", "apart(judge.combined(each))", "apart(each.sum(1))"),
     ),
     *errors(
         "methods/advantages.py",
@@ -1090,10 +1090,10 @@ MUTATIONS = [
         ),
         (
             "separate rewards unweighted in logs",
-            "JudgedSamples((each * weights).sum(1)",
+            "JudgedSamples(judge.combined(each)",
             "JudgedSamples(each.sum(1)",
         ),
-        ("separate spread ignored", "weights, groups, self.spread, pasts", "weights, groups, pasts"),
+        ("separate spread ignored", "weights, groups, self.spread, pasts=", "weights, groups, pasts="),
         (
             "joint spread ignored",
             "group_advantages(total, groups, self.spread, past",
@@ -1108,7 +1108,7 @@ MUTATIONS = [
             '(total, groups, "batch", floor)',
             '(total, groups, "none", floor)',
         ),
-        ("separate rewards unweighted", "total = (each * weights).sum(1)", "total = each.sum(1)"),
+        ("separate rewards unweighted", "torch.stack([w * a for w, a", "torch.stack([a for w, a"),
         (
             "separate rewards of the batch's spread",
             "group_advantages(r, groups, spread, floor, past)",

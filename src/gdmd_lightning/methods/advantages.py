@@ -112,13 +112,12 @@ class TargetAdvantages:
             rewards, sample_reward = apart(judge(latents, prompts))
             return JudgedGroup(rewards, sample_reward, self(rewards, sample_reward, batch.groups))
         each = judge.each(latents, prompts)
-        weights = each.new_tensor(judge.weights)
         parts = [self(*apart(scored), batch.groups) for scored in each.unbind(1)]
-        combined = (torch.stack(parts, dim=-1) * weights).sum(-1)
+        combined = judge.combined(torch.stack(parts, dim=1))
         # The second normalization only brings the sum to the batch's scale: the parts have been compared already.
         rescale = replace(self, spread="batch", center_strata=False)
         advantages = rescale(combined, torch.zeros_like(combined[:, 0]), batch.groups)
-        return JudgedGroup(*apart((each * weights).sum(1)), advantages)
+        return JudgedGroup(*apart(judge.combined(each)), advantages)
 
     def __call__(self, rewards: Tensor, sample_reward: Tensor | None, groups: Tensor) -> Tensor:
         """Advantages ``[B, M]`` by one reward.
@@ -242,10 +241,9 @@ class SampleAdvantages:
             past = None if self.running is None else history.add(prompts, total[:, None], self.running)[0]
             return JudgedSamples(total, group_advantages(total, groups, self.spread, past=past), groups)
         each = judge.each(x0, prompts)
-        weights = each.new_tensor(judge.weights)
         pasts = None if self.running is None else history.add(prompts, each, self.running)
-        advantages = decoupled_advantages(each, weights, groups, self.spread, pasts=pasts)
-        return JudgedSamples((each * weights).sum(1), advantages, groups)
+        advantages = decoupled_advantages(each, judge.weights, groups, self.spread, pasts=pasts)
+        return JudgedSamples(judge.combined(each), advantages, groups)
 
 
 def _over_rms(difference: Tensor, floor: float = 1e-4) -> Tensor:

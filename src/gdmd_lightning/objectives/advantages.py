@@ -72,7 +72,7 @@ def group_advantages(
 
 def decoupled_advantages(
     rewards: Tensor,
-    weights: Tensor,
+    weights: Sequence[float],
     groups: Tensor,
     spread: Spread = "group",
     floor: float = 1e-4,
@@ -85,7 +85,7 @@ def decoupled_advantages(
 
     Args:
         rewards: ``[N, R]``, one column per reward.
-        weights: ``[R]``.
+        weights: ``R`` numbers.
         groups: Index of each row's group, ``[N]``, from 0 without gaps.
         spread: Standard deviation that each reward is divided by.
         floor: As in :func:`group_advantages`.
@@ -97,8 +97,8 @@ def decoupled_advantages(
     Source: GDPO (2601.05242), Eqs. 4 to 6.
     """
     columns = zip(rewards.unbind(1), pasts or [None] * rewards.shape[1], strict=True)
-    each = torch.stack([group_advantages(r, groups, spread, floor, past) for r, past in columns], dim=1)
-    total = (each * weights).sum(1)
+    each = [group_advantages(r, groups, spread, floor, past) for r, past in columns]
+    total = torch.stack([w * a for w, a in zip(weights, each, strict=True)]).sum(0)
     if pasts is None:
         return group_advantages(total, groups, "batch", floor)
     # Not centered again, which would take away what the past says about a whole group.

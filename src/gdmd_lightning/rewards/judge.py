@@ -54,12 +54,16 @@ class Judge:
             NonFinitePictures: If generator or decoder give pictures that are not finite.
             UserError: If the reward raises, or returns the wrong shape or non-finite scores.
         """
-        scores = self._each(latents, prompts, gradient)
-        return torch.stack([w * s for w, s in zip(self.weights, scores.unbind(1), strict=True)]).sum(0)
+        return self.combined(self._each(latents, prompts, gradient))
 
     def each(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Rewards ``[B, R]`` of the ``R`` parts of a combined reward, unweighted and without gradient; see above."""
         return self._each(latents, prompts, gradient=False)
+
+    def combined(self, each: Tensor) -> Tensor:
+        """Weighted sum ``[B, ...]`` over the parts of a combined reward, ``[B, R, ...]``."""
+        # Numbers, not a tensor of weights: to copy one to a GPU would wait for it.
+        return torch.stack([w * part for w, part in zip(self.weights, each.unbind(1), strict=True)]).sum(0)
 
     @property
     def weights(self) -> tuple[float, ...]:
