@@ -106,3 +106,27 @@ def test_a_signal_to_one_rank_stops_both_with_its_status(run_cli, fast_fit, tmp_
     from gdmd_lightning.methods.checkpointing import read_checkpoint
 
     assert read_checkpoint(str(interrupted), in_memory=False)["global_step"] == 1
+
+
+@pytest.mark.slow
+def test_ranks_roll_back_together_by_what_rank_0_sees(two_ranks, tmp_path):
+    from gdmd_lightning.methods.checkpointing import read_checkpoint
+
+    scripted = "{class_path: scripted.Scripted, init_args: {figures: [1.0, 0.1, 0.9]}}"
+    watch = (
+        "{class_path: CollapseWatch, init_args: {falls: [{figure: held_out, by: 0.5, patience: 1}], "
+        "every_n_updates: 1, policy: roll_back, roll_back: {learning_rate_factor: 0.5}}}"
+    )
+    best = "{monitor: held_out, mode: max, every_n_train_steps: 1, save_last: true}"
+    keeper = f"{{class_path: ModelCheckpoint, init_args: {best}}}"
+    mine = f"{{class_path: digest.Digest, init_args: {{directory: {tmp_path}}}}}"
+    overlay = tmp_path / "watch.yaml"
+    overlay.write_text(f"trainer: {{callbacks: [{scripted}, {keeper}, {watch}, {mine}]}}\n")
+    one, other = two_ranks("--trainer.strategy=ddp", "--config", str(overlay))
+    # Updates 1 and 2, back to 1, the best one, then 2 and 3.
+    assert [len(rank["prompts"]) for rank in (one, other)] == [4, 4]
+    assert one["updates"] == other["updates"] == 3
+    assert one["digests"] == other["digests"]
+    last = read_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    (state,) = [each for key, each in last["callbacks"].items() if key.startswith("CollapseWatch")]
+    assert state["rolled_back"] == 1
