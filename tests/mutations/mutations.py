@@ -2064,4 +2064,11 @@ MUTATIONS = [
         ("past std ignored", "torch.where(past.known, past.std, std)", "std"),
         ("sum of rewards with a past centered", "if pasts is None:", "if True:"),
     ),
+    *errors(
+        "rewards/judge.py",
+        ("rewards/test_judge.py",),
+        ("clipped pictures accepted", "((images <= 0) | (images >= 1)).all()", "((images <= 0) & (images >= 1)).all()"),
+        ("some clipped pixels refused", "(images >= 1)).all()", "(images >= 1)).any()"),
+        ("clipped pictures checked in every update", "self._gradient_checked = True", "pass"),
+    ),
 ]

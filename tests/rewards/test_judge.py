@@ -167,3 +167,26 @@ def test_judge_of_a_plain_reward_has_one_part():
     judge = Judge(Placed(), Doubling())
     assert judge.weights == (1.0,)
     assert torch.equal(judge.each(LATENTS, PROMPTS)[:, 0], judge(LATENTS, PROMPTS))
+
+
+class Clipping(Doubling):
+    """Decodes as the families do: to [0, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents).clamp(0, 1)
+
+
+def test_judge_refuses_a_gradient_that_no_pixel_lets_through():
+    far = torch.where(LATENTS > 0, 3.0, -3.0)
+    judge = Judge(Placed(), Clipping())
+    judge(far, PROMPTS)
+    with pytest.raises(UserError, match=r"reward 'placed': every pixel is 0 or 1, where the decoder clips"):
+        judge(far.clone().requires_grad_(), PROMPTS, gradient=True)
+    far[0, 0, 0, 0] = 0.1
+    assert Judge(Placed(), Clipping())(far.clone().requires_grad_(), PROMPTS, gradient=True).requires_grad
+
+
+def test_judge_looks_at_the_first_pictures_with_gradient_only():
+    judge = Judge(Placed(), Clipping())
+    judge(LATENTS.clone().requires_grad_(), PROMPTS, gradient=True)
+    judge(torch.full_like(LATENTS, 3.0).requires_grad_(), PROMPTS, gradient=True)

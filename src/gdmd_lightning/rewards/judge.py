@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.pictures import NonFinitePictures
 from gdmd_lightning.latents import in_micro_batches
@@ -41,6 +42,7 @@ class Judge:
         self.reward, self.family = reward, family
         self.placement, self.micro_batch_size = placement, micro_batch_size
         self._scored: list[Tensor] = []
+        self._gradient_checked = False
 
     def __call__(self, latents: Tensor, prompts: Sequence[Prompt], *, gradient: bool = False) -> Tensor:
         """Rewards ``[B]``, float32, of latents ``[B, C, H, W]``.
@@ -52,7 +54,8 @@ class Judge:
 
         Raises:
             NonFinitePictures: If generator or decoder give pictures that are not finite.
-            UserError: If the reward raises, or returns the wrong shape or non-finite scores.
+            UserError: If the reward raises, or returns the wrong shape or non-finite scores; or if the first pictures
+                with gradient are black and white everywhere, so that none of it passes the decoder.
         """
         return self.combined(self._each(latents, prompts, gradient))
 
@@ -106,6 +109,7 @@ class Judge:
         """Scores ``[B, len(rewards)]`` of one micro-batch, decoded once."""
         with phase("decoding"):
             images = self.family.decode(latents)
+        self._check_clipping(images)
         try:
             with phase("reward"), self._placed(images.device):
                 # A copy for each, since a reward may change its input in place.
@@ -113,6 +117,19 @@ class Judge:
                 return torch.stack([checked_score(reward, next(own), prompts) for reward in rewards], dim=1)
         except NonFinitePictures as error:
             raise NonFinitePictures(error.rows, error.texts, latents) from error
+
+    def _check_clipping(self, images: Tensor) -> None:
+        """Fail if no pixel of the first pictures with gradient is inside (0, 1): where pixels are clipped, it is 0."""
+        if not images.requires_grad or self._gradient_checked:
+            return
+        # Once, since it waits for the device.
+        self._gradient_checked = True
+        if bool(((images <= 0) | (images >= 1)).all()):
+            raise UserError(
+                "every pixel is 0 or 1, where the decoder clips, so the reward's gradient is 0",
+                where=f"reward {self.reward.name!r}",
+                remedy="start from a generator that makes pictures (model.start_from)",
+            )
 
     @contextmanager
     def _placed(self, device: torch.device) -> Iterator[None]:
