@@ -73,7 +73,7 @@ SEE = "see fit --model.help GDMD"
             "model.sampler: expected the name of a Sampler class: CPS, ODE, Renoise, SDE, got '4'; "
             f"e.g. --model.sampler CPS; {SEE}",
         ),
-        ("--model.lora 4", "model.lora: expected settings (rank, alpha, targets), got '4'; e.g. --model.lora.rank 32; "),
+        ("--model.lora 4", "model.lora: expected settings (rank, alpha, targets, start), got '4'; e.g. --model.lora.rank 32; "),
         ("--model.policy full", "model.policy: expected settings (form, at, normalize, beta, old_decay), got 'full'; "),
         ("--model.reward torch.nn.Linear", "'torch.nn.Linear' is not a Reward; use a subclass of it: AestheticScore, "),
         # Values.

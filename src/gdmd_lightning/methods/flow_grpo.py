@@ -10,53 +10,41 @@ from typing import Any
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.advantages import SampleAdvantages
-from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
+from gdmd_lightning.methods.base import Update, weighted_sum
 from gdmd_lightning.methods.grpo_terms import GRPO, grpo_term
+from gdmd_lightning.methods.policy_module import PolicyModule
 from gdmd_lightning.objectives.grpo import step_kl
-from gdmd_lightning.ranges import Count, NonNegative, Steps, ranged
+from gdmd_lightning.ranges import NonNegative, ranged
 from gdmd_lightning.rewards.base import Reward
-from gdmd_lightning.rewards.judge import Judge
 
 
 @ranged
-class FlowGRPO(DistillationModule):
-    """GRPO on a flow model: all samples of an update are rolled out once and compared within their prompts.
+class FlowGRPO(PolicyModule):
+    """GRPO on a flow model; it needs at least 2 steps.
 
     Args:
         family: The teacher's pipeline.
         reward: Judges samples.
-        steps: Steps of a rollout, and of generation, at least 2.
         grpo: Rollouts and the clipped ratio.
-        sample_advantages: How rewards become advantages.
         kl_weight: Weight of the KL divergence from the frozen teacher's steps, at least 0; 0 for none, which saves the
             teacher's evaluations.
-        inner_epochs: Generator steps per update, all on the same rollouts, at least 1.
-        distillation: Arguments of :class:`DistillationModule`.
+        policy_module: Arguments of :class:`PolicyModule`.
 
     Raises:
         UserError: If a value is out of range.
     """
 
-    judge: Judge
-    needs_groups = True
-
     def __init__(
         self,
         family: ModelFamily,
         reward: Reward,
-        steps: Steps = 10,
         grpo: GRPO = GRPO(),
-        sample_advantages: SampleAdvantages = SampleAdvantages(),
         kl_weight: NonNegative = 0.04,
-        inner_epochs: Count = 1,
-        **distillation: Any,
+        **policy_module: Any,
     ) -> None:
-        super().__init__(family, steps=steps, **distillation)
-        grpo.check_steps(steps)
-        self.grpo, self.sample_advantages = grpo, sample_advantages
-        self.kl_weight, self.inner_epochs = kl_weight, inner_epochs
-        self.judge = self.judge_with(reward)
+        super().__init__(family, reward, kl_weight=kl_weight, **policy_module)
+        grpo.check_steps(self.steps)
+        self.grpo = grpo
 
     def update(self, batch: Batch, learn: Learn) -> Update:
         """Roll out and judge once, then step the generator on the trained steps of all samples."""

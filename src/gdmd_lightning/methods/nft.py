@@ -10,54 +10,44 @@ from typing import Any
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.advantages import SampleAdvantages
-from gdmd_lightning.methods.base import DistillationModule, Update, weighted_sum
+from gdmd_lightning.methods.base import Update, weighted_sum
 from gdmd_lightning.methods.nft_terms import NFT, nft_term, renoised_samples
+from gdmd_lightning.methods.policy_module import PolicyModule
 from gdmd_lightning.objectives.policy import optimality
-from gdmd_lightning.ranges import Count, NonNegative, Steps, ranged
+from gdmd_lightning.ranges import NonNegative, ranged
 from gdmd_lightning.rewards.base import Reward
-from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
 
 
 @ranged
-class DiffusionNFT(DistillationModule):
+class DiffusionNFT(PolicyModule):
     """Reinforcement learning on the forward process; any sampler may take the rollouts.
+
+    The levels of a rollout's steps are those at which the generator learns. Each inner epoch has noise of its own.
 
     Args:
         family: The teacher's pipeline.
         reward: Judges samples.
-        steps: Steps of a rollout, and of generation; their levels are those at which the generator learns.
         nft: The velocity policies.
-        sample_advantages: How rewards become advantages.
         kl_weight: Weight of the mean squared distance from the frozen teacher's velocity, at least 0; 0 for none,
             which saves the teacher's evaluations.
-        inner_epochs: Generator steps per update, all on the same samples and judgments, each with its own noise.
-        distillation: Arguments of :class:`DistillationModule`.
+        policy_module: Arguments of :class:`PolicyModule`.
 
     Raises:
         UserError: If a value is out of range.
     """
 
-    judge: Judge
-    needs_groups = True
-
     def __init__(
         self,
         family: ModelFamily,
         reward: Reward,
-        steps: Steps = 10,
         nft: NFT = NFT(),
-        sample_advantages: SampleAdvantages = SampleAdvantages(),
         kl_weight: NonNegative = 1e-4,
-        inner_epochs: Count = 1,
-        **distillation: Any,
+        **policy_module: Any,
     ) -> None:
-        super().__init__(family, steps=steps, **distillation)
-        nft.check_steps(steps)
-        self.nft, self.sample_advantages = nft, sample_advantages
-        self.kl_weight, self.inner_epochs = kl_weight, inner_epochs
-        self.judge = self.judge_with(reward)
+        super().__init__(family, reward, kl_weight=kl_weight, **policy_module)
+        nft.check_steps(self.steps)
+        self.nft = nft
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
         """A trained generator, its average, and the old policy, whose decay depends on the update."""
