@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, MetaShapes, Trace
 
 FLOAT = 4
 
@@ -103,3 +103,42 @@ def test_gradients_under_autocast_have_the_weights_precision():
         loss = layer(torch.empty(2, 8, device="meta")).square().mean()
     loss.backward()
     assert layer.weight.grad.dtype == torch.float32
+
+
+def test_repeated_operations_have_the_results_of_the_first():
+    x = torch.empty(4, 6, device="meta").t()
+    whole = torch.empty(4, 6, dtype=torch.int64, device="meta")
+    aten = torch.ops.aten
+    shapes = MetaShapes()
+    for call in (
+        lambda: shapes(aten.mul.Tensor, (x, x), {}),
+        lambda: shapes(aten.mul.Tensor, (x.contiguous(), x.contiguous()), {}),
+        lambda: shapes(aten.sum.dim_IntList, (x, [1]), {"keepdim": True}),
+        lambda: shapes(aten.sum.dim_IntList, (x, [1]), {}),
+        lambda: shapes(aten.add.Tensor, (whole, 1), {}),
+        lambda: shapes(aten.add.Tensor, (whole, 1.0), {}),
+        lambda: shapes(aten.cat.default, ([x, x], 1), {}),
+        lambda: shapes(aten.native_layer_norm.default, (x.contiguous(), [4], None, None, 1e-5), {}),
+    ):
+        first, again = call(), call()
+        for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (first, again)), strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+            assert one.untyped_storage()._cdata != other.untyped_storage()._cdata
+    assert shapes(aten.mul.Tensor, (x, x), {}).stride() == (1, 6)
+    assert shapes(aten.mul.Tensor, (x.contiguous(), x.contiguous()), {}).stride() == (4, 1)
+    assert shapes(aten.add.Tensor, (whole, 1), {}).dtype == torch.int64
+    assert shapes(aten.add.Tensor, (whole, 1.0), {}).dtype == torch.float32
+
+
+@pytest.mark.parametrize("view", [torch.ops.aten._unsafe_view.default, torch.ops.aten.view.default])
+def test_views_are_never_repeated_as_tensors_of_their_own(view):
+    x, shapes = torch.empty(4, 6, device="meta"), MetaShapes()
+    for _ in range(3):
+        assert shapes(view, (x, [24]), {}).untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
+def test_operations_in_place_and_on_real_tensors_are_always_called():
+    x, real, shapes = torch.empty(4, device="meta"), torch.ones(4), MetaShapes()
+    for k in range(3):
+        assert shapes(torch.ops.aten.add_.Tensor, (x, x), {}) is x
+        assert torch.equal(shapes(torch.ops.aten.add.Tensor, (real, k), {}), real + k)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ class Trace(TorchDispatchMode):
         self.phases: dict[str, int] = {}
         self._open: list[str] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
+        self._shapes = MetaShapes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._shapes(func, args, kwargs or {})
         self.see(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
         return result
 
@@ -86,6 +87,77 @@ class Trace(TorchDispatchMode):
                 self.current -= size
 
         return forget
+
+
+_NOT_KNOWN = object()
+
+
+class MetaShapes:
+    """Calls operations, and repeats on the meta device what it has seen before without asking torch again.
+
+    The blocks of a network call the same operations on the same shapes, and torch works out each result on the meta
+    device in Python, which takes most of the time of a trace. Only operations are repeated whose results have storages
+    of their own.
+    """
+
+    _known: ClassVar[dict[Any, Any]] = {}  # for all plans of a process, which differ in few operations
+
+    def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of ``func(*args, **kwargs)``."""
+        try:
+            key = (func, _signature(args), _signature(tuple(kwargs.items())))
+            known = self._known.get(key, _NOT_KNOWN)
+        except _NotRepeatable:
+            return func(*args, **kwargs)
+        if known is _NOT_KNOWN:
+            result = func(*args, **kwargs)
+            self._known[key] = _recipe(result, (args, kwargs))
+            return result
+        if known is None:
+            return func(*args, **kwargs)
+        made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+        return made[0] if isinstance(known, list) else tuple(made)
+
+
+class _NotRepeatable(Exception):
+    """An argument does not say what the result will be like."""
+
+
+def _signature(value: Any) -> Any:
+    """What the shape of a result can depend on."""
+    if isinstance(value, Tensor):
+        if value.device.type != "meta":
+            raise _NotRepeatable
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(_signature(each) for each in value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.layout):
+        return type(value), value  # 1, 1.0 and True are equal, but not as arguments
+    if isinstance(value, torch.memory_format):
+        return value
+    raise _NotRepeatable
+
+
+def _recipe(result: Any, inputs: Any) -> list[Any] | tuple[Any, ...] | None:
+    """Sizes, strides and types of results, a list for a single one; ``None`` if the call cannot be repeated."""
+    results = [result] if isinstance(result, Tensor) else result
+    if not isinstance(results, list | tuple) or not all(isinstance(each, Tensor) for each in results):
+        return None
+    # Not from the schema: some operations return a view although theirs does not say so.
+    shared = {_storage(each) for each in tree_iter(inputs) if isinstance(each, Tensor)}
+    own = {_storage(each) for each in results}
+    if shared & own or len(own) < len(results):
+        return None
+    found = [(each.size(), each.stride(), each.dtype) for each in results]
+    for each, (size, stride, dtype) in zip(results, found, strict=True):
+        like = torch.empty_strided(size, stride, dtype=dtype, device="meta").untyped_storage()
+        if each.device.type != "meta" or like.nbytes() != each.untyped_storage().nbytes():
+            return None
+    return found if isinstance(result, Tensor) else tuple(found)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 class FusedAttention(TorchFunctionMode):
