@@ -1579,7 +1579,30 @@ MUTATIONS = [
     *errors(
         "data/evaluation_prompts.py",
         ("geneval/test_training_prompts.py",),
-        ("first prompts of GenEval only", "official[i * len(official) // count]", "official[i]"),
+        ("first prompts of GenEval only", "prompts[i * len(prompts) // count]", "prompts[i]"),
+    ),
+    *errors(
+        "data/evaluation_prompts.py",
+        ("data/test_prompt_sets.py",),
+        ("tagged set read from its beginning", "if tag is None else spread(list(opened), count)", ""),
+    ),
+    *errors(
+        "data/files.py",
+        ("data/test_prompt_sets.py",),
+        ("quotes of a prompt dropped", "yield quoted(text) if literal and", "yield text if literal and"),
+        ("quoted tab splits a field", ' and text.count("\\t") + 1 == width', ""),
+        ("all text files tagged by a column", "if tag == TAG_OF_FILE:", "if False:"),
+        ("tag is the prompt", "with_tag(record[tag], where)", "with_tag(record[index], where)"),
+        (
+            "tag of a parquet file dropped",
+            "with_tag(tags[0], where) if tags else None)\n                row",
+            "None)\n                row",
+        ),
+    ),
+    *errors(
+        "data/hub.py",
+        ("data/test_prompt_sets.py",),
+        ("categories as numbers", "tags = [names[tags[0]]]", "pass"),
     ),
     *errors(
         "metrics/evaluation.py",

@@ -15,7 +15,7 @@ from torch import Tensor
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
-from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
@@ -35,7 +35,11 @@ class GenerationEvaluation(pl.Callback):
     Args:
         scores: What to compute.
         prompts: ``shapes``, ``geneval`` for its official prompts, or a prompt file as the data module reads it.
-        count: Number of prompts; for Shapes the same number of each task.
+        column, split: As of the data module.
+        tag: Key or column of the file by which scores are reported, or ``file`` for the name of each file of a folder;
+            null for the key ``tag`` of ``.jsonl`` and ``.json`` files, where they have it.
+        count: Number of prompts; for Shapes the same number of each task. Of a file the first ones, or with ``tag``
+            prompts spread over all.
         per_prompt: Pictures of each prompt; GenEval's published scores are of four.
         every_n_updates: Updates between two evaluations.
         batch_size: Images generated at once.
@@ -62,11 +66,16 @@ class GenerationEvaluation(pl.Callback):
         score_teacher: bool = True,
         per_prompt: Count = 1,
         seed: Seed = 0,
+        column: str = COLUMN,
+        split: str = SPLIT,
+        tag: str | None = None,
     ) -> None:
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
-        self.prompts = [each for each in read_evaluation_prompts(prompts, count) for _ in range(per_prompt)]
+        self.columns_of_prompts = {"column": column, "split": split, "tag": tag}
+        found = read_evaluation_prompts(prompts, count, column=column, split=split, tag=tag)
+        self.prompts = [each for each in found for _ in range(per_prompt)]
         for score in scores:
             score.check(self.prompts)
         self.columns, self.seed = columns, seed
@@ -81,6 +90,7 @@ class GenerationEvaluation(pl.Callback):
         """
         names = [score.name for score in self.scores]
         prompts = {"prompts": self.source, "count": self.count, "per_prompt": self.per_prompt, "seed": self.seed}
+        prompts |= self.columns_of_prompts
         teacher = {"teacher_steps": self.teacher_steps, "teacher_guidance": self.teacher_guidance}
         return self._generate_state_key(scores=names, **prompts, **teacher, every_n_updates=self.every_n_updates)
 
