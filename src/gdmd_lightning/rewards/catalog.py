@@ -86,6 +86,8 @@ PICKSCORE = (
 )
 HPS = (Weights("HPS_v2.1_compressed.pt", "xswu/HPSv2"),)
 
+QWEN3_VL = Weights("model.safetensors.index.json", "Qwen/Qwen3-VL-8B-Instruct")
+
 REWARDS = (
     Entry("HPSv2", "about 0.28", True, "Apache 2.0", HPS, ("open_clip",)),
     Entry("PickScore", "about 22", True, "see its model card", PICKSCORE),
@@ -93,6 +95,7 @@ REWARDS = (
     Entry("ImageReward", "about 0, standardized", True, "Apache 2.0", IMAGE_REWARD),
     Entry("AestheticScore", "1 to 10, about 5.6", True, "see its page; CLIP: MIT", (CLIP_L, AESTHETIC)),
     Entry("GenEvalReward", "0 or 1, or graded", False, "see its model card; CLIP: MIT", (DETECTOR, CLIP_L)),
+    Entry("GenEval2Reward", "0 to 1", True, "Apache 2.0; its prompts: CC BY-NC 4.0", (QWEN3_VL,)),
     Entry("OCRReward", "0 to 1", False, "Apache 2.0", (), ("rapidocr", "onnxruntime")),
     Entry("ContrastiveReward", "-1 to 1", True, "of the model that you give"),
     Entry("ShapesReward", "0 to 1", False, "of this project"),
