@@ -32,6 +32,7 @@ from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.rewards.geneval2 import GenEval2Reward
 from gdmd_lightning.rewards.hpsv2 import HPSv2
+from gdmd_lightning.rewards.hpsv3 import HPSv3
 from gdmd_lightning.rewards.image_reward import ImageReward
 from gdmd_lightning.rewards.ocr import OCRReward
 from gdmd_lightning.rewards.shapes import ShapesReward
@@ -69,6 +70,7 @@ __all__ = [
     "GenerationVariety",
     "GradientRewardRecord",
     "HPSv2",
+    "HPSv3",
     "ImageReward",
     "LogitNormal",
     "Mask2FormerDetector",

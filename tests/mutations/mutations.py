@@ -624,7 +624,7 @@ MUTATIONS = [
         "metrics/settings.py",
         ("metrics/test_scores.py",),
         ("batch size counts as a setting", " - set(WITHOUT_EFFECT)", ""),
-        ("rules on the class ignored", "[vars(kind) for kind in type(value).__mro__] + ", ""),
+        ("rules on the class ignored", "[vars(kind) for kind in getmro(type(value))] + ", ""),
     ),
     *errors(
         "callbacks/evaluation.py",
@@ -1648,6 +1648,26 @@ MUTATIONS = [
         ("mean and deviation of CLIP", ", tuple(processor.image_mean), tuple(processor.image_std))", ")"),
         ("no place for the picture", "places.to(torch.int)", "places.to(torch.int) * 0"),
         ("tokens of pictures in prompts accepted", "if bool((places.sum(1) != count).any()):", "if False:"),
+    ),
+    *errors(
+        "rewards/hpsv3.py",
+        ("rewards/test_hpsv3.py",),
+        ("deviation as the score", "weight.dtype))[:, 0]", "weight.dtype))[:, 1]"),
+        ("positions of rows and columns", 'inputs["position_ids"] = (', "_ = ("),
+        ("head in half precision", 'network["backbone"].to(self.dtype)', "network.to(self.dtype)"),
+        ("prompt left out", "self.instruction.replace(PLACE, text)", "self.instruction"),
+        ("token of the reward in prompts accepted", "check_texts(texts, (REWARD,), self.where)", "pass"),
+        (
+            "weights of another backbone accepted",
+            "check_complete(keys, where, source,",
+            "dict(keys=keys) or print(source,",
+        ),
+        (
+            "unknown weights ignored",
+            "unexpected = (mine.keys() - shapes.keys()) | others",
+            "unexpected = mine.keys() - shapes.keys()",
+        ),
+        ("more pixels", "PIXELS = 256 * 28 * 28", "PIXELS = 512 * 28 * 28"),
     ),
     *errors(
         "metrics/geneval2.py",

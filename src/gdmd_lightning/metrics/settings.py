@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
+from inspect import getmro
 from types import FunctionType
 from typing import Any
 
@@ -34,7 +35,7 @@ def described(value: Any) -> Any:
     if not (isinstance(value, Reward | Detector | Answers | ColorClassifier) or is_dataclass(value)):
         return name
     # Detectors have their rules on the class.
-    owners = [vars(kind) for kind in type(value).__mro__] + [vars(value)]
+    owners = [vars(kind) for kind in getmro(type(value))] + [vars(value)]
     public = {key for owner in owners for key, found in owner.items() if key[0] != "_" and not _is_code(found)}
     return {"class": name, **{key: described(getattr(value, key)) for key in sorted(public - set(WITHOUT_EFFECT))}}
 

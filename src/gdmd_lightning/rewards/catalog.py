@@ -86,10 +86,12 @@ PICKSCORE = (
 )
 HPS = (Weights("HPS_v2.1_compressed.pt", "xswu/HPSv2"),)
 
+HPSV3 = (Weights("HPSv3.safetensors", "MizzenAI/HPSv3"), Weights("tokenizer.json", "Qwen/Qwen2-VL-7B-Instruct"))
 QWEN3_VL = Weights("model.safetensors.index.json", "Qwen/Qwen3-VL-8B-Instruct")
 
 REWARDS = (
     Entry("HPSv2", "about 0.28", True, "Apache 2.0", HPS, ("open_clip",)),
+    Entry("HPSv3", "about 10, unbounded", True, "see its model card; Qwen2-VL: Apache 2.0", HPSV3),
     Entry("PickScore", "about 22", True, "see its model card", PICKSCORE),
     Entry("CLIPScore", "-1 to 1, about 0.3", True, "MIT", (CLIP_L,)),
     Entry("ImageReward", "about 0, standardized", True, "Apache 2.0", IMAGE_REWARD),

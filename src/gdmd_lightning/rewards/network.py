@@ -60,8 +60,12 @@ class NetworkReward(Reward):
     def network(self) -> nn.Module:
         """The frozen network; the first use loads it."""
         if self._network is None:
-            self._network = self.load().requires_grad_(False).eval().to(self._device, self.dtype)
+            self._network = self.cast(self.load()).requires_grad_(False).eval().to(self._device)
         return self._network
+
+    def cast(self, network: nn.Module) -> nn.Module:
+        """The network in the precision that was asked for; override it to keep a part in another one."""
+        return network.to(self.dtype)
 
     def prepare(self) -> None:
         _ = self.network
