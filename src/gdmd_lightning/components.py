@@ -12,6 +12,7 @@ from gdmd_lightning.data.images import CaptionedImages, ShapesImages
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
+from gdmd_lightning.geneval.answers import QwenVLAnswers
 from gdmd_lightning.geneval.mask2former import Mask2FormerDetector
 from gdmd_lightning.methods.ac_dmd import ACDMD
 from gdmd_lightning.methods.dmd import DMD
@@ -23,12 +24,15 @@ from gdmd_lightning.methods.gndm import GNDM, GNDMR
 from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.rtdmd import RTDMD
+from gdmd_lightning.metrics.geneval2 import GenEval2Score
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.rewards.aesthetic import AestheticScore
 from gdmd_lightning.rewards.clip import CLIPScore, ContrastiveReward, PickScore
 from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.rewards.geneval import GenEvalReward
+from gdmd_lightning.rewards.geneval2 import GenEval2Reward
 from gdmd_lightning.rewards.hpsv2 import HPSv2
+from gdmd_lightning.rewards.hpsv3 import HPSv3
 from gdmd_lightning.rewards.image_reward import ImageReward
 from gdmd_lightning.rewards.ocr import OCRReward
 from gdmd_lightning.rewards.shapes import ShapesReward
@@ -58,17 +62,21 @@ __all__ = [
     "FlowGRPO",
     "Flux2Family",
     "Flux2KleinFamily",
+    "GenEval2Reward",
+    "GenEval2Score",
     "GenEvalReward",
     "GenEvalScore",
     "GenerationEvaluation",
     "GenerationVariety",
     "GradientRewardRecord",
     "HPSv2",
+    "HPSv3",
     "ImageReward",
     "LogitNormal",
     "Mask2FormerDetector",
     "OCRReward",
     "PickScore",
+    "QwenVLAnswers",
     "ReFL",
     "Renoise",
     "RewardScore",

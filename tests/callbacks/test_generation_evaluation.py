@@ -1,7 +1,9 @@
 """Evaluation at checkpoints: scores by task, images next to the teacher's, and no effect on the training."""
 
+from dataclasses import replace
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
@@ -195,3 +197,63 @@ def test_prompts_that_a_score_cannot_judge_are_refused_at_the_start(tmp_path):
     path.write_text("a red circle\n")
     with pytest.raises(UserError, match=r"^score 'geneval': prompt 'a red circle' has no GenEval metadata; "):
         GenerationEvaluation([GenEvalScore()], prompts=str(path), count=1)
+
+
+class Named(tiny.Brightness):
+    """Brightness with a factor, under another name."""
+
+    def __init__(self, name="other", factor=1.0):
+        self.name, self.factor = name, factor
+
+    def score(self, images, prompts):
+        return self.factor * super().score(images, prompts)
+
+
+def test_two_evaluations_keep_each_others_scores(tiny_pipeline, tmp_path):
+    often = evaluation(every_n_updates=1)
+    seldom = GenerationEvaluation([RewardScore(Named())], count=12, columns=0, score_teacher=False, every_n_updates=2)
+    module, kept = tiny.module(tiny_pipeline), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            kept.append(dict(module.provenance.scores))
+
+    callbacks = [often, seldom, Watch()]
+    tiny.train(module, 3, callbacks=callbacks, default_root_dir=tmp_path)
+    assert [set(each) for each in kept] == [
+        {"brightness/overall", *(f"brightness/{task}" for task in TASKS)},
+        *[{f"{name}/{task}" for name in ("brightness", "other") for task in ("overall", *TASKS)}] * 2,
+    ]
+    assert len({each["brightness/overall"] for each in kept}) == 3
+    assert len({each.get("other/overall") for each in kept}) == 3
+
+
+def test_scores_of_an_evaluation_that_is_gone_are_not_kept(tiny_pipeline, tmp_path):
+    module = tiny.module(tiny_pipeline)
+    module.provenance = replace(module.provenance, scores={"gone/overall": 1.0, "brightness/gone": 1.0})
+    tiny.train(module, 1, callbacks=[evaluation()], default_root_dir=tmp_path)
+    assert set(module.provenance.scores) == {f"brightness/{task}" for task in ("overall", *TASKS)}
+
+
+def test_two_evaluations_with_a_score_of_one_name_are_refused_before_training(tiny_pipeline, tmp_path):
+    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two evaluations have a score named 'brightn"):
+        tiny.train(
+            tiny.module(tiny_pipeline), 1, callbacks=[evaluation(), evaluation(count=12)], default_root_dir=tmp_path
+        )
+
+
+def test_a_reward_with_other_settings_does_not_share_a_teachers_scores():
+    keys = [
+        GenerationEvaluation([RewardScore(reward)], count=6).state_key
+        for reward in (Named(), Named(), Named(factor=2.0), Named("x"), tiny.Brightness())
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+
+
+def test_state_key_does_not_change_while_a_reward_scores():
+    reward = Named()
+    tests = GenerationEvaluation([RewardScore(reward)], count=6)
+    before = tests.state_key
+    reward.factor, reward.seen = 2.0, 7
+    assert tests.state_key == before

@@ -1,5 +1,9 @@
 """Scores: means of task means for any batch size, with intervals that cover; evaluation with fixed noise."""
 
+import json
+from fractions import Fraction
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.rules import Detection, Rules
 from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
-from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore
+from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore, exact_mean
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.shapes import ShapesReward
@@ -201,3 +205,58 @@ def test_geneval_score_is_strict():
     score.begin(prompts)
     score.update(torch.zeros(1, 3, 8, 8), prompts)
     assert score.compute()["overall"] == 0
+
+
+def test_mean_is_exact_in_any_order():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(1000).remainder(9)
+    exact = sum(map(Fraction, values.tolist())) / 1000
+    for seed in range(3):
+        order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
+        mean = exact_mean(values[order])
+        assert (mean.dtype, mean.item()) == (torch.float64, float(exact))
+
+
+TASKS_OF_SEVEN = ["a", "b", "b", "a", "b", "a", "b"]
+
+
+def score_seven(rank: int = 0, world_size: int = 1, batch_size: int = 7) -> dict[str, str]:
+    """Scores of seven prompts by name, to the bit."""
+
+    def generate(noise, texts):
+        return (noise.mean((1, 2, 3), keepdim=True).abs() / 3).expand(-1, 3, 2, 2)
+
+    prompts = [Prompt(str(i), {"tag": tag}) for i, tag in enumerate(TASKS_OF_SEVEN)]
+    score = RewardScore(Brightness())
+    evaluate(generate, prompts, [score], (1, 2, 2), batch_size=batch_size, rank=rank, world_size=world_size)
+    return {name: value.item().hex() for name, value in score.compute().items()}
+
+
+def score_on_a_rank(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
+    (directory / f"{rank}.json").write_text(json.dumps(score_seven(rank, 2, batch_size=3)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_scores_of_one_to_the_bit(tmp_path):
+    torch.multiprocessing.start_processes(score_on_a_rank, (tmp_path,), nprocs=2, start_method="fork")
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other == score_seven() == score_seven(batch_size=2)
+    assert set(one) == {"overall", "a", "b"}
+
+
+def test_settings_of_a_score_are_those_of_its_reward(tmp_path):
+    def settings(**options):
+        return GenEvalScore(FindsRedCircle(**options)).settings()
+
+    assert settings() == settings() != settings(confidence=0.7)
+    assert settings()["reward"]["detector"]["rules"]["score_threshold"] == 0.5
+    brighter = Brightness()
+    brighter.batch_size = 3
+    assert RewardScore(brighter).settings() == RewardScore(Brightness()).settings()
+    brighter.dtype = torch.bfloat16
+    brighter._loaded = object()
+    expected = {"class": "Brightness", "name": "brightness", "differentiable": False, "dtype": "torch.bfloat16"}
+    assert RewardScore(brighter).settings()["reward"] == expected
+    brighter.parts_of = {"x": [1, (2.0, None)], "y": torch.nn.Identity()}
+    assert RewardScore(brighter).settings()["reward"]["parts_of"] == {"x": [1, [2.0, None]], "y": "Identity"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,8 @@ from torch import Tensor
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
-from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
@@ -35,7 +38,11 @@ class GenerationEvaluation(pl.Callback):
     Args:
         scores: What to compute.
         prompts: ``shapes``, ``geneval`` for its official prompts, or a prompt file as the data module reads it.
-        count: Number of prompts; for Shapes the same number of each task.
+        column, split: As of the data module.
+        tag: Key or column of the file by which scores are reported, or ``file`` for the name of each file of a folder;
+            null for the key ``tag`` of ``.jsonl`` and ``.json`` files, where they have it.
+        count: Number of prompts; for Shapes the same number of each task. Of a file the first ones, or with ``tag``
+            prompts spread over all.
         per_prompt: Pictures of each prompt; GenEval's published scores are of four.
         every_n_updates: Updates between two evaluations.
         batch_size: Images generated at once.
@@ -62,27 +69,36 @@ class GenerationEvaluation(pl.Callback):
         score_teacher: bool = True,
         per_prompt: Count = 1,
         seed: Seed = 0,
+        column: str = COLUMN,
+        split: str = SPLIT,
+        tag: str | None = None,
     ) -> None:
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
-        self.prompts = [each for each in read_evaluation_prompts(prompts, count) for _ in range(per_prompt)]
+        self.columns_of_prompts = {"column": column, "split": split, "tag": tag}
+        found = read_evaluation_prompts(prompts, count, column=column, split=split, tag=tag)
+        self.prompts = [each for each in found for _ in range(per_prompt)]
         for score in scores:
             score.check(self.prompts)
         self.columns, self.seed = columns, seed
         self.teacher_steps, self.teacher_guidance = teacher_steps, teacher_guidance
         self._teacher_pictures: Tensor | None = None
+        # Now: a reward's attributes may change while it scores.
+        settings = json.dumps([score.settings() for score in scores], sort_keys=True)
+        self._scores_digest = hashlib.sha256(settings.encode()).hexdigest()
 
     @property
     def state_key(self) -> str:
         """Names the settings of the teacher's scores: a run resumed with others computes them again.
 
-        Scores count by their names only; a reward with other weights needs another name.
+        Weights count by their path.
         """
-        names = [score.name for score in self.scores]
         prompts = {"prompts": self.source, "count": self.count, "per_prompt": self.per_prompt, "seed": self.seed}
+        prompts |= self.columns_of_prompts
         teacher = {"teacher_steps": self.teacher_steps, "teacher_guidance": self.teacher_guidance}
-        return self._generate_state_key(scores=names, **prompts, **teacher, every_n_updates=self.every_n_updates)
+        scores = {"scores": self._scores_digest, "every_n_updates": self.every_n_updates}
+        return self._generate_state_key(**scores, **prompts, **teacher)
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's scores."""
@@ -93,7 +109,17 @@ class GenerationEvaluation(pl.Callback):
         self.teacher = dict(state_dict["teacher"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Load what the scores need, so that nothing is missing at the first evaluation, hours later."""
+        """Load what the scores need, so that nothing is missing at the first evaluation, hours later.
+
+        Raises:
+            UserError: If another evaluation of the run has a score of the same name, or something is missing.
+        """
+        if same := self._names_of_others(trainer) & {score.name for score in self.scores}:
+            raise UserError(
+                f"two evaluations have a score named {min(same)!r}, and would log under one name",
+                where="GenerationEvaluation.scores",
+                remedy="give the reward of one of them another name",
+            )
         for score in self.scores:
             score.prepare()
 
@@ -113,7 +139,10 @@ class GenerationEvaluation(pl.Callback):
             self.teacher = {name: float(value) for name, value in self._values().items()}
         seconds = self._score(trainer, module, module.generate)
         values = self._values()
-        module.provenance = replace(module.provenance, scores={name: float(value) for name, value in values.items()})
+        others = tuple(f"{name}/" for name in self._names_of_others(trainer))
+        kept = {name: value for name, value in module.provenance.scores.items() if name.startswith(others)}
+        scores = {**kept, **{name: float(value) for name, value in values.items()}}
+        module.provenance = replace(module.provenance, scores=scores)
         measured: dict[str, Any] = {f"eval/{name}": value for name, value in values.items()}
         measured |= {f"teacher/{name}": value for name, value in self.teacher.items()}
         log_figures(trainer, module, {**measured, "eval/seconds_per_picture": seconds})
@@ -134,6 +163,12 @@ class GenerationEvaluation(pl.Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+
+    def _names_of_others(self, trainer: pl.Trainer) -> set[str]:
+        """Names of the scores of the run's other evaluations."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [each for each in callbacks if isinstance(each, GenerationEvaluation) and each is not self]
+        return {score.name for each in others for score in each.scores}
 
     def _values(self) -> dict[str, Tensor]:
         return {f"{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}

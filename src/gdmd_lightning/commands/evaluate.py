@@ -13,6 +13,7 @@ from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.loading import add_loading_options
 from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
+from gdmd_lightning.configuration.prompt_options import add_prompt_options
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import output_directory
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--teacher_steps", type=int, default=30, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--prompts", type=str, default="shapes", help="shapes, or a prompt file")
+    add_prompt_options(parser)
     parser.add_argument("--count", type=int, default=600, help="number of prompts")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="directory of scores and pictures")
@@ -63,6 +65,7 @@ def main(arguments: list[str]) -> int:
 
 OF_PIPELINES = ("steps", "pipeline_guidance", "height", "width", "dtype", "per_prompt", "seed")
 OF_DIRECTORIES = ("scores", "batch_size")
+OF_PROMPTS = ("prompts", "count", "column", "split", "tag")
 OF_CHECKPOINTS = ("teacher", "trust", "teacher_steps", "guidance_scale")
 
 
@@ -70,7 +73,7 @@ def _refuse_unused(options: Namespace, defaults: Namespace) -> None:
     """Fail if an option would be ignored."""
     directories = bool(options.pictures or options.pipeline)
     unused = {
-        "--pipeline": () if options.pipeline else (*OF_PIPELINES, *(("prompts", "count") if directories else ())),
+        "--pipeline": () if options.pipeline else (*OF_PIPELINES, *(OF_PROMPTS if directories else ())),
         "--pictures or --pipeline": () if directories else OF_DIRECTORIES,
         "--checkpoint": OF_CHECKPOINTS if directories else (),
     }
@@ -87,7 +90,8 @@ def _score_generators(options: Namespace) -> int:
     from gdmd_lightning.studies.tables import score_table
     from gdmd_lightning.studies.tasks import SHAPES
 
-    task = replace(SHAPES, prompts=options.prompts)
+    where = {name: options[name] for name in ("prompts", "column", "split", "tag")}
+    task = replace(SHAPES, **where)
     task.check(options.count)
     with output_directory(options.out):
         device = usable_device(options.device)
@@ -123,7 +127,8 @@ def _score_folders(options: Namespace) -> int:
     from gdmd_lightning.studies.tasks import built_scores, shapes_scores
 
     shots = {name: read_folder(Path(directory)) for name, directory in pictures}
-    prompts = read_evaluation_prompts(options.prompts, options.count) if pipelines else []
+    columns = {name: options[name] for name in ("column", "split", "tag")}
+    prompts = read_evaluation_prompts(options.prompts, options.count, **columns) if pipelines else []
     scores = built_scores(options.scores) if options.scores else shapes_scores()
     for score in scores:
         for asked in [*([shot.prompt for shot in each] for each in shots.values()), prompts]:

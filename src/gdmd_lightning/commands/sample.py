@@ -16,6 +16,7 @@ from gdmd_lightning.configuration.devices import DEVICE_HELP, usable_device
 from gdmd_lightning.configuration.loading import add_loading_options
 from gdmd_lightning.configuration.messages import parsed
 from gdmd_lightning.configuration.numbers import check_options
+from gdmd_lightning.configuration.prompt_options import add_prompt_options
 from gdmd_lightning.data.files import FORMATS
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import output_directory
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> int:
     height, width = options.height or trained[0], options.width or trained[1]
     name = Path(options.checkpoint).name
     origin = Origin(options.seed, name, digest, height, width, options.teacher_steps, options.guidance_scale)
-    wanted = wanted_pictures(options.prompts, options.column, options.split, options.count, options.per_prompt)
+    columns = options.column, options.split
+    wanted = wanted_pictures(options.prompts, *columns, options.count, options.per_prompt, options.tag)
     existing = existing_pictures(out, wanted, origin)
     seconds = 0.0
     with output_directory(out):
@@ -77,8 +79,7 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="pictures made at once")
     parser.add_argument("--per_prompt", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--count", type=int | None, default=None, help="use only the first COUNT prompts")
-    parser.add_argument("--column", type=str, default="prompt", help="key or column that holds the prompt")
-    parser.add_argument("--split", type=str, default="train", help="split of a Hugging Face data set, or of shapes")
+    add_prompt_options(parser)
     parser.add_argument("--teacher_steps", type=int, default=0, help="sample the teacher instead, in this many steps")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
     parser.add_argument("--device", type=str, default="auto", help=DEVICE_HELP)

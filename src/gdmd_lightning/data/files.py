@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from gdmd_lightning.data.lines import LONGEST_LINE, check_regular, numbered_line
 from gdmd_lightning.data.rows import (
     LONGEST_PROMPT,
     as_prompt,
+    check_columns,
     decoded,
-    no_column,
     numbered_rows,
     object_as_prompt,
     parsed,
+    with_tag,
 )
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.prompts import Prompt
@@ -28,6 +31,12 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 1024
 """Rows decoded at once: enough for little overhead, few enough for the first prompt to come quickly."""
+
+TAG_OF_FILE = "file"
+"""As ``tag``: the name of a prompt's file, without its suffixes."""
+
+_CLOSED_TOO_EARLY = re.compile(r'(?:^|\t)"(?:[^"\t]|"")*"[^"\t\r\n]')
+"""A field that begins with a quote and has more text after the closing one: text with quotes, not quoted text."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class JsonLines:
 
     name: str
     column: str = "prompt"
+    tag: str | None = None
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
         for number, line in islice(numbered_rows(self.name), start, None):
@@ -59,7 +69,7 @@ class JsonLines:
             row = parsed(line, where)
             if not isinstance(row, dict):
                 raise UserError(f"a JSON {type(row).__name__}", where=where, remedy="each line must be an object")
-            yield object_as_prompt(row, self.column, where)
+            yield object_as_prompt(row, self.column, where, self.tag)
 
     def count(self) -> int:
         """Number of lines that are not blank."""
@@ -72,11 +82,17 @@ class JsonList:
 
     name: str
     column: str = "prompt"
+    tag: str | None = None
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
         for number, item in islice(numbered_items(self.name), start, None):
             where = f"{self.name}:{number}"
-            yield object_as_prompt(item, self.column, where) if isinstance(item, dict) else as_prompt(item, where)
+            if isinstance(item, dict):
+                yield object_as_prompt(item, self.column, where, self.tag)
+            elif self.tag is None:
+                yield as_prompt(item, where)
+            else:
+                raise UserError(f"a string, which has no {self.tag!r}", where=where, remedy=NO_COLUMNS)
 
     def count(self) -> int:
         """Number of items."""
@@ -85,29 +101,39 @@ class JsonList:
 
 @dataclass(frozen=True)
 class Table:
-    """One column of a comma- or tab-separated file whose first record holds the column names."""
+    """Columns of a comma- or tab-separated file whose first record holds the column names.
+
+    A line of a tab-separated file that has text behind a closing quote, and a field for each column, is taken as it is,
+    quotes and all: PartiPrompts has such prompts.
+    """
 
     name: str
     column: str = "prompt"
     delimiter: str = ","
+    tag: str | None = None
 
     def _records(self) -> Iterator[tuple[int, list[str]]]:
         """Each record with the number of its last line; empty lines are skipped."""
         first, size = 1, 0  # of the record that is being read
+        width = 0  # of the header
 
         def lines() -> Iterator[str]:
             nonlocal size
             for number, line in numbered_lines(self.name):
+                begins = size == 0
                 size += len(line)
                 if size > LONGEST_LINE:
                     raise too_long(f"{self.name}:{first}", "record")
-                yield decoded(line, f"{self.name}:{number}")
+                text = decoded(line, f"{self.name}:{number}")
+                literal = begins and self.delimiter == "\t" and text.count("\t") + 1 == width
+                yield quoted(text) if literal and _CLOSED_TOO_EARLY.search(text) else text
 
         # Without strict, an unclosed quote would turn the rest of the file into one prompt.
         records = csv.reader(lines(), strict=True, delimiter=self.delimiter)
         try:
             for record in records:
                 if record:
+                    width = width or len(record)
                     yield records.line_num, record
                 first, size = records.line_num + 1, 0
         except csv.Error as error:
@@ -117,9 +143,9 @@ class Table:
     def read(self, start: int = 0) -> Iterator[Prompt]:
         records = self._records()
         for line, header in islice(records, 1):
-            if self.column not in header:
-                raise no_column(self.column, header, f"{self.name}:{line}")
+            check_columns(header, self.column, self.tag, f"{self.name}:{line}")
             index = header.index(self.column)
+            tag = None if self.tag is None else header.index(self.tag)
             for number, record in islice(records, start, None):
                 where = f"{self.name}:{number}"
                 if len(record) != len(header):
@@ -129,19 +155,26 @@ class Table:
                         where=where,
                         remedy=f'put prompts that contain a {separator} in "double quotes"',
                     )
-                yield as_prompt(record[index], where)
+                yield as_prompt(record[index], where, None if tag is None else with_tag(record[tag], where))
 
     def count(self) -> int:
         """Number of records below the header."""
         return max(sum(1 for _ in self._records()) - 1, 0)
 
 
+def quoted(line: str) -> str:
+    """A tab-separated line of literal fields, in quotes for the CSV parser."""
+    fields = line.rstrip("\r\n").split("\t")
+    return "\t".join('"' + field.replace('"', '""') + '"' for field in fields) + "\n"
+
+
 @dataclass(frozen=True)
 class ParquetTable:
-    """One column of a parquet file; row groups before the start are skipped by the file's metadata."""
+    """Columns of a parquet file; row groups before the start are skipped by the file's metadata."""
 
     name: str
     column: str = "prompt"
+    tag: str | None = None
 
     @contextmanager
     def _open(self, as_dictionary: tuple[str, ...] = ()) -> Iterator[ParquetFile]:
@@ -158,9 +191,7 @@ class ParquetTable:
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
         with self._open() as file:
-            columns = file.schema_arrow.names
-            if self.column not in columns:
-                raise no_column(self.column, columns, self.name)
+            check_columns(file.schema_arrow.names, self.column, self.tag, self.name)
             plain = any(file.schema.column(i).path == self.column for i in range(len(file.schema)))
         # As a dictionary, a long value that many rows share is in memory once.
         with self._open((self.column,) if plain else ()) as file:
@@ -172,16 +203,20 @@ class ParquetTable:
             for one in groups:
                 self._check_size(file, one)
             # Without threads: they would not survive the fork of a data loader's worker.
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[self.column], use_threads=False):
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._columns, use_threads=False):
                 unwanted = min(max(start - row, 0), batch.num_rows)
-                for number, value in enumerate(batch.column(self.column)[unwanted:], row + unwanted + 1):
-                    where = f"{self.name}:row {number}"
+                for number in range(unwanted, batch.num_rows):
+                    where = f"{self.name}:row {row + number + 1}"
                     try:
-                        text = value.as_py()
+                        text, *tags = [batch.column(name)[number].as_py() for name in self._columns]
                     except UnicodeDecodeError as error:
                         raise UserError("not UTF-8", where=where) from error
-                    yield as_prompt(text, where)
+                    yield as_prompt(text, where, with_tag(tags[0], where) if tags else None)
                 row += batch.num_rows
+
+    @property
+    def _columns(self) -> list[str]:
+        return [self.column] if self.tag is None else [self.column, self.tag]
 
     def _check_size(self, file: ParquetFile, number: int) -> None:
         """Refuse a row group whose prompts are longer than allowed on average, before decompressing it."""
@@ -189,7 +224,7 @@ class ParquetTable:
         for i in range(group.num_columns):
             column = group.column(i)
             # At most 4 bytes per character; 1 MB for headers of pages.
-            if column.path_in_schema == self.column and (
+            if column.path_in_schema in self._columns and (
                 column.total_uncompressed_size > 4 * LONGEST_PROMPT * group.num_rows + 1_000_000
             ):
                 raise UserError(
@@ -204,14 +239,35 @@ class ParquetTable:
             return int(file.metadata.num_rows)
 
 
-PromptFile = TextFile | JsonLines | JsonList | Table | ParquetTable
+@dataclass(frozen=True)
+class TaggedFile:
+    """A file whose prompts all have the same tag."""
 
-READERS: dict[str, Callable[[str, str], PromptFile]] = {
-    ".txt": lambda name, column: TextFile(name),
+    file: TextFile | JsonLines | JsonList | Table | ParquetTable
+    tag: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.file.name
+
+    def read(self, start: int = 0) -> Iterator[Prompt]:
+        for prompt in self.file.read(start):
+            yield Prompt(prompt.text, with_tag(self.tag, self.name, prompt.metadata))
+
+    def count(self) -> int:
+        """Number of rows of the file."""
+        return self.file.count()
+
+
+PromptFile = TextFile | JsonLines | JsonList | Table | ParquetTable | TaggedFile
+
+READERS: dict[str, Callable[[str, str, str | None], TextFile | JsonLines | JsonList | Table | ParquetTable]] = {
+    ".txt": lambda name, column, tag: TextFile(name),
     ".jsonl": JsonLines,
     ".json": JsonList,
-    ".csv": Table,
-    ".tsv": lambda name, column: Table(name, column, "\t"),
+    ".csv": lambda name, column, tag: Table(name, column, ",", tag),
+    ".tsv": lambda name, column, tag: Table(name, column, "\t", tag),
     ".parquet": ParquetTable,
 }
 """Reader of each format by the end of a file's name. All but parquet, which has its own compression, can end in
@@ -229,11 +285,25 @@ def format_of(name: str) -> str | None:
     return None if found == ".parquet" and lower != plain else found
 
 
-def open_file(name: str, column: str) -> PromptFile:
+NO_COLUMNS = f"use tag: {TAG_OF_FILE} for the file's name, or leave it out"
+
+
+def open_file(name: str, column: str, tag: str | None = None) -> PromptFile:
     """The reader of a file whose format is known; checks that it is a regular file.
 
+    Args:
+        name: The file.
+        column: Key or column that holds the prompt.
+        tag: Key or column that holds the prompt's tag, or :data:`TAG_OF_FILE`.
+
     Raises:
-        UserError: As :func:`check_regular`.
+        UserError: As :func:`check_regular`, or if a text file should have a column for the tag.
     """
     check_regular(name)
-    return READERS[str(format_of(name))](name, column)
+    suffix = str(format_of(name))
+    if tag == TAG_OF_FILE:
+        base = os.path.basename(name)
+        return TaggedFile(READERS[suffix](name, column, None), base[: base.lower().rindex(suffix)])
+    if tag is not None and suffix == ".txt":
+        raise UserError(f"a text file has no column {tag!r}", where=name, remedy=NO_COLUMNS)
+    return READERS[suffix](name, column, tag)

@@ -9,8 +9,8 @@ from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gdmd_lightning.data.files import BATCH_ROWS, PromptFile, format_of, open_file
-from gdmd_lightning.data.rows import as_prompt, no_column
+from gdmd_lightning.data.files import BATCH_ROWS, TAG_OF_FILE, PromptFile, format_of, open_file
+from gdmd_lightning.data.rows import as_prompt, check_columns, with_tag
 from gdmd_lightning.errors import UserError, listed
 from gdmd_lightning.prompts import Prompt
 
@@ -38,11 +38,16 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One column of a Hugging Face data set, or of a local folder that ``datasets`` can load, streamed."""
+    """Columns of a Hugging Face data set, or of a local folder that ``datasets`` can load, streamed."""
 
     name: str
     column: str = "prompt"
     split: str = "train"
+    tag: str | None = None
+
+    @property
+    def _columns(self) -> list[str]:
+        return [self.column] if self.tag is None else [self.column, self.tag]
 
     @cached_property
     def _dataset(self) -> datasets.IterableDataset:
@@ -52,10 +57,9 @@ class HubDataset:
             columns = rows.column_names
         if columns is None:
             return rows
-        if self.column not in columns:
-            raise no_column(self.column, columns, self.name)
+        check_columns(columns, self.column, self.tag, self.name)
         # Other columns may hold images, which would be downloaded and decoded needlessly.
-        return rows.select_columns([self.column])
+        return rows.select_columns(self._columns)
 
     def _batches(self, start: int) -> Iterator[dict[str, list[Any]]]:
         rows = self._dataset
@@ -65,19 +69,23 @@ class HubDataset:
 
     def read(self, start: int = 0) -> Iterator[Prompt]:
         number = start
+        # Categories are numbers whose names are kept apart.
+        names = getattr((self._dataset.features or {}).get(self.tag), "names", None)
         for batch in self._batches(start):
-            if self.column not in batch:
-                raise no_column(self.column, batch, self.name)
-            for text in batch[self.column]:
+            check_columns(batch, self.column, self.tag, self.name)
+            for text, *tags in zip(*(batch[name] for name in self._columns), strict=True):
                 number += 1
-                yield as_prompt(text, f"{self.name}:row {number}")
+                where = f"{self.name}:row {number}"
+                if tags and names and isinstance(tags[0], int):
+                    tags = [names[tags[0]]]
+                yield as_prompt(text, where, with_tag(tags[0], where) if tags else None)
 
     def count(self) -> int:
         """Number of rows, counted by streaming all of them, since a data set's card may be out of date."""
         return sum(len(next(iter(batch.values()))) for batch in self._batches(0))
 
 
-def open_folder(folder: str, column: str, split: str) -> FolderFiles | HubDataset:
+def open_folder(folder: str, column: str, split: str, tag: str | None = None) -> FolderFiles | HubDataset:
     """The files that ``datasets`` assigns to a split; the folder as ``datasets`` reads it if they are of other kinds.
 
     With our own readers the same file has the same rows, alone and in a folder: ``datasets`` takes a blank line of a
@@ -91,10 +99,21 @@ def open_folder(folder: str, column: str, split: str) -> FolderFiles | HubDatase
         found = library.load_dataset_builder(folder).config.data_files or {}
     splits = {str(name): [str(file) for file in files] for name, files in found.items()}
     if not all(format_of(file) for files in splits.values() for file in files):
-        return HubDataset(folder, column, split)
+        return open_dataset(folder, column, split, tag)
     if split not in splits:
         raise UserError(f"no split {split!r}", where=folder, remedy=f"its splits are {listed(splits)}")
-    return FolderFiles(folder, tuple(open_file(file, column) for file in splits[split]))
+    return FolderFiles(folder, tuple(open_file(file, column, tag) for file in splits[split]))
+
+
+def open_dataset(name: str, column: str, split: str, tag: str | None = None) -> HubDataset:
+    """A data set that ``datasets`` reads.
+
+    Raises:
+        UserError: If the tag should be the name of a file.
+    """
+    if tag == TAG_OF_FILE:
+        raise UserError(f"tag: {TAG_OF_FILE} needs prompt files", where=name, remedy="set tag to a column")
+    return HubDataset(name, column, split, tag)
 
 
 def _library(source: str) -> ModuleType:

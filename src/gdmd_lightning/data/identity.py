@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from gdmd_lightning.data.readers import GenEvalPrompts, HubDataset, PromptSource, ShapesPrompts
+from gdmd_lightning.data.hub import HubDataset
+from gdmd_lightning.data.readers import GenEvalPrompts, PromptSource, ShapesPrompts
 from gdmd_lightning.errors import UserError
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
 from gdmd_lightning.data.files import FORMATS, format_of, open_file
-from gdmd_lightning.data.hub import HubDataset, open_folder
+from gdmd_lightning.data.hub import open_dataset, open_folder
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.training_prompts import TEST_PROMPTS, training_prompt
 from gdmd_lightning.prompts import Prompt
@@ -44,7 +44,9 @@ class PromptSource(Protocol):
         ...
 
 
-def open_source(source: str, *, column: str = "prompt", split: str = "train", seed: int = 0) -> PromptSource:
+def open_source(
+    source: str, *, column: str = "prompt", split: str = "train", seed: int = 0, tag: str | None = None
+) -> PromptSource:
     """Choose the reader for a source and read the first prompt, so that an invalid source fails early.
 
     Args:
@@ -55,11 +57,13 @@ def open_source(source: str, *, column: str = "prompt", split: str = "train", se
         column: Key or column that holds the prompt; ignored for ``.txt`` files, Shapes and GenEval.
         split: Split of a Hugging Face data set, a folder, Shapes or GenEval; ignored for files.
         seed: Seed of the training prompts of Shapes and GenEval.
+        tag: Key or column whose value becomes the metadata's ``tag``, by which scores are reported, or ``file`` for the
+            name of the prompt's file; Shapes and GenEval have their own.
 
     Raises:
-        UserError: If the source does not exist, has no prompt, or its first row is not a prompt.
+        UserError: If the source does not exist, has no prompt, or its first row is not a prompt or has no tag.
     """
-    chosen = _choose(source, column, split, seed)
+    chosen = _choose(source, column, split, seed, tag)
     if next(chosen.read(), None) is None:
         raise no_prompt(chosen)
     return chosen
@@ -75,7 +79,9 @@ def no_prompt(source: PromptSource) -> UserError:
     return UserError("there is no prompt in it", where=source.name, remedy="give a source with at least one prompt")
 
 
-def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
+def _choose(source: str, column: str, split: str, seed: int, tag: str | None) -> PromptSource:
+    if source in ("shapes", "geneval") and tag is not None:
+        raise UserError("its prompts have tags", where=source, remedy="leave tag out")
     if source == "shapes":
         splits = get_args(Split)
         if split not in splits:
@@ -86,15 +92,15 @@ def _choose(source: str, column: str, split: str, seed: int) -> PromptSource:
             raise UserError(f"no split {split!r}", where=source, remedy="its splits are train and test")
         return open_file(str(TEST_PROMPTS), column) if split == "test" else GenEvalPrompts(seed)
     if format_of(source):
-        return open_file(source, column)
+        return open_file(source, column, tag)
     # os.path, unlike Path, raises no error for a path that is too long or may not be searched.
     if source and os.path.isdir(source):
-        return open_folder(source, column, split)
+        return open_folder(source, column, split, tag)
     # A suffix of letters means a file, so that a typo in a file's name never reaches the network. In names of
     # data sets a dot is followed by a number ("org/prompts-v1.5").
     suffix = os.path.splitext(source)[1]
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not suffix[1:].isalpha() and not os.path.exists(source):
-        return HubDataset(source, column, split)
+        return open_dataset(source, column, split, tag)
     raise UserError(
         "unknown kind of prompt source",
         where=source or "data.source",

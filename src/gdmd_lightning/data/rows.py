@@ -124,18 +124,42 @@ def as_prompt(text: object, where: str, metadata: dict[str, Any] | None = None) 
     return Prompt(text, {} if metadata is None else metadata)
 
 
-def object_as_prompt(row: dict[str, Any], column: str, where: str) -> Prompt:
+def object_as_prompt(row: dict[str, Any], column: str, where: str, tag: str | None = None) -> Prompt:
     """Make a prompt of a JSON object; the whole object becomes its metadata, as GenEval's files need.
 
+    Args:
+        row: The object.
+        column: Key of the prompt.
+        where: File and line, for messages.
+        tag: Key of the value that becomes the metadata's ``tag``; ``None`` to leave the metadata as it is.
+
     Raises:
-        UserError: If it lacks the column, or as :func:`as_prompt`.
+        UserError: If it lacks a key, or as :func:`as_prompt` and :func:`with_tag`.
     """
-    if column not in row:
-        raise no_column(column, row, where)
-    return as_prompt(row[column], where, row)
+    check_columns(row, column, tag, where)
+    return as_prompt(row[column], where, row if tag is None else with_tag(row[tag], where, row))
 
 
-def no_column(column: str, there: Iterable[object], where: str) -> UserError:
-    """Error for a table or an object without the prompt's column."""
-    remedy = f"it has {listed(there)}; set column to one of them, or rename it"
-    return UserError(f"no column {column!r}", where=where, remedy=remedy)
+def with_tag(value: object, where: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Metadata with the tag by which scores are reported.
+
+    Raises:
+        UserError: If the tag is not a string or an integer, or is blank.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        remedy = "each row needs a name or a number there; set tag to another column, or leave it out"
+        raise UserError(f"the tag is {value!r}", where=where, remedy=remedy)
+    return {**(metadata or {}), "tag": str(value).strip()}
+
+
+def check_columns(there: Iterable[object], column: str, tag: str | None, where: str) -> None:
+    """Check that a table or an object has the prompt's column and that of the tag, if there is one.
+
+    Raises:
+        UserError: If it does not.
+    """
+    names = list(there)
+    for setting, wanted in (("column", column), ("tag", tag)):
+        if wanted is not None and wanted not in names:
+            remedy = f"it has {listed(names)}; set {setting} to one of them, or rename it"
+            raise UserError(f"no column {wanted!r}", where=where, remedy=remedy)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.hub import loading_problem
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 AGAIN = "save or download it again"
 TRAINING_ONLY = "criterion."
@@ -22,13 +25,14 @@ def is_local(path: str) -> bool:
     return Path(path).expanduser().is_absolute() or path.startswith(".") or Path(path).exists()
 
 
-def check_directory(path: str, where: str, kind: str) -> None:
+def check_directory(path: str, where: str, kind: str, types: Sequence[str] = ()) -> None:
     """Fail early if a local directory is no saved model of a kind; of a hub id nothing is known.
 
     Args:
         path: Directory or hub id.
         where: What needs it, for the message.
         kind: Class of the model; its ``model_type`` is the beginning of the name in lower case.
+        types: The values of ``model_type`` where the class does not tell.
 
     Raises:
         UserError: If it has no ``config.json``, or that of another model.
@@ -43,7 +47,7 @@ def check_directory(path: str, where: str, kind: str) -> None:
     except ValueError as error:
         raise UserError(f"{path!r} has a broken config.json", where=where, remedy=AGAIN) from error
     found = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(found, str) or not kind.lower().startswith(found):
+    if not isinstance(found, str) or not (found in types if types else kind.lower().startswith(found)):
         raise UserError(f"{path!r} is a model of type {found!r}", where=where, remedy=remedy)
 
 
@@ -68,18 +72,19 @@ def check_complete(keys: Mapping[str, Any], where: str, source: str, network: st
             )
 
 
-def load_pretrained(kind: Any, path: str, where: str) -> Any:
-    """A model of transformers in float32 from safetensors.
+def load_pretrained(kind: Any, path: str, where: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of transformers from safetensors.
 
     Args:
         kind: The model's class.
         path: Directory or hub id.
         where: What needs it, for messages.
+        dtype: Precision of its weights.
 
     Raises:
         UserError: If the files do not load, or do not hold exactly the model's weights.
     """
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
     model, report = load_any(kind, path, where, **options)
     # Constants that earlier versions of transformers saved; the models number positions themselves.
     unexpected = {key for key in report["unexpected_keys"] if not str(key).endswith(".position_ids")}

@@ -78,6 +78,15 @@ def sketch_model(cls: Any, path: str) -> nn.Module:
     return network
 
 
+def sketch_auto(cls: Any, path: str) -> nn.Module:
+    """Like :func:`sketch_model` for an ``AutoModel`` class, which chooses the network by its ``config.json``."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(configurations(path)))
+    network: nn.Module = _on_meta(lambda: cls.from_config(config), torch.float32)
+    return network
+
+
 def configurations(path: str) -> Path:
     """Find the directory with a model's configurations.
 

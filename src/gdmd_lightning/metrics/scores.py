@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
+from gdmd_lightning.metrics.settings import described
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
 from gdmd_lightning.rewards.geneval import GenEvalReward
@@ -73,6 +75,10 @@ class TaskScore(Metric):
     def place(self, device: torch.device) -> None:
         """Move the score's networks, if it has any, to the device of the pictures, or back to the CPU."""
 
+    def settings(self) -> Any:
+        """What the score computes, as plain values: two scores with other settings must not be compared."""
+        return {"class": type(self).__qualname__, "name": self.name}
+
     def begin(self, prompts: Sequence[Prompt]) -> None:
         """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers.
 
@@ -88,14 +94,18 @@ class TaskScore(Metric):
 
     def update(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
         """Judge pictures ``[B, 3, H, W]`` in [0, 1] and add their values."""
-        self.values.append(self.judge(images, prompts).to(self.device, torch.float32))
+        self.add(self.judge(images, prompts), prompts)
+
+    def add(self, values: Tensor, prompts: Sequence[Prompt]) -> None:
+        """Add one value for each picture, ``[B]``."""
+        self.values.append(values.to(self.device, torch.float32))
         self.tasks.append(torch.tensor([self.task_names.index(task_of(p)) for p in prompts], device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``overall`` and, if the prompts have tasks, the mean of each task."""
+        """``overall`` and, if the prompts have tasks, the mean of each task, in float64 on the CPU."""
         values, tasks = dim_zero_cat(self.values), dim_zero_cat(self.tasks)
-        means = {name: values[tasks == i].mean() for i, name in enumerate(self.task_names)}
-        overall = torch.stack(list(means.values())).mean()
+        means = {name: exact_mean(values[tasks == i]) for i, name in enumerate(self.task_names)}
+        overall = exact_mean(torch.stack(list(means.values())))
         return {"overall": overall} if self.task_names == [NO_TASK] else {"overall": overall, **means}
 
     def intervals(self) -> dict[str, Interval]:
@@ -106,6 +116,15 @@ class TaskScore(Metric):
         if self.task_names != [NO_TASK]:
             out |= {name: bootstrap_mean([part]) for name, part in zip(self.task_names, by_task, strict=True)}
         return out
+
+
+def exact_mean(values: Tensor) -> Tensor:
+    """Mean of ``[N]`` in float64 on the CPU, of the exact sum: ranks and batches may order the values in any way.
+
+    NaN if there is none.
+    """
+    mean = math.fsum(values.tolist()) / len(values) if len(values) else math.nan
+    return torch.tensor(mean, dtype=torch.float64)
 
 
 def bootstrap_mean(parts: list[Any]) -> Interval:
@@ -139,6 +158,9 @@ class RewardScore(TaskScore):
         super().__init__()
         self.reward = reward
         self.name = reward.name
+
+    def settings(self) -> Any:
+        return {**super().settings(), "reward": described(self.reward)}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         self.reward.check(prompts)

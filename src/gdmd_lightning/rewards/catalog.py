@@ -86,13 +86,18 @@ PICKSCORE = (
 )
 HPS = (Weights("HPS_v2.1_compressed.pt", "xswu/HPSv2"),)
 
+HPSV3 = (Weights("HPSv3.safetensors", "MizzenAI/HPSv3"), Weights("tokenizer.json", "Qwen/Qwen2-VL-7B-Instruct"))
+QWEN3_VL = Weights("model.safetensors.index.json", "Qwen/Qwen3-VL-8B-Instruct")
+
 REWARDS = (
     Entry("HPSv2", "about 0.28", True, "Apache 2.0", HPS, ("open_clip",)),
+    Entry("HPSv3", "about 10, unbounded", True, "see its model card; Qwen2-VL: Apache 2.0", HPSV3),
     Entry("PickScore", "about 22", True, "see its model card", PICKSCORE),
     Entry("CLIPScore", "-1 to 1, about 0.3", True, "MIT", (CLIP_L,)),
     Entry("ImageReward", "about 0, standardized", True, "Apache 2.0", IMAGE_REWARD),
     Entry("AestheticScore", "1 to 10, about 5.6", True, "see its page; CLIP: MIT", (CLIP_L, AESTHETIC)),
     Entry("GenEvalReward", "0 or 1, or graded", False, "see its model card; CLIP: MIT", (DETECTOR, CLIP_L)),
+    Entry("GenEval2Reward", "0 to 1", True, "Apache 2.0; its prompts: CC BY-NC 4.0", (QWEN3_VL,)),
     Entry("OCRReward", "0 to 1", False, "Apache 2.0", (), ("rapidocr", "onnxruntime")),
     Entry("ContrastiveReward", "-1 to 1", True, "of the model that you give"),
     Entry("ShapesReward", "0 to 1", False, "of this project"),

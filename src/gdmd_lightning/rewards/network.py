@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.pretrained import DTYPES, Precision
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, ranged
 from gdmd_lightning.rewards.base import Reward
-
-Precision = Literal["float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @ranged
@@ -63,8 +60,12 @@ class NetworkReward(Reward):
     def network(self) -> nn.Module:
         """The frozen network; the first use loads it."""
         if self._network is None:
-            self._network = self.load().requires_grad_(False).eval().to(self._device, self.dtype)
+            self._network = self.cast(self.load()).requires_grad_(False).eval().to(self._device)
         return self._network
+
+    def cast(self, network: nn.Module) -> nn.Module:
+        """The network in the precision that was asked for; override it to keep a part in another one."""
+        return network.to(self.dtype)
 
     def prepare(self) -> None:
         _ = self.network

@@ -116,13 +116,15 @@ class Wanted:
                 yield Picture(row, number, prompt)
 
 
-def wanted_pictures(source: str, column: str, split: str, count: int | None, per_prompt: int) -> Wanted:
+def wanted_pictures(
+    source: str, column: str, split: str, count: int | None, per_prompt: int, tag: str | None = None
+) -> Wanted:
     """Pictures of the first ``count`` prompts of a source, or of all.
 
     Raises:
         UserError: If the source cannot be read, or if it is endless and ``count`` is None.
     """
-    opened = open_source(source, column=column, split=split)
+    opened = open_source(source, column=column, split=split, tag=tag)
     if count is None and is_endless(opened):
         raise UserError("this source is endless", where=source, remedy="give the number of prompts with --count")
     return Wanted(opened, per_prompt, count)

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
@@ -25,6 +25,7 @@ class Task:
         config: A configuration that trains on the task; its model describes the teacher.
         teacher: Pipeline directory of the teacher.
         prompts: Source of the test prompts, as :func:`read_evaluation_prompts` takes it.
+        column, split, tag: See there.
         scores: Makes the scores, empty.
         titles: Column title of each score, by its name.
         compared: The score whose differences to the teacher and to the control are reported.
@@ -39,14 +40,17 @@ class Task:
     titles: Mapping[str, str]
     compared: str
     size: tuple[int, int]
+    column: str = COLUMN
+    split: str = SPLIT
+    tag: str | None = None
 
     def read_prompts(self, count: int) -> list[Prompt]:
-        """The first ``count`` test prompts.
+        """``count`` test prompts.
 
         Raises:
             UserError: If the source is broken or cannot give this many.
         """
-        return read_evaluation_prompts(self.prompts, count)
+        return read_evaluation_prompts(self.prompts, count, column=self.column, split=self.split, tag=self.tag)
 
     def check(self, count: int) -> None:
         """Fail before anything is loaded if the scores cannot judge the first ``count`` test prompts.
