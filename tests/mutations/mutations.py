@@ -12,6 +12,7 @@ NFT = ("methods/test_nft_update.py",)
 ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.py",)
 
 PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
+ENGINES, SHARDED = ("strategies/test_multi_engine.py",), ("distributed/test_deepspeed.py",)
 ACCUMULATE, JUDGE = ("methods/test_accumulate.py",), ("rewards/test_judge.py", "rewards/test_rewards.py")
 
 
@@ -1385,7 +1386,7 @@ MUTATIONS = [
             'written then.\n        """',
         ),
         ("update not judged before the next", 'as ``outputs``."""\n        self.guard.settle()', 'as ``outputs``."""'),
-        ("non-finite checkpoints written", "            learned(checkpoint),", "            {},"),
+        ("non-finite checkpoints written", "check_finite(learned(checkpoint), when", "check_finite({}, when"),
         ("non-finite checkpoints resumed", 'check_finite(learned(checkpoint), "in', 'check_finite({}, "in'),
     ),
     *errors(
@@ -1420,7 +1421,7 @@ MUTATIONS = [
         "methods/checkpointing.py",
         NON_FINITE,
         ("moments not checked", '("state_dict", "optimizer_states")', '("state_dict",)'),
-        ("start_from with broken weights", "    check_finite(taken, f", "    check_finite({}, f"),
+        ("start_from with broken weights", "for found in taken.values() for", "for found in [] for"),
     ),
     *errors(
         "methods/checkpointing.py",
@@ -1997,5 +1998,56 @@ MUTATIONS = [
         ("callbacks/test_gradient_record.py",),
         ("rows of other ranks kept", "% trainer.world_size != trainer.global_rank", "!= trainer.global_rank"),
         ("record of another run dropped", "if earlier and trainer.ckpt_path is None:", "if False:"),
+    ),
+    *errors(
+        "strategies/partitions.py",
+        ENGINES,
+        (
+            "shards: moments not restored",
+            "            optimizer.optimizer.state[flat.tensor] = state",
+            "            pass",
+        ),
+        ("shards: a backward replaces the one before", "    engine.optimizer.clear_backward_seen_flag()\n", ""),
+    ),
+    *errors(
+        "strategies/multi_engine.py",
+        ENGINES,
+        ("engines: other roles learn too", "if parameter.requires_grad and id(parameter) not in mine", "if False"),
+        ("engines: frozen networks whole", "sharded=self.shard_frozen,", "sharded=False,"),
+    ),
+    *errors(
+        "strategies/multi_engine.py",
+        ("strategies/test_refusals.py",),
+        ("engines: the trainer's clipping ignored", "if trainer.gradient_clip_val:", "if False:"),
+        ("engines: settings of a role lost", 'for name in {role, role.rpartition(".")[2]}:', "for name in ():"),
+    ),
+    *errors(
+        "strategies/shards.py",
+        ("strategies/test_shards.py",),
+        ("shards: names leave the directory", "not all(_NETWORK.fullmatch(name) for name in self.networks)", "False"),
+        ("shards: leftovers stay", "        _remove(found)", "        pass"),
+        ("shards: order of tensors lost", "    return {**first, **tensors}", "    return tensors"),
+        ("shards: the replaced checkpoint stays", "path):\n        _remove(part)", "path):\n        pass"),
+    ),
+    *errors(
+        "roles/sharded.py",
+        SHARDED,
+        (
+            "sharded roles: averages stay",
+            "        get_ema_multi_avg_fn(decay)(_shards(mine), _shards(self.standalone(role)), 1)\n",
+            "",
+        ),
+        ("sharded roles: snapshots stay", "            own.copy_(other)", "            pass"),
+    ),
+    *errors(
+        "engines/deepspeed.py",
+        SHARDED,
+        ("engines: clipping of a role forgotten", "roles.optimization_of(role).gradient_clip)", "0.0)"),
+    ),
+    *errors(
+        "engines/deepspeed.py",
+        ("distributed/test_deepspeed_commands.py",),
+        ("engines: adapters in ZeRO-3 accepted", "and stage == 3:", "and False:"),
+        ("engines: weights in half precision accepted", "        if half:", "        if False:"),
     ),
 ]

@@ -6,13 +6,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from processes import HERE, run_ranks
+from processes import run_ranks
 from safetensors.torch import save_file
 from toy_gan import ToyGAN, network
 from toy_runs import Batches, Observe, large
 
 from gdmd_lightning.strategies import consolidated
 
+HERE = Path(__file__).parent
 LOSS, WEIGHT = 1e-6, 2e-5
 STEPS = 4
 
@@ -176,7 +177,7 @@ def test_a_rank_killed_while_writing_leaves_the_previous_checkpoint(folder):
     assert kept["global_step"] == 4
     for name, value in kept["state_dict"].items():
         assert torch.equal(first["weights"][name], value)
-    (later,) = run_cases(folder, later=again)
+    run_cases(folder, later=again)
     assert consolidated(path)["global_step"] == 2 * STEPS
     assert not list(folder.glob("*.part"))
 
@@ -184,7 +185,7 @@ def test_a_rank_killed_while_writing_leaves_the_previous_checkpoint(folder):
 @pytest.mark.slow
 def test_another_number_of_ranks_is_refused_and_a_plain_checkpoint_is_not(folder):
     path = folder / "two.ckpt"
-    (two,) = run_cases(folder, two={"strategy": {"stage": 3}, "steps": 2, "save": str(path)})
+    run_cases(folder, two={"strategy": {"stage": 3}, "steps": 2, "save": str(path)})
     torch.save(consolidated(path), folder / "plain.ckpt")
     again = {"strategy": {"stage": 2}, "start": 2, "steps": STEPS}
     refused, resumed = run_cases(

@@ -1,12 +1,13 @@
 """The page about the strategy shows the module that the tests run."""
 
 import re
+from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
-from processes import HERE
 
+HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "deepspeed.md"
 
 

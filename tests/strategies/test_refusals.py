@@ -63,8 +63,9 @@ def test_trainer_settings_without_effect_are_refused(settings, automatic, messag
         accelerator="cpu", devices=1, strategy=MultiEngineDeepSpeedStrategy(), logger=False,
         enable_checkpointing=False, **settings,
     )  # fmt: skip
+    before = torch.distributed.is_initialized()
     with pytest.raises(MisconfigurationException) as error:
         trainer.fit(module, torch.utils.data.DataLoader([torch.zeros(8)]))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert not torch.distributed.is_initialized()
+    assert torch.distributed.is_initialized() == before

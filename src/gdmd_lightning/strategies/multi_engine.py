@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -223,6 +224,10 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if self.root_device.type == "cpu":
+            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+            # Another library may have imported DeepSpeed before, which then chose a GPU that is not used here.
+            deepspeed.accelerator.set_accelerator(CPU_Accelerator())
             # Compiling this takes longer than a short run; gloo does the same.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=self._get_process_group_backend(), dist_init_required=False)
@@ -285,8 +290,8 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             return dict(module.trained_networks())
         roles = {}
         for number, optimizer in enumerate(self.optimizers):
-            names = [self._names[id(p)].split(".") for group in optimizer.param_groups for p in group["params"]]
-            path = ".".join(os.path.commonprefix(names) if len(names) > 1 else names[0][:-1])
+            names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            path = _common_path(names)
             if not path or path in roles:
                 raise MisconfigurationException(
                     f"the parameters of optimizer {number} are not those of one submodule: give each optimizer the "
@@ -634,6 +639,13 @@ def _check_config(configs: Mapping[str, dict[str, Any]]) -> None:
             raise MisconfigurationException(f"zero_optimization.stage in the strategy's {where}: use stage and stages")
         if any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param")):
             raise MisconfigurationException(f"offload to nvme in the strategy's {where} is not supported: use cpu")
+
+
+def _common_path(names: list[str]) -> str:
+    """The innermost submodule that all these parameters are in, empty for none."""
+    parents = [name.split(".")[:-1] for name in names]
+    shared = zip(*parents, strict=False)
+    return ".".join(each[0] for each in itertools.takewhile(lambda parts: len(set(parts)) == 1, shared))
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

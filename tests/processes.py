@@ -9,12 +9,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def run_ranks(script: Path, *arguments: object, ranks: int = 2, timeout: float = 250, check: bool = True):
+def run_ranks(script: Path, *arguments: object, ranks: int = 2, timeout: float = 550, check: bool = True):
     """Run a script on each rank; returns their return codes and what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = [os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)]
+    places = [os.environ.get("PYTHONPATH", ""), str(HERE), str(script.parent)]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     # A fixed threshold, so that freed tensors leave the process at once and its memory can be measured.
     shared |= {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
