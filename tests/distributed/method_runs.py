@@ -23,7 +23,8 @@ class Observe(pl.Callback):
         self.logs, self.save = [], save
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, number):
-        logs = outputs["logs"] | {"loss": trainer.callback_metrics["loss"]}
+        shown = trainer.callback_metrics
+        logs = outputs["logs"] | ({"loss": shown["loss"]} if "loss" in shown else {})
         self.logs.append({name: float(value) for name, value in logs.items()})
 
     def on_train_end(self, trainer, pl_module):

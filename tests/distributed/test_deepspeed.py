@@ -47,7 +47,7 @@ def run_cases(pipeline: Path, ranks: int = 2, check: bool = True, **cases: dict)
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(ranks)] for name in cases}
 
 
-def assert_same_run(found: list[dict], expected) -> None:
+def assert_same_run(found: list[dict], expected, loss: float = LOSS) -> None:
     logs, module = expected
     for rank, own in enumerate(found):
         assert "error" not in own, own
@@ -55,7 +55,7 @@ def assert_same_run(found: list[dict], expected) -> None:
         for here, there in zip(own["logs"], logs[rank]):
             for name in there:
                 # Correlations and the like amplify the last digits.
-                limit = LOSS if "loss" in name else 1e-4
+                limit = loss if "loss" in name else 1e-4
                 assert abs(here[name] - there[name]) <= limit * max(1, abs(there[name])), (rank, name)
         assert own["teacher"] == module.teacher_digest
         weights = module.roles.state_dict()
@@ -131,7 +131,8 @@ def test_other_methods_train_in_shards_as_one_process(pipeline):
     found = run_cases(pipeline, **{method.replace(" ", "_"): {**own, "method": method} for method in OTHERS})
     for method, each in zip(OTHERS, found.values(), strict=True):
         expected = train_together(lambda method=method: build(pipeline, method, family="sd3"), UPDATES, **DATA)
-        assert_same_run(each, expected)
+        # Ratios of probabilities amplify the last digits too.
+        assert_same_run(each, expected, 1e-5 if method in ("flow_grpo", "rtdmd") else LOSS)
 
 
 @pytest.mark.slow

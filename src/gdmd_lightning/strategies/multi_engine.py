@@ -406,20 +406,20 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         """What this rank holds of the networks that a checkpoint has, by role."""
         assert self.lightning_module is not None
         saved = self.lightning_module.state_dict().keys()
-        found = {
-            role.rpartition(".")[2]: list(partitions.trained_pieces(engine, self._names, self.global_rank))
-            for role, engine in self.engines.items()
-        }
+        found: dict[str, list[shards.Piece]] = {}
+        for role, engine in self.engines.items():
+            found[_unused(role, found)] = list(partitions.trained_pieces(engine, self._names, self.global_rank))
         for network in self._frozen:
-            name = self._path_of(network)
-            if any(f"{name}.{each}" in saved for each, _ in network.named_parameters()):
-                own = list(partitions.frozen_pieces(network, self._names, self.global_rank))
-                found[name.rpartition(".")[2]] = own
+            path = self._path_of(network)
+            if any(f"{path}.{each}" in saved for each, _ in network.named_parameters()):
+                own = partitions.frozen_pieces(network, self._names, self.global_rank)
+                found[_unused(path, found)] = list(own)
         return found
 
     def _path_of(self, network: nn.Module) -> str:
         assert self.lightning_module is not None
-        return next(name for name, each in self.lightning_module.named_modules() if each is network)
+        # A network that the module does not own is in no checkpoint.
+        return next((name for name, each in self.lightning_module.named_modules() if each is network), "")
 
     # Checkpoints.
 
@@ -435,7 +435,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         return {name: value for name, value in self.lightning_module.state_dict().items() if name not in held}
 
     def _held(self) -> set[str]:
-        return {self._names[id(p)] for network in self._engine_networks() for p in network.parameters()}
+        return {self._names.get(id(p), "") for network in self._engine_networks() for p in network.parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The settings of an optimizer; its moments are in the shards."""
@@ -462,10 +462,10 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         host = platform.node() or "localhost"
         part = Path(self.broadcast(str(path.with_name(f"{path.name}.{os.getpid()}@{host}.part"))))
         found = self.pieces()
-        if self.is_global_zero:
-            shards.remove_parts(path)
-            part.mkdir(parents=True)
-        self.barrier()
+        with self._together(f"{str(path)!r} cannot be written"):
+            if self.is_global_zero:
+                shards.remove_parts(path)
+                part.mkdir(parents=True)
         with self._together(f"{str(path)!r} cannot be written"):
             for network, pieces in found.items():
                 shards.write_pieces(part / network, self.global_rank, pieces)
@@ -525,7 +525,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             for engine in self.engines.values():
                 partitions.load_trained(engine, self._names, self.global_rank, source.read, source.keys, source.scalars)
             for network in self._frozen:
-                if any(self._names[id(p)] in saved for p in network.parameters()):
+                if any(self._names.get(id(p)) in saved for p in network.parameters()):
                     partitions.load_frozen(network, self._names, self.global_rank, source.read)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -639,6 +639,12 @@ def _check_config(configs: Mapping[str, dict[str, Any]]) -> None:
             raise MisconfigurationException(f"zero_optimization.stage in the strategy's {where}: use stage and stages")
         if any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param")):
             raise MisconfigurationException(f"offload to nvme in the strategy's {where} is not supported: use cpu")
+
+
+def _unused(path: str, taken: Mapping[str, Any]) -> str:
+    """The last name of a path, or all of it if that is taken."""
+    last = path.rpartition(".")[2]
+    return path if last in taken else last
 
 
 def _common_path(names: list[str]) -> str:

@@ -239,7 +239,7 @@ def consolidated(path: str | Path) -> dict[str, Any]:
     checkpoint = reader.rest()
     weights = {name: reader.full(name) for name in reader.index}
     checkpoint["state_dict"] = in_order(checkpoint.pop("names", []), {**checkpoint["state_dict"], **weights})
-    for state, names in zip(checkpoint.get("optimizer_states", []), checkpoint.pop("trained_names", []), strict=True):
+    for state, names in zip(checkpoint.get("optimizer_states", []), checkpoint.pop("trained_names", []), strict=False):
         state["state"] = {
             number: {
                 **{key: torch.tensor(value) for key, value in reader.scalars(name).items()},
