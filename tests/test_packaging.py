@@ -25,6 +25,7 @@ FLOORS = {
     "prompts": 0,
     "ranges": 0,
     "schedules": 0,
+    "strategies": 0,
     "streams": 0,
     "latents": 1,
     "families": 2,

@@ -252,7 +252,7 @@ class Found(Exception):
     """A command's parser."""
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"fit", "export", "rewards"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"consolidate", "fit", "export", "rewards"}))
 def test_every_number_of_a_command_has_a_range(command, monkeypatch, complaint, tmp_path):
     monkeypatch.chdir(tmp_path)
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "score the teacher and checkpoints on fixed prompts",
     "compare": "compare methods over seeds at equal network evaluations: compare --config compare_shapes.yaml",
     "sample": "generate pictures of prompts: sample CHECKPOINT PROMPTS OUT [--per_prompt 4 ...]",
+    "consolidate": "write the plain checkpoint of one in shards: consolidate CHECKPOINT OUT",
     "export": "write a checkpoint's generator as a diffusers pipeline directory",
     "demo": "distill the embedded teacher with DMD, then GDMD, and print a table of scores",
     "rewards": "list the rewards, and whether their weights are on this machine",
@@ -34,7 +35,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of ``--help``."""
-    rows = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    rows = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     return (
         "usage: python -m gdmd_lightning COMMAND [options]\n\n"
         "Distill text-to-image diffusion models into few-step generators, with gradient rewards.\n\n"

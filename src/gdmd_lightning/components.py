@@ -38,6 +38,7 @@ from gdmd_lightning.rewards.ocr import OCRReward
 from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
 from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
 
 __all__ = [
     "ACDMD",
@@ -74,6 +75,7 @@ __all__ = [
     "ImageReward",
     "LogitNormal",
     "Mask2FormerDetector",
+    "MultiEngineDeepSpeedStrategy",
     "OCRReward",
     "PickScore",
     "QwenVLAnswers",

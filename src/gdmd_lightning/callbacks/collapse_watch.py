@@ -21,6 +21,7 @@ from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.lightning import RoleModule
 from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.ranges import Count, OpenLow, ranged
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
 
 SOURCES = {"eval/": GenerationEvaluation, "variety/": GenerationVariety}
 """Which callback logs the figures with a prefix."""
@@ -225,7 +226,8 @@ def _check_roll_back(trainer: pl.Trainer) -> None:
             where="CollapseWatch.policy roll_back",
             remedy="add a ModelCheckpoint with monitor, such as a held-out reward",
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    can = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    if not can or isinstance(trainer.strategy, MultiEngineDeepSpeedStrategy):
         raise UserError(
             f"{type(trainer.strategy).__name__} cannot load a checkpoint while it trains",
             where="CollapseWatch.policy roll_back",

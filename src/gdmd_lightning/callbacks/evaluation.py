@@ -135,9 +135,11 @@ class GenerationEvaluation(pl.Callback):
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         """Evaluate now."""
         if self.score_teacher and not self.teacher:
-            self._score(trainer, module, partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance))
+            with module.roles.lockstep("teacher"):
+                self._score(trainer, module, partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance))
             self.teacher = {name: float(value) for name, value in self._values().items()}
-        seconds = self._score(trainer, module, module.generate)
+        with module.roles.lockstep("ema"):
+            seconds = self._score(trainer, module, module.generate)
         values = self._values()
         others = tuple(f"{name}/" for name in self._names_of_others(trainer))
         kept = {name: value for name, value in module.provenance.scores.items() if name.startswith(others)}
@@ -147,7 +149,7 @@ class GenerationEvaluation(pl.Callback):
         measured |= {f"teacher/{name}": value for name, value in self.teacher.items()}
         log_figures(trainer, module, {**measured, "eval/seconds_per_picture": seconds})
         directory = run_directory(trainer)
-        if self.columns and trainer.is_global_zero:
+        if self.columns:
             self._draw(trainer, module, directory / "pictures")
 
     def _score(self, trainer: pl.Trainer, module: DistillationModule, generate: Generate) -> float:
@@ -175,15 +177,21 @@ class GenerationEvaluation(pl.Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: pl.Trainer, module: DistillationModule, directory: Path) -> None:
+        """Draw on rank 0; the others only keep it company where weights are in shards."""
         texts, noise = shown(self.prompts, self.columns, module.latent_shape, self.seed)
         noise = noise.to(module.device)
-        if self._teacher_pictures is None:
-            pictures = module.generate_teacher(noise, texts, self.teacher_steps, self.teacher_guidance)
-            self._teacher_pictures = pictures.cpu()
+        with module.roles.lockstep("teacher"):
+            if trainer.is_global_zero and self._teacher_pictures is None:
+                pictures = module.generate_teacher(noise, texts, self.teacher_steps, self.teacher_guidance)
+                self._teacher_pictures = pictures.cpu()
+        with module.roles.lockstep("ema"):
+            ours = module.generate(noise, texts).cpu() if trainer.is_global_zero else None
+        if ours is None or self._teacher_pictures is None:
+            return
         figure = picture_grid(
             {
                 f"teacher, {self.teacher_steps}": self._teacher_pictures,
-                f"ours, {module.steps}": module.generate(noise, texts).cpu(),
+                f"ours, {module.steps}": ours,
             },
             texts,
         )

@@ -54,12 +54,13 @@ class GenerationVariety(pl.Callback):
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         """Measure now; each rank takes every ``world_size``-th prompt."""
         sums = torch.zeros(3, device=module.device)  # diversity, spread, prompts
-        for row in range(trainer.global_rank, len(self.prompts), trainer.world_size):
-            numbers = range(row * self.samples, (row + 1) * self.samples)
-            noise = torch.stack([fixed_noise(i, module.latent_shape, self.seed) for i in numbers]).to(module.device)
-            images = module.generate(noise, [self.prompts[row].text] * self.samples)
-            spread = module.family.encode_images(images).flatten(1).float().std(1).mean()
-            sums += torch.stack([pairwise_distance(images[None]).float().mean(), spread, torch.ones_like(spread)])
+        with module.roles.lockstep("ema"):
+            for row in range(trainer.global_rank, len(self.prompts), trainer.world_size):
+                numbers = range(row * self.samples, (row + 1) * self.samples)
+                noise = torch.stack([fixed_noise(i, module.latent_shape, self.seed) for i in numbers])
+                images = module.generate(noise.to(module.device), [self.prompts[row].text] * self.samples)
+                spread = module.family.encode_images(images).flatten(1).float().std(1).mean()
+                sums += torch.stack([pairwise_distance(images[None]).float().mean(), spread, torch.ones_like(spread)])
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
         diversity, latent_std = (sums[:2] / sums[2]).unbind()

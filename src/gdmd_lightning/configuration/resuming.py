@@ -14,6 +14,7 @@ from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, run_root, versio
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import shipped_configs
 from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.strategies.shards import is_sharded
 
 NAMED = ("last", "best")
 PLACES = ("trainer.logger", "trainer.default_root_dir")
@@ -38,7 +39,7 @@ def resolve_checkpoint(given: str, trainer: Trainer) -> Path:
         raise UserError(
             "no ModelCheckpoint monitors a score, so no checkpoint is best", where="ckpt_path", remedy=remedy
         )
-    found = [path for path in _last_checkpoints(trainer, keepers) if path.is_file()]
+    found = [path for path in _last_checkpoints(trainer, keepers) if path.is_file() or is_sharded(path)]
     if not found:
         place = _place(trainer)
         raise UserError(f"no run in {str(place)!r} has a last.ckpt", where=f"ckpt_path {given}", remedy=_REMEDY)
@@ -74,7 +75,7 @@ def _best(last: Path) -> Path:
         if isinstance(state, dict) and state.get("monitor") is not None and state.get("best_model_path"):
             known = Path(state["best_model_path"])
             for path in (known, last.parent / known.name):  # the run may have been moved
-                if path.is_file():
+                if path.is_file() or is_sharded(path):
                     return path
     raise UserError("that run has no best checkpoint", where=f"ckpt_path best, {last}", remedy=_REMEDY)
 

@@ -34,11 +34,13 @@ from gdmd_lightning.configuration.resuming import NAMED, place_given, resolve_ch
 from gdmd_lightning.configuration.seeds import share_seed
 from gdmd_lightning.configuration.suggestions import arguments_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.engines.deepspeed import check_stages
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 CallbackT = TypeVar("CallbackT", bound=Callback)
@@ -146,6 +148,8 @@ class DistillationCLI(LightningCLI):
                 where="trainer.strategy",
                 remedy="use ddp",
             )
+        if isinstance(self.trainer.strategy, MultiEngineDeepSpeedStrategy):
+            check_stages(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)
         self._choose_directory()
 
     def _choose_directory(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
-from gdmd_lightning.families.loading import check_pipeline
+from gdmd_lightning.families.loading import BuildNetwork, check_pipeline
 from gdmd_lightning.families.resolution import Grid
 from gdmd_lightning.families.sketch import ARCHITECTURES
 from gdmd_lightning.families.truncation import cut_notice, silence_length_warnings
@@ -55,6 +55,9 @@ class ModelFamily(ABC):
 
     dtype: str = "float32"
     """Precision of the weights."""
+
+    build_network: BuildNetwork | None = None
+    """How :meth:`load` builds the denoising network; ``None`` for diffusers' own way, whole on every rank."""
 
     _encoders_freed = False
     _cut_reported = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,8 +65,13 @@ def weights_fingerprint(network: nn.Module) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    return fingerprint(network.state_dict().items())
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of a network's tensors, in the order of its state dict; see :func:`weights_fingerprint`."""
     digest = hashlib.blake2b(digest_size=16)
-    for key, tensor in network.state_dict().items():
+    for key, tensor in tensors:
         digest.update(json.dumps([key, list(tensor.shape), str(tensor.dtype), _tensor_bits(tensor)]).encode())
     return digest.hexdigest()
 

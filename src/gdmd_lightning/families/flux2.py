@@ -59,7 +59,9 @@ class Flux2KleinFamily(ModelFamily):
         """
         import diffusers
 
-        self.pipeline = load_pipeline(getattr(diffusers, self.pipeline_class), self.path, self.dtype)
+        self.pipeline = load_pipeline(
+            getattr(diffusers, self.pipeline_class), self.path, self.dtype, build=self.build_network
+        )
         return self._network()
 
     def sketch(self) -> nn.Module:

@@ -5,16 +5,56 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.autoencoder import keep_range
 from gdmd_lightning.families.hub import loading_problem
 
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = (), drop: Sequence[str] = ()) -> Any:
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """A denoising network on disk, for whoever constructs and fills it elsewhere.
+
+    Args:
+        kind: The network's diffusers class.
+        config: Its configuration.
+        weights: Its ``.safetensors`` files.
+        dtype: Precision that the family loads it in.
+    """
+
+    kind: Any
+    config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+    dtype: Any
+
+    def construct(self) -> nn.Module:
+        """The network with random weights."""
+        network: nn.Module = self.kind.from_config(dict(self.config))
+        return network
+
+
+BuildNetwork = Callable[[NetworkFiles], nn.Module]
+"""Constructs a network and fills it with its weights."""
+
+
+def load_pipeline(
+    cls: Any,
+    path: str,
+    dtype: str,
+    *,
+    may_lack: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    network: str = "transformer",
+    build: BuildNetwork | None = None,
+) -> Any:
     """Load ``cls.from_pretrained(path)`` from safetensors; freeze its modules and set evaluation mode.
 
     Args:
@@ -23,6 +63,8 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         may_lack: Components that the class requires but that a directory may have saved as empty.
         drop: Components not to load.
+        network: Name of the denoising network.
+        build: Builds the denoising network in another way than diffusers does.
 
     Raises:
         UserError: If the dtype is unknown, or a file of the pipeline is missing or corrupt.
@@ -37,6 +79,7 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
     if directory.is_dir():
         index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
         empty |= {part for part in may_lack if index.get(part, [None])[0] is None}
+    built = {} if build is None else {network: build(network_files(path, network, getattr(torch, dtype)))}
     logging.disable_progress_bar()
     try:
         pipeline = cls.from_pretrained(
@@ -45,6 +88,7 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
             use_safetensors=True,
             low_cpu_mem_usage=True,
             **dict.fromkeys(empty),
+            **built,
         )
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
         problem, remedy = loading_problem(path, error)
@@ -54,11 +98,53 @@ def load_pipeline(cls: Any, path: str, dtype: str, *, may_lack: Sequence[str] = 
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
-            if directory.is_dir():
+            if directory.is_dir() and name not in built:
                 _check_complete(component, directory / name)
             component.requires_grad_(False).eval()
     keep_range(pipeline.vae)
     return pipeline
+
+
+def network_files(path: str, network: str, dtype: Any) -> NetworkFiles:
+    """Find a pipeline's denoising network; one on the hub is downloaded.
+
+    Args:
+        path: Directory or hub id of the pipeline.
+        network: Name of the network in it.
+        dtype: Precision to load it in.
+
+    Raises:
+        UserError: If a file is missing.
+    """
+    import diffusers
+
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(path, allow_patterns=["model_index.json", f"{network}/*"]))
+        except Exception as error:  # unrelated types: no such model, no access, no network
+            problem, remedy = loading_problem(path, error)
+            raise UserError(f"the pipeline {path!r} {problem}", where="family.path", remedy=remedy) from error
+    try:
+        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+        kind: Any = getattr(diffusers, index[network][1])
+        config = kind.load_config(str(directory / network))
+        names, shards = {_WEIGHTS}, directory / network / f"{_WEIGHTS}.index.json"
+        if shards.is_file():
+            names = {Path(name).name for name in json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the {network} of {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            where="family.path",
+            remedy="save or download it again",
+        ) from error
+    files = tuple(directory / network / name for name in sorted(names))
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"no file {missing[0]!r}", where="family.path", remedy="save or download it again")
+    return NetworkFiles(kind, config, files, dtype)
 
 
 def _check_complete(component: Any, directory: Path) -> None:

@@ -46,7 +46,12 @@ class SD3Family(ModelFamily):
         from diffusers import StableDiffusion3Pipeline
 
         self.pipeline = load_pipeline(
-            StableDiffusion3Pipeline, self.path, self.dtype, may_lack=_T5, drop=() if self.use_t5 else _T5
+            StableDiffusion3Pipeline,
+            self.path,
+            self.dtype,
+            may_lack=_T5,
+            drop=() if self.use_t5 else _T5,
+            build=self.build_network,
         )
         return self.loaded.transformer
 

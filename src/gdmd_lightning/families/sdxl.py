@@ -47,7 +47,13 @@ class SDXLFamily(ModelFamily):
         """
         from diffusers import StableDiffusionXLPipeline
 
-        self.pipeline = load_pipeline(StableDiffusionXLPipeline, self.path, self.dtype)
+        self.pipeline = load_pipeline(
+            StableDiffusionXLPipeline,
+            self.path,
+            self.dtype,
+            network=self.network_component,
+            build=self.build_network,
+        )
         return self._network()
 
     def sketch(self) -> nn.Module:

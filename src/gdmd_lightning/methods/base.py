@@ -189,7 +189,8 @@ class DistillationModule(RoleModule, ABC):
         stop = (batch.groups + first) % self.steps
         if step_index is not None:
             stop = torch.full_like(stop, step_index)
-        with phase("rollout"):
+        # How many steps are taken is drawn on each rank.
+        with phase("rollout"), self.roles.lockstep("generator"):
             path = rollout(self.predictor("generator", batch.conditioning), noise, self.sigmas, self.sampler, rng, stop)
         return State(NoisyLatents(path.states[-1], self.sigmas[stop].to(noise), batch.conditioning), stop)
 

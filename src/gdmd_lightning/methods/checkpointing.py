@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
+from gdmd_lightning.strategies.shards import ShardedCheckpoint, ShardError, consolidated, is_sharded
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.lightning import RoleModule
@@ -50,13 +51,15 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     """Read a checkpoint of this project, tensors and plain values only.
 
     Args:
-        path: The file.
+        path: The file, or the directory that several ranks wrote, whose tensors are put together.
         in_memory: Read the tensors now and verify their checksums, which takes about a second per GB. Otherwise map
-            them from disk when they are used, unverified.
+            them from disk when they are used, unverified; of a directory, leave out what is in shards.
 
     Raises:
         UserError: If there is no such file, it is not a checkpoint, or it is damaged.
     """
+    if is_sharded(path):
+        return _read_sharded(path, in_memory)
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path!r}", where="checkpoint", remedy="give the path of a .ckpt file")
     try:
@@ -67,6 +70,17 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
     if in_memory:
         _verify_checksums(path)
     if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
+    _check_parts(content, path)
+    return content
+
+
+def _read_sharded(path: str, in_memory: bool) -> dict[str, Any]:
+    try:
+        content = consolidated(path) if in_memory else ShardedCheckpoint(path).rest()
+    except ShardError as error:
+        raise UserError(str(error), where="checkpoint", remedy="use another checkpoint of this run") from error
+    if not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
     _check_parts(content, path)
     return content
@@ -143,12 +157,19 @@ def _verify_checksums(path: str) -> None:
 
 
 def content_digest(path: str) -> str:
-    """Digest of a checkpoint's content, from the checksums in its zip directory; reads no tensors.
+    """Digest of a checkpoint's content: of a file from the checksums in its zip directory, without reading tensors.
 
     Raises:
         UserError: If the file does not exist or is not a checkpoint.
     """
     read_checkpoint(path, in_memory=False)
+    if is_sharded(path):
+        digest = hashlib.blake2b(digest_size=8)
+        for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "blake2b").digest())
+        return digest.hexdigest()
     with zipfile.ZipFile(path) as archive:
         parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
@@ -163,12 +184,15 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
         UserError: If it does not; the message names the first tensor that differs.
     """
     module.roles.adopt({name.removeprefix("roles."): value for name, value in checkpoint["state_dict"].items()})
-    mine, theirs = module.state_dict(), checkpoint["state_dict"]
+    mine = module.shapes()
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if "sharded" in checkpoint:
+        theirs |= ShardedCheckpoint(checkpoint["sharded"]).shapes()
     remedy = "use the configuration that the checkpoint was trained with, or start a new run with model.start_from"
     for name in [*mine, *(() if module.restricted else theirs)]:
         if name not in theirs or name not in mine:
             who = "the checkpoint" if name in mine else "this model"
             raise UserError(f"it is of another model: {who} has no {name}", where="checkpoint", remedy=remedy)
-        if mine[name].shape != theirs[name].shape:
-            shapes = f"{tuple(theirs[name].shape)} there, {tuple(mine[name].shape)} here"
+        if mine[name] != theirs[name]:
+            shapes = f"{theirs[name]} there, {mine[name]} here"
             raise UserError(f"it is of another model: {name} is {shapes}", where="checkpoint", remedy=remedy)

@@ -16,6 +16,7 @@ from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
+from gdmd_lightning.engines.deepspeed import DeepSpeedEngine, Placement, check_stages, trained_networks
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
 from gdmd_lightning.engines.precision import check_precision
@@ -37,7 +38,8 @@ from gdmd_lightning.methods.starting import merges, take_over
 from gdmd_lightning.phases import Stopwatch, listening
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
-from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec
+from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec, ShardedRoles
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained
 from gdmd_lightning.streams import stream
 
 Logs = dict[str, Tensor]
@@ -118,6 +120,7 @@ class RoleModule(pl.LightningModule):
         self.teacher_digest = ""
         self._random_states: Any = None
         self._only: str | None = None
+        self._placement: Placement | None = None
 
     # What a method defines.
 
@@ -154,13 +157,28 @@ class RoleModule(pl.LightningModule):
         if hasattr(self, "roles"):
             return
         self.family.check_resolution(self.height, self.width)
+        strategy = self.multi_engine
+        if strategy is not None and self.lora is None:
+            self._placement = Placement(strategy)
+            self.family.build_network = self._placement.build_teacher
         network = self.family.load()
-        self.teacher_digest = weights_fingerprint(network)
+        placement = self._placement
+        self.teacher_digest = weights_fingerprint(network) if placement is None else placement.fingerprint(network)
         self.build_roles(network)
         self.embeddings = PromptEmbeddings(self.family)
         if self.start_from is not None:
             take_over(self, self.start_from)
             self.provenance = replace(self.provenance, started_from=content_digest(self.start_from))
+
+    @property
+    def multi_engine(self) -> MultiEngineDeepSpeedStrategy | None:
+        """The trainer's strategy, if it has an engine for each role."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, MultiEngineDeepSpeedStrategy) else None
+
+    def trained_networks(self) -> dict[str, Trained]:
+        """The trained roles, for a strategy that has an engine for each."""
+        return trained_networks(self.roles)
 
     def build_roles(self, network: nn.Module) -> None:
         """Build the roles from the family's loaded network, as copies or as adapters."""
@@ -169,7 +187,10 @@ class RoleModule(pl.LightningModule):
         specs = self.role_specs()
         if self._only is not None:
             specs = tuple(spec.alone(self.generator) for spec in specs if spec.name == self._only)
-        if self.lora is None:
+        if self._placement is not None:
+            self.roles = ShardedRoles(self.family, network, specs, self.micro_batch_size, self._placement.copy_for)
+            self.roles.latent_shape = self.latent_shape
+        elif self.lora is None:
             self.roles = CopiedRoles(self.family, network, specs, self.micro_batch_size)
         else:
             self.roles = AdapterRoles(
@@ -209,6 +230,8 @@ class RoleModule(pl.LightningModule):
             for role in self.role_specs():
                 if role.optimizer is not None:
                     role.optimizer.check(role.name, self.trainer.max_steps)
+            if self.multi_engine is not None:
+                check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.batch_size * self.accumulate, data.group_size)
@@ -280,7 +303,8 @@ class RoleModule(pl.LightningModule):
         with listening(watch), watch("rest"):
             conditioning = self.embeddings(texts)
             optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
-            engine = LightningEngine(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
+            kind = LightningEngine if self.multi_engine is None else DeepSpeedEngine
+            engine = kind(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
             done = self.update(Batch(batch.prompts, batch.groups, conditioning, self.real_x0(batch.prompts)), engine)
             engine.finish()
         self.updates += 1
@@ -325,15 +349,32 @@ class RoleModule(pl.LightningModule):
             UserError: If a weight or moment is not finite; nothing is written then.
         """
         self.guard.settle()
-        check_finite(
-            learned(checkpoint),
-            f"after update {self.updates}",
-            "earlier checkpoints are unchanged; lower the learning rates and resume from one of them",
-        )
+        when = f"after update {self.updates}"
+        remedy = "earlier checkpoints are unchanged; lower the learning rates and resume from one of them"
+        check_finite(learned(checkpoint), when, remedy)
+        if self.multi_engine is not None:
+            self._check_shards(self.multi_engine, when, remedy)
         here: dict[str, Any] = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
         here |= {"updates": self.updates, "evaluations": self.evaluations}
         checkpoint["provenance"] = asdict(replace(self.provenance, **here))
         checkpoint["random_states"] = global_states(self.device)
+
+    def _check_shards(self, strategy: MultiEngineDeepSpeedStrategy, when: str, remedy: str) -> None:
+        """Fail on all ranks if a weight or moment in the shards of one is not finite."""
+        found: UserError | None = None
+        try:
+            for pieces in strategy.pieces().values():
+                check_finite({piece.name: dict(piece.tensors) for piece in pieces}, when, remedy)
+        except UserError as error:
+            found = error
+        if not self._all_ranks(found is None):
+            where_else = UserError(f"a weight of another rank is not finite {when}", where="checkpoint", remedy=remedy)
+            raise found or where_else
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole tensors that a checkpoint of this module has, by name."""
+        whole = {f"roles.{name}": shape for name, shape in self.roles.shapes().items()}
+        return {name: whole.get(name, tuple(value.shape)) for name, value in self.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fail before any weight changes if the checkpoint does not fit; add the teacher to it.
@@ -358,6 +399,8 @@ class RoleModule(pl.LightningModule):
         """Continue the global random generators of a resumed run, after everything else that may draw from them."""
         if self._random_states is None:
             return
+        if self.multi_engine is not None:
+            self._check_shards(self.multi_engine, "in the checkpoint", "use an earlier checkpoint")
         try:
             restore_global_states(self._random_states, self.device, self.global_rank)
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:

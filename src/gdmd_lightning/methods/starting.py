@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -33,8 +33,9 @@ def take_over(module: RoleModule, path: str) -> None:
         theirs = _merged(module, theirs, origin, path)
         module.roles.adopt(theirs)
     roles = module.roles
-    own = roles.state_dict()
-    taken: dict[str, Any] = {name: value for name, value in theirs.items() if is_start(name)}
+    own = roles.shapes()
+    starts = {name: value for name, value in theirs.items() if is_start(name)}
+    taken: dict[str, dict[str, Tensor]] = {}
     followers = []
     for spec in roles.specs:
         names = roles.names_of(spec.name)
@@ -42,11 +43,14 @@ def take_over(module: RoleModule, path: str) -> None:
         if not found and (spec.name != "generator" or merges(module)):
             followers += [spec] if spec.source is not None else []
             continue
-        if len(found) < len(names) or any(found[name].shape != own[name].shape for name in found):
+        if len(found) < len(names) or any(tuple(found[name].shape) != own[name] for name in found):
             raise _other_model(spec.name, path)
-        taken |= found
-    check_finite(taken, f"in {path!r}")
-    roles.load_state_dict(taken, strict=False)
+        taken[spec.name] = found
+    check_finite(starts | {name: value for found in taken.values() for name, value in found.items()}, f"in {path!r}")
+    if starts:
+        roles.load_state_dict(starts, strict=False)
+    for role, found in taken.items():
+        roles.fill(role, found)
     for spec in followers:
         roles.copy(str(spec.source), spec.name)
 

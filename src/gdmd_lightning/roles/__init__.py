@@ -7,6 +7,18 @@ a role and get its ``x0`` or velocity.
 from gdmd_lightning.roles.adapters import AdapterRoles, LoRA
 from gdmd_lightning.roles.base import Form, Roles
 from gdmd_lightning.roles.copies import CopiedRoles
+from gdmd_lightning.roles.sharded import ShardedRoles
 from gdmd_lightning.roles.spec import TEACHER, Head, Optimization, RoleSpec
 
-__all__ = ["TEACHER", "AdapterRoles", "CopiedRoles", "Form", "Head", "LoRA", "Optimization", "RoleSpec", "Roles"]
+__all__ = [
+    "TEACHER",
+    "AdapterRoles",
+    "CopiedRoles",
+    "Form",
+    "Head",
+    "LoRA",
+    "Optimization",
+    "RoleSpec",
+    "Roles",
+    "ShardedRoles",
+]

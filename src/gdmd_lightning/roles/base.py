@@ -203,6 +203,21 @@ class Roles(nn.Module, ABC):
     def adopt(self, state: Mapping[str, Tensor]) -> None:
         """Build what a state, such as a checkpoint's, has in addition to the declared roles; values are not loaded."""
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole tensors of :meth:`state_dict`, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+
+    def fill(self, role: str, weights: Mapping[str, Tensor]) -> None:
+        """Load a role's own tensors, by their names in :meth:`state_dict`; all of them must be given."""
+        self.load_state_dict(dict(weights), strict=False)
+
+    def lockstep(self, role: str) -> AbstractContextManager[None]:
+        """Inside, ranks may evaluate the role a different number of times, even where its weights are in shards.
+
+        All ranks must enter and leave, and evaluate no other role that is in shards inside.
+        """
+        return nullcontext()
+
     def _set_training(self, role: str, mode: bool) -> None:
         """Switch the role's own network, if it has one, to training mode or back."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class CopiedRoles(Roles):
         network: The teacher, already loaded; all other roles start as its copies.
         specs: The roles besides the teacher.
         micro_batch_size: As in :class:`Roles`.
+        copy_for: Makes the copy for a role, in float32; ``None`` to copy the network in memory.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class CopiedRoles(Roles):
         network: nn.Module,
         specs: tuple[RoleSpec, ...],
         micro_batch_size: int | None = None,
+        copy_for: Callable[[RoleSpec], nn.Module] | None = None,
     ) -> None:
         super().__init__(family, specs, micro_batch_size)
         self.add_module(TEACHER, network.requires_grad_(False).eval())
@@ -47,7 +49,8 @@ class CopiedRoles(Roles):
             if spec.head is not None:
                 self.add_module(spec.name, FeatureHead(family.feature_width(network), spec.head))
             else:
-                self.add_module(spec.name, copy.deepcopy(network).float().requires_grad_(trained))
+                own = copy.deepcopy(network).float() if copy_for is None else copy_for(spec)
+                self.add_module(spec.name, own.requires_grad_(trained))
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         return list(self.standalone(role).parameters())

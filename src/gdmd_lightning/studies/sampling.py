@@ -31,6 +31,7 @@ from gdmd_lightning.files import atomic_file, failures_named, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import content_digest
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.strategies.shards import is_sharded
 from gdmd_lightning.streams import draw_noise, stream
 
 FILE_NAME = re.compile(r"(\d{6,})-(\d+)\.png")
@@ -138,7 +139,7 @@ def open_checkpoint(path: str) -> tuple[str, tuple[int, int]]:
     Raises:
         UserError: If the file does not exist or is not a checkpoint of this project.
     """
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not is_sharded(path):
         raise UserError(
             f"{path!r} is a directory",
             where="checkpoint",

@@ -1,0 +1,123 @@
+"""Roles stepped by DeepSpeed, one engine per role, and built in shards where their ZeRO stage says so."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gdmd_lightning.engines.lightning import LightningEngine
+from gdmd_lightning.engines.non_finite import Attempt
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.fingerprint import fingerprint
+from gdmd_lightning.families.loading import NetworkFiles
+from gdmd_lightning.roles import AdapterRoles, Roles, RoleSpec
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained
+
+
+class DeepSpeedEngine(LightningEngine):
+    """The steps of one update under :class:`MultiEngineDeepSpeedStrategy`.
+
+    DeepSpeed averages, clips and steps at once, and skips a gradient that is not finite.
+    """
+
+    def zero_grad(self, role: str) -> None:
+        super().zero_grad(role)
+        self._role = role
+
+    def backward(self, loss: Tensor) -> None:
+        self._loss = self._loss + loss.detach()
+        self.module.manual_backward(loss, role=self._role)
+
+    def step(self, role: str) -> bool:
+        strategy = self.module.trainer.strategy
+        assert isinstance(strategy, MultiEngineDeepSpeedStrategy)
+        strategy.optimizer_step(self.optimizers[role].optimizer, lambda: None, self.module)
+        norm, taken = strategy.gradient_norm(role), strategy.step_taken(role)
+        self.norms.setdefault(role, []).append(norm)
+        attempt = Attempt(role, self.update, self.prompts, self._loss, norm)
+        if not self.guard.allows(attempt) and taken:
+            raise attempt.error(0)  # only the loss was not finite, and it is too late to skip the step
+        self.skipped += not taken
+        return taken
+
+
+class Placement:
+    """Where the networks of a module are under :class:`MultiEngineDeepSpeedStrategy`.
+
+    Args:
+        strategy: The strategy.
+
+    Attributes:
+        files: The teacher's files, after :meth:`build_teacher`.
+    """
+
+    def __init__(self, strategy: MultiEngineDeepSpeedStrategy) -> None:
+        self.strategy = strategy
+        self.files: NetworkFiles | None = None
+
+    def build_teacher(self, files: NetworkFiles) -> nn.Module:
+        """The teacher from its files, in shards from construction on."""
+        self.files = files
+        return self.strategy.frozen(files.construct, list(files.weights), files.dtype)
+
+    def copy_for(self, spec: RoleSpec) -> nn.Module:
+        """A role's own copy of the teacher in float32: in shards if it, or the role that it follows, is ZeRO-3."""
+        assert self.files is not None
+        sharded = self.strategy.stage_of(spec.source or spec.name) == 3
+        # As a copy of the teacher would be: rounded to its precision.
+        network = self.strategy.build(
+            self.files.construct, list(self.files.weights), sharded=sharded, rounded=self.files.dtype
+        )
+        return network.eval()
+
+    def fingerprint(self, network: nn.Module) -> str:
+        """That of the whole network, as if it were on one rank."""
+        return fingerprint(self.strategy.full_weights(network))
+
+
+def check_stages(strategy: MultiEngineDeepSpeedStrategy, specs: tuple[RoleSpec, ...], *, adapters: bool) -> None:
+    """Fail before anything is loaded if a role cannot be stepped in its ZeRO stage.
+
+    Raises:
+        UserError: If an adapter has ZeRO-3, an engine trains in half precision, or an optimizer keeps its moments in
+            a form that cannot be split.
+    """
+    trained = [spec for spec in specs if spec.optimizer is not None]
+    for spec in trained:
+        stage = strategy.stage_of(spec.name)
+        if adapters and spec.head is None and stage == 3:
+            raise UserError(
+                f"ZeRO 3 cannot shard the adapter of {spec.name!r}: its network is shared with the other roles",
+                where="trainer.strategy",
+                remedy="use stage 1 or 2 for adapters, or leave out model.lora",
+            )
+        config = strategy.config_of(spec.name, stage)
+        half = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")]
+        if half:
+            raise UserError(
+                f"{half[0]} would round the weights of {spec.name!r}, which must stay float32",
+                where="trainer.strategy",
+                remedy="leave it out, and set trainer.precision to bf16-mixed",
+            )
+        if spec.optimizer is not None and spec.optimizer.algorithm != "adamw":
+            raise UserError(
+                f"the moments of {spec.optimizer.algorithm} cannot be split over ranks",
+                where=f"model.{spec.name}.algorithm",
+                remedy="use adamw with ZeRO",
+            )
+    unknown = set(strategy.stages) - {spec.name for spec in trained}
+    if unknown:
+        raise UserError(
+            f"no role {min(unknown)!r} is trained",
+            where="trainer.strategy.stages",
+            remedy=f"use {', '.join(spec.name for spec in trained)}",
+        )
+
+
+def trained_networks(roles: Roles) -> dict[str, Trained]:
+    """The networks that engines step, by role: whole copies, or the parameters of an adapter."""
+    found = {}
+    for role in roles.trained:
+        shared = isinstance(roles, AdapterRoles) and role not in roles.heads
+        network = nn.ParameterList(roles.parameters_of(role)) if shared else roles.get_submodule(role)
+        found[role] = Trained(network, roles.optimization_of(role).gradient_clip)
+    return found

@@ -1,0 +1,14 @@
+"""Strategies for Lightning that do not depend on the rest of this package."""
+
+from gdmd_lightning.strategies.multi_engine import MultiEngineDeepSpeedStrategy, Trained, frozen, learning
+from gdmd_lightning.strategies.shards import ShardedCheckpoint, ShardError, consolidated
+
+__all__ = [
+    "MultiEngineDeepSpeedStrategy",
+    "ShardError",
+    "ShardedCheckpoint",
+    "Trained",
+    "consolidated",
+    "frozen",
+    "learning",
+]

@@ -1,0 +1,663 @@
+"""A Lightning strategy for DeepSpeed with one engine per trained network, and frozen networks in shards.
+
+Lightning's own DeepSpeed strategy has one engine and one optimizer; a GAN or a distillation has two or more, and
+networks that only look on. This module needs torch, Lightning and DeepSpeed, and nothing else of this package.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gdmd_lightning.strategies import partitions, shards
+from gdmd_lightning.strategies.sharding import Weights, constructed_in_shards, fill, gathered
+
+Stage = Literal[1, 2, 3]
+RELEASE = (0, 19)
+"""The release of DeepSpeed that this was written for; earlier ones lack what it needs."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with an optimizer of its own.
+
+    Args:
+        network: The network; its parameters with gradient are those of the optimizer.
+        gradient_clipping: Largest gradient norm; 0 for no limit.
+    """
+
+    network: nn.Module
+    gradient_clipping: float = 0.0
+
+
+class MultiEngineDeepSpeedStrategy(DDPStrategy):
+    """DeepSpeed with one engine per optimizer, each with its own ZeRO stage and configuration.
+
+    The module optimizes manually. Each optimizer has the parameters of one submodule, whose name is its role. A
+    module can also say so itself, with a method ``trained_networks() -> dict[str, Trained]`` in the order of
+    ``configure_optimizers``.
+
+    Args:
+        stage: ZeRO stage of trained networks: 1 shards the optimizer, 2 also gradients, 3 also weights.
+        stages: Stages of single roles.
+        config: DeepSpeed configuration of all engines, merged into the one made here: ``bf16``, ``offload_optimizer``
+            in ``zero_optimization``, and so on.
+        configs: DeepSpeed configurations of single roles, merged last. ``frozen`` is that of networks built by
+            :meth:`frozen`.
+        shard_frozen: Whether networks that are built by :meth:`frozen` are in shards.
+        process_group_backend: ``nccl`` or ``gloo``; null for the device's usual one.
+
+    Raises:
+        MisconfigurationException: If DeepSpeed is missing or too old, or a setting belongs elsewhere.
+    """
+
+    def __init__(
+        self,
+        stage: Stage = 2,
+        stages: dict[str, Stage] | None = None,
+        config: dict[str, Any] | None = None,
+        configs: dict[str, dict[str, Any]] | None = None,
+        shard_frozen: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
+        _check_installed()
+        super().__init__(process_group_backend=process_group_backend)
+        self.stage, self.stages = stage, dict(stages or {})
+        self.config, self.configs = dict(config or {}), dict(configs or {})
+        self.shard_frozen = shard_frozen
+        for role, number in {"": stage, **self.stages}.items():
+            if number not in (1, 2, 3):
+                raise MisconfigurationException(f"ZeRO stage {number} of {role or 'all roles'}: use 1, 2 or 3")
+        _check_config({"": self.config, **self.configs})
+        self.engines: dict[str, Any] = {}
+        self._frozen: list[nn.Module] = []
+        self._trained: dict[str, Trained] = {}
+        self._groups: dict[str, list[list[str]]] = {}
+        self._frozen_engines: list[Any] = []
+        self._names: dict[int, str] = {}
+        self._backwards: dict[str, int] = {}
+        self._learning: str | None = None
+
+    # Frozen networks, and construction in shards.
+
+    def frozen(self, build: Callable[[], nn.Module], weights: Weights, dtype: torch.dtype | None = None) -> nn.Module:
+        """Build a network that is not trained, in shards from construction on, and fill it.
+
+        Call it in ``configure_model``. The network is never whole on a rank, and not written to checkpoints unless
+        the module's ``state_dict`` has its names.
+
+        Args:
+            build: Constructs the network; it should allocate all weights in constructors of its modules.
+            weights: Its weights: ``.safetensors`` files, their directory, or a state dict.
+            dtype: Of the weights; null for float32.
+
+        Returns:
+            The network, frozen and in evaluation mode. A forward gathers what it needs and frees it again.
+
+        Raises:
+            MisconfigurationException: If the weights are not those of the network.
+        """
+        network = self.build(build, weights, sharded=self.shard_frozen, dtype=dtype)
+        return network.requires_grad_(False).eval()
+
+    def build(
+        self,
+        build: Callable[[], nn.Module],
+        weights: Weights,
+        *,
+        sharded: bool,
+        dtype: torch.dtype | None = None,
+        rounded: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Build a network, in shards or whole on every rank, and fill it; it may be trained.
+
+        Args:
+            build: As in :meth:`frozen`.
+            weights: As in :meth:`frozen`.
+            sharded: Whether it is in shards.
+            dtype: As in :meth:`frozen`.
+            rounded: Round the weights to this dtype first, and then convert them to ``dtype``.
+
+        Raises:
+            MisconfigurationException: If the weights are not those of the network.
+        """
+        if sharded:
+            with constructed_in_shards(self.config_of("frozen", 3, dtype)):
+                network = build()
+            self._frozen.append(network)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                network = build()
+        if dtype is not None:
+            for tensor in network.buffers() if sharded else [*network.parameters(), *network.buffers()]:
+                tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        try:
+            fill(network, weights, rounded)
+        except ValueError as error:
+            raise MisconfigurationException(f"the weights are not those of the network: {error}") from error
+        return network
+
+    def stage_of(self, role: str) -> int:
+        """ZeRO stage of a trained network; its last name counts where the role is a path."""
+        return self.stages.get(role, self.stages.get(role.rpartition(".")[2], self.stage))
+
+    def config_of(self, role: str, stage: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """DeepSpeed's configuration of an engine."""
+        base: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            # The caller decides when a step is due, after any number of backward passes.
+            "managed_gradient_accumulation": False,
+        }
+        if role == "frozen":
+            # Small parameters stay gathered otherwise, which adds up in a network of small layers.
+            base["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        if dtype == torch.bfloat16:
+            base["bf16"] = {"enabled": True}
+        elif dtype == torch.float16:
+            base["fp16"] = {"enabled": True}
+        if role != "frozen":
+            base = _merged(base, self.config)
+        elif "offload_param" in self.config.get("zero_optimization", {}):
+            base["zero_optimization"]["offload_param"] = self.config["zero_optimization"]["offload_param"]
+        for name in {role, role.rpartition(".")[2]}:
+            base = _merged(base, self.configs.get(name, {}))
+        return base
+
+    # Lightning's life of a strategy.
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Fail early if the trainer's settings do not fit."""
+        super().connect(model)
+        trainer = model.trainer
+        if model.automatic_optimization and trainer.state.fn == TrainerFn.FITTING:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs manual optimization: set automatic_optimization to False in "
+                f"{type(model).__name__}, or use Lightning's own DeepSpeedStrategy for a single optimizer"
+            )
+        if trainer.gradient_clip_val:
+            raise MisconfigurationException(
+                "gradient_clip_val has no effect with several engines: set gradient_clipping in the strategy's "
+                "configs, one per role"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                "accumulate_grad_batches has no effect with manual optimization: call backward several times before "
+                "a step"
+            )
+        if self.precision_plugin.precision not in ("32-true", "bf16-mixed"):
+            raise MisconfigurationException(
+                f"precision {self.precision_plugin.precision!r} is not supported: use 32-true or bf16-mixed, and "
+                "bf16 or fp16 in the strategy's configs"
+            )
+
+    def setup_environment(self) -> None:
+        """Start the process group, and tell DeepSpeed of it."""
+        super().setup_environment()
+        if self.root_device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # DeepSpeed calls functions that torch has renamed, in every step.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if self.root_device.type == "cpu":
+            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+            # Another library may have imported DeepSpeed before, which then chose a GPU that is not used here.
+            deepspeed.accelerator.set_accelerator(CPU_Accelerator())
+            # Compiling this takes longer than a short run; gloo does the same.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=self._get_process_group_backend(), dist_init_required=False)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Build the optimizers, then an engine for each, and one for each sharded network without an optimizer."""
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        self.model_to_device()
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            self._start_engines()
+        trained = {id(each.network) for each in self._trained.values() if self.engines}
+        self._frozen = [network for network in self._frozen if id(network) not in trained]
+        self._frozen_engines = [self._watch(network) for network in self._frozen]
+        held = {id(parameter) for network in self._engine_networks() for parameter in network.parameters()}
+        for tensor in [*(p for p in module.parameters() if id(p) not in held), *module.buffers()]:
+            torch.distributed.broadcast(tensor.data, 0)
+        self.setup_precision_plugin()
+
+    def _engine_networks(self) -> list[nn.Module]:
+        return [*(self._trained[role].network for role in self.engines), *self._frozen]
+
+    def _start_engines(self) -> None:
+        import deepspeed
+
+        self._trained = self._roles()
+        for (role, trained), optimizer in zip(self._trained.items(), self.optimizers, strict=True):
+            self._groups[role] = [
+                [self._names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
+            ]
+            config = self.config_of(role, self.stage_of(role))
+            if trained.gradient_clipping:
+                config["gradient_clipping"] = trained.gradient_clipping
+            self.engines[role], *_ = deepspeed.initialize(
+                model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
+            )
+            self._backwards[role] = 0
+
+    def _watch(self, network: nn.Module) -> Any:
+        """Let a sharded network gather its weights when it is called."""
+        import deepspeed
+
+        dtype = next(network.parameters()).dtype
+        flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+        engine, *_ = deepspeed.initialize(
+            model=network, config=self.config_of("frozen", 3, dtype), dist_init_required=False
+        )
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        return engine
+
+    def _roles(self) -> dict[str, Trained]:
+        """The trained networks by role, in the order of the optimizers."""
+        module: Any = self.lightning_module
+        if hasattr(module, "trained_networks"):
+            return dict(module.trained_networks())
+        roles = {}
+        for number, optimizer in enumerate(self.optimizers):
+            names = [self._names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            path = _common_path(names)
+            if not path or path in roles:
+                raise MisconfigurationException(
+                    f"the parameters of optimizer {number} are not those of one submodule: give each optimizer the "
+                    f"parameters of one network, or define trained_networks() in {type(module).__name__}"
+                )
+            roles[path] = Trained(module.get_submodule(path))
+        return roles
+
+    def teardown(self) -> None:
+        """Remove DeepSpeed's hooks; sharded weights stay in shards."""
+        for engine in [*self.engines.values(), *self._frozen_engines]:
+            engine.destroy()
+        self.engines, self._frozen_engines = {}, []
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # A step.
+
+    @contextmanager
+    def learning(self, role: str) -> Iterator[None]:
+        """Inside, ``manual_backward`` reaches this role's weights only.
+
+        Raises:
+            MisconfigurationException: If no optimizer has such a role.
+        """
+        before, self._learning = self._learning, self._role(role)
+        mine = {id(parameter) for parameter in self._trained[self._learning].network.parameters()}
+        others = [
+            parameter
+            for each in self._trained.values()
+            for parameter in each.network.parameters()
+            if parameter.requires_grad and id(parameter) not in mine
+        ]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+            self._learning = before
+
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, role: str | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Add the gradient of a loss to a role's, which is ``role``, or that of :meth:`learning`."""
+        if role is None and self._learning is None:
+            raise MisconfigurationException(
+                f"whose loss is it? Use `with learning(module, role):` or manual_backward(loss, role=...) with one of "
+                f"{', '.join(self.engines)}"
+            )
+        name = self._role(role) if role is not None else str(self._learning)
+        engine = self.engines[name]
+        if not self._backwards[name]:
+            partitions.before_first_backward(engine)
+        self._backwards[name] += 1
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        partitions.before_backward(engine)
+        engine.backward(closure_loss, **kwargs)
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Average the gradients over the ranks, clip them and step; a gradient that is not finite steps nothing."""
+        result = closure()
+        role = self._role_of(optimizer)
+        if not self._backwards[role]:
+            raise MisconfigurationException(f"a step of {role!r} without a backward of its loss")
+        self._backwards[role] = 0
+        self.engines[role].step()
+        return result
+
+    def step_taken(self, role: str) -> bool:
+        """Whether the last step of a role changed its weights: not if its gradient was not finite."""
+        return bool(self.engines[self._role(role)].was_step_applied())
+
+    def gradient_norm(self, role: str) -> Tensor:
+        """Gradient norm of a role's last step before clipping, over all ranks; infinite if it was not finite."""
+        norm = self.engines[self._role(role)].get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.root_device)
+
+    def _role(self, name: str) -> str:
+        matching = [role for role in self.engines if role == name or role.rpartition(".")[2] == name]
+        if len(matching) != 1:
+            raise MisconfigurationException(f"no optimizer trains {name!r}: use one of {', '.join(self.engines)}")
+        return matching[0]
+
+    def _role_of(self, optimizer: Optimizer) -> str:
+        wanted = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return next(role for role, own in zip(self.engines, self.optimizers, strict=True) if own is wanted)
+
+    # What is in shards.
+
+    def is_sharded(self, network: nn.Module) -> bool:
+        """Whether a network's weights are in shards."""
+        return any(partitions.is_sharded(parameter) for parameter in network.parameters())
+
+    def full_weights(self, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors of a network's state dict, one module at a time; all ranks must iterate."""
+        return gathered(network)
+
+    def pieces(self) -> dict[str, list[shards.Piece]]:
+        """What this rank holds of the networks that a checkpoint has, by role."""
+        assert self.lightning_module is not None
+        saved = self.lightning_module.state_dict().keys()
+        found: dict[str, list[shards.Piece]] = {}
+        for role, engine in self.engines.items():
+            found[_unused(role, found)] = list(partitions.trained_pieces(engine, self._names, self.global_rank))
+        for network in self._frozen:
+            path = self._path_of(network)
+            if any(f"{path}.{each}" in saved for each, _ in network.named_parameters()):
+                own = partitions.frozen_pieces(network, self._names, self.global_rank)
+                found[_unused(path, found)] = list(own)
+        return found
+
+    def _path_of(self, network: nn.Module) -> str:
+        assert self.lightning_module is not None
+        # A network that the module does not own is in no checkpoint.
+        return next((name for name, each in self.lightning_module.named_modules() if each is network), "")
+
+    # Checkpoints.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Shards can be filled only when there are engines."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is not in an engine: buffers, and networks without an optimizer that are whole on every rank."""
+        assert self.lightning_module is not None
+        held = self._held()
+        return {name: value for name, value in self.lightning_module.state_dict().items() if name not in held}
+
+    def _held(self) -> set[str]:
+        return {self._names.get(id(p), "") for network in self._engine_networks() for p in network.parameters()}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The settings of an optimizer; its moments are in the shards."""
+        role, own = self._role_of(optimizer), optimizer
+        if isinstance(own, LightningOptimizer):
+            own = own._optimizer
+        groups, first = [], 0
+        for names, group in zip(self._groups[role], own.param_groups, strict=True):
+            numbers = list(range(first, first + len(names)))
+            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
+            first += len(names)
+        return {"state": {}, "param_groups": groups}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a directory, all ranks together; it gets its name when all have finished.
+
+        Raises:
+            MisconfigurationException: If a rank could not write; the previous checkpoint is unchanged.
+        """
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(str(filepath)))
+        host = platform.node() or "localhost"
+        part = Path(self.broadcast(str(path.with_name(f"{path.name}.{os.getpid()}@{host}.part"))))
+        found = self.pieces()
+        with self._together(f"{str(path)!r} cannot be written"):
+            if self.is_global_zero:
+                shards.remove_parts(path)
+                part.mkdir(parents=True)
+        with self._together(f"{str(path)!r} cannot be written"):
+            for network, pieces in found.items():
+                shards.write_pieces(part / network, self.global_rank, pieces)
+        names = list(self.lightning_module.state_dict())
+        trained = [[name for group in groups for name in group] for groups in self._groups.values()]
+        with self._together(f"{str(path)!r} cannot be written"):
+            if self.is_global_zero:
+                rest = {**checkpoint, "names": names, "trained_names": trained}
+                shards.write_rest(part, rest, found, self.world_size)
+                shards.publish(part, path)
+
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """Fail on all ranks if one fails."""
+        mine: str | None = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            mine = f"rank {self.global_rank}: {' '.join(str(error).split())}"
+        every: list[str | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(every, mine)
+        failed = [each for each in every if each is not None]
+        if failed:
+            raise MisconfigurationException(f"{what}: {failed[0]}")
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read everything but the shards, which :meth:`load_model_state_dict` fills; plain checkpoints work too.
+
+        Raises:
+            MisconfigurationException: If it is damaged, or of another number of ranks.
+        """
+        if not shards.is_sharded(checkpoint_path):
+            return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
+        try:
+            reader = shards.ShardedCheckpoint(checkpoint_path)
+            if reader.world_size != self.world_size:
+                raise MisconfigurationException(
+                    f"the checkpoint {str(checkpoint_path)!r} is of {reader.world_size} ranks, these are "
+                    f"{self.world_size}: resume on {reader.world_size}, or consolidate it and start from its weights"
+                )
+            return {**reader.rest(), "sharded": str(checkpoint_path)}
+        except shards.ShardError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what is whole on every rank, then fill weights and moments of the engines."""
+        assert self.lightning_module is not None
+        held, state = self._held(), checkpoint["state_dict"]
+        mine = self.lightning_module.state_dict().keys() - held
+        missing = mine - state.keys()
+        if strict and missing:
+            raise MisconfigurationException(f"the checkpoint lacks {len(missing)} tensors, the first is {min(missing)}")
+        self.lightning_module.load_state_dict({name: state[name] for name in mine & state.keys()}, strict=False)
+        source = _Shards(checkpoint["sharded"]) if "sharded" in checkpoint else _Plain(checkpoint, self._groups)
+        saved = self.lightning_module.state_dict().keys()
+        with self._together("the checkpoint does not fit"):
+            for engine in self.engines.values():
+                partitions.load_trained(engine, self._names, self.global_rank, source.read, source.keys, source.scalars)
+            for network in self._frozen:
+                if any(self._names.get(id(p)) in saved for p in network.parameters()):
+                    partitions.load_frozen(network, self._names, self.global_rank, source.read)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizers' settings; :meth:`load_model_state_dict` has loaded the moments."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+class _Shards:
+    """Weights and moments of a sharded checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        reader = shards.ShardedCheckpoint(path)
+        self.read, self.keys, self.scalars = reader.read, reader.keys, reader.scalars
+
+
+class _Plain:
+    """Weights and moments of a checkpoint that one process wrote, with the same interface.
+
+    Args:
+        checkpoint: The checkpoint.
+        groups: Names of the parameters in each group of each optimizer.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Any], groups: Mapping[str, list[list[str]]]) -> None:
+        self.weights = checkpoint["state_dict"]
+        self.states: dict[str, Mapping[str, Any]] = {}
+        for state, names in zip(checkpoint.get("optimizer_states", []), groups.values(), strict=False):
+            flat = [name for group in names for name in group]
+            self.states |= {flat[number]: own for number, own in state["state"].items()}
+
+    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        if key == shards.WEIGHT and name not in self.weights:
+            raise ValueError(f"it has no {name}")
+        whole = self.weights[name] if key == shards.WEIGHT else self.states[name][key]
+        part: Tensor = whole.flatten()[start : start + numel]
+        return part
+
+    def keys(self, name: str) -> set[str]:
+        state = self.states.get(name, {})
+        return {shards.WEIGHT, *(key for key, value in state.items() if value.shape == self.weights[name].shape)}
+
+    def scalars(self, name: str) -> dict[str, float]:
+        state = self.states.get(name, {})
+        return {key: float(value) for key, value in state.items() if key not in self.keys(name)}
+
+
+@contextmanager
+def learning(module: pl.LightningModule, role: str) -> Iterator[None]:
+    """Inside, only the submodule ``role`` learns: under every strategy, ``manual_backward`` reaches no other weights.
+
+    With :class:`MultiEngineDeepSpeedStrategy`, losses go to the engine of this role.
+    """
+    strategy = module.trainer.strategy
+    if isinstance(strategy, MultiEngineDeepSpeedStrategy):
+        with strategy.learning(role):
+            yield
+        return
+    mine = {id(parameter) for parameter in module.get_submodule(role).parameters()}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def frozen(
+    module: pl.LightningModule, build: Callable[[], nn.Module], weights: Weights, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Build a network that is not trained, under every strategy; see :meth:`MultiEngineDeepSpeedStrategy.frozen`."""
+    strategy = module.trainer.strategy
+    if isinstance(strategy, MultiEngineDeepSpeedStrategy):
+        return strategy.frozen(build, weights, dtype)
+    network = build()
+    if dtype is not None:
+        network.to(dtype)
+    fill(network, weights)
+    return network.requires_grad_(False).eval()
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MisconfigurationException("MultiEngineDeepSpeedStrategy requires DeepSpeed: pip install deepspeed")
+    found = version("deepspeed")
+    if tuple(int(part) for part in found.split(".")[:2]) < RELEASE:
+        wanted = ".".join(map(str, RELEASE))
+        raise MisconfigurationException(f"MultiEngineDeepSpeedStrategy requires DeepSpeed {wanted}, this is {found}")
+
+
+OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "managed_gradient_accumulation", "optimizer", "scheduler",
+)  # fmt: skip
+"""Keys of a DeepSpeed configuration that have no meaning here: the module decides."""
+
+
+def _check_config(configs: Mapping[str, dict[str, Any]]) -> None:
+    for role, config in configs.items():
+        where = f"configs.{role}" if role else "config"
+        for key in OURS:
+            if key in config:
+                raise MisconfigurationException(
+                    f"{key} in the strategy's {where}: the module decides this, leave it out"
+                )
+        zero = config.get("zero_optimization", {})
+        if "stage" in zero:
+            raise MisconfigurationException(f"zero_optimization.stage in the strategy's {where}: use stage and stages")
+        if any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param")):
+            raise MisconfigurationException(f"offload to nvme in the strategy's {where} is not supported: use cpu")
+
+
+def _unused(path: str, taken: Mapping[str, Any]) -> str:
+    """The last name of a path, or all of it if that is taken."""
+    last = path.rpartition(".")[2]
+    return path if last in taken else last
+
+
+def _common_path(names: list[str]) -> str:
+    """The innermost submodule that all these parameters are in, empty for none."""
+    parents = [name.split(".")[:-1] for name in names]
+    shared = zip(*parents, strict=False)
+    return ".".join(each[0] for each in itertools.takewhile(lambda parts: len(set(parts)) == 1, shared))
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dictionary with the values of another one in it."""
+    out = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else copy.deepcopy(value)
+    return out

@@ -1,0 +1,229 @@
+"""What a rank holds of a network under DeepSpeed, in one form for all ZeRO stages.
+
+This is the only module that reads DeepSpeed's own attributes, those of version 0.19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gdmd_lightning.strategies.shards import WEIGHT, Piece
+
+Read = Callable[[str, str, int, int], Tensor]
+"""``read(name, key, start, numel)``: a range of a flattened parameter, or of one of its moments, ``[numel]``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a range of a parameter is in a flat tensor.
+
+    Args:
+        name: The parameter's name.
+        shape: Shape of the whole parameter.
+        start: First element, in the flattened parameter.
+        numel: Number of elements.
+        offset: Position of the first element in the flat tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A flat tensor that this rank's optimizer steps, and what is in it; the rest is padding.
+
+    Args:
+        tensor: The weights in float32, ``[N]``.
+        state: The optimizer's state of the tensor, empty before the first step.
+        parts: What it holds.
+    """
+
+    tensor: Tensor
+    state: dict[str, Any]
+    parts: tuple[Part, ...]
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is partitioned over the ranks (ZeRO-3)."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a parameter, also of one that is partitioned."""
+    shape: torch.Size = parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined]
+    return shape
+
+
+def shard_of(parameter: nn.Parameter) -> Tensor:
+    """This rank's own range of a partitioned parameter, with padding at the end, ``[N]``."""
+    shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+    return shard
+
+
+def bytes_held(network: nn.Module) -> int:
+    """Bytes of a network's parameters that this rank holds now, gathered ones included."""
+    held = 0
+    for parameter in network.parameters():
+        held += parameter.numel() * parameter.element_size()
+        held += shard_of(parameter).numel() * parameter.element_size() if is_sharded(parameter) else 0
+    return held
+
+
+def frozen_pieces(network: nn.Module, names: Mapping[int, str], rank: int) -> Iterator[Piece]:
+    """This rank's pieces of a sharded network that is not trained."""
+    for parameter in network.parameters():
+        start, numel = _own_range(parameter, rank)
+        if numel:
+            yield Piece(names[id(parameter)], tuple(shape_of(parameter)), start, {WEIGHT: shard_of(parameter)[:numel]})
+
+
+@torch.no_grad()
+def load_frozen(network: nn.Module, names: Mapping[int, str], rank: int, read: Read) -> None:
+    """Fill this rank's shards of a sharded network that is not trained."""
+    for parameter in network.parameters():
+        start, numel = _own_range(parameter, rank)
+        if numel:
+            shard_of(parameter)[:numel].copy_(read(names[id(parameter)], WEIGHT, start, numel))
+    forget_gathered(network)
+
+
+def forget_gathered(network: nn.Module) -> None:
+    """After shards were changed: drop what is gathered of them, so that the next forward gathers again."""
+    for parameter in network.parameters():
+        if is_sharded(parameter) and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+def flats(engine: Any, names: Mapping[int, str], rank: int) -> list[Flat]:
+    """The flat tensors of an engine's optimizer on this rank."""
+    optimizer = engine.optimizer
+    stage3 = engine.zero_optimization_stage() == 3
+    tensors = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+    groups = optimizer.fp16_groups if stage3 else optimizer.bit16_groups
+    parts = _parts_of_shards if stage3 else _parts_of_partitions
+    return [
+        Flat(tensor, optimizer.optimizer.state.get(tensor, {}), tuple(parts(group, names, rank)))
+        for tensor, group in zip(tensors, groups, strict=True)
+    ]
+
+
+def _parts_of_partitions(group: list[Any], names: Mapping[int, str], rank: int) -> Iterator[Part]:
+    """ZeRO 1 and 2: each rank steps one range of all parameters of a group in a row."""
+    for parameter in group:
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            where, offset = mapping.lp_fragment_address, mapping.hp_fragment_address.start
+            yield Part(names[id(parameter)], tuple(parameter.shape), where.start, where.numel, offset)
+
+
+def _parts_of_shards(group: list[Any], names: Mapping[int, str], rank: int) -> Iterator[Part]:
+    """ZeRO-3: each rank steps its own range of every parameter."""
+    offset = 0
+    for parameter in group:
+        start, numel = _own_range(parameter, rank)
+        if numel:
+            yield Part(names[id(parameter)], tuple(shape_of(parameter)), start, numel, offset)
+        offset += parameter.partition_numel()
+
+
+def _own_range(parameter: Any, rank: int) -> tuple[int, int]:
+    """Start and length of a rank's range of a partitioned parameter, without padding."""
+    start = rank * parameter.partition_numel()
+    return start, max(min(parameter.ds_numel - start, parameter.partition_numel()), 0)
+
+
+def trained_pieces(engine: Any, names: Mapping[int, str], rank: int) -> Iterator[Piece]:
+    """This rank's pieces of a trained network, with the optimizer's moments.
+
+    Raises:
+        ValueError: If the optimizer has a state that is neither a number nor has an element per weight.
+    """
+    for flat in flats(engine, names, rank):
+        moments, scalars = _split(flat)
+        for part in flat.parts:
+            own = slice(part.offset, part.offset + part.numel)
+            tensors = {WEIGHT: flat.tensor.data[own], **{key: moment[own] for key, moment in moments.items()}}
+            yield Piece(part.name, part.shape, part.start, tensors, scalars)
+
+
+def _split(flat: Flat) -> tuple[dict[str, Tensor], dict[str, float]]:
+    moments, scalars = {}, {}
+    for key, value in flat.state.items():
+        if isinstance(value, Tensor) and value.shape == flat.tensor.shape:
+            moments[key] = value
+        elif not isinstance(value, Tensor) or value.numel() == 1:
+            scalars[key] = float(value)
+        else:
+            raise ValueError(f"the optimizer's {key!r} has {value.numel()} elements for {flat.tensor.numel()} weights")
+    return moments, scalars
+
+
+@torch.no_grad()
+def load_trained(
+    engine: Any,
+    names: Mapping[int, str],
+    rank: int,
+    read: Read,
+    keys: Callable[[str], set[str]],
+    scalars: Callable[[str], Mapping[str, float]],
+) -> None:
+    """Fill a trained network's weights and moments on this rank.
+
+    Args:
+        engine: The network's engine.
+        names: Names of its parameters, by id.
+        rank: This rank.
+        read: Where ranges come from.
+        keys: What there is of a parameter: ``weight`` and its moments.
+        scalars: The optimizer's numbers for a parameter.
+    """
+    optimizer = engine.optimizer
+    for flat in flats(engine, names, rank):
+        state: dict[str, Any] = {}
+        for part in flat.parts:
+            own = slice(part.offset, part.offset + part.numel)
+            for key in sorted(keys(part.name)):
+                value = read(part.name, key, part.start, part.numel)
+                if key == WEIGHT:
+                    flat.tensor.data[own].copy_(value)
+                else:
+                    state.setdefault(key, torch.zeros_like(flat.tensor.data))[own].copy_(value)
+            state |= {key: torch.tensor(value) for key, value in scalars(part.name).items()}
+        if state:
+            optimizer.optimizer.state[flat.tensor] = state
+    if engine.zero_optimization_stage() == 3:
+        _spread_shards(engine)
+    else:
+        optimizer._hp_optimizer_states_linked = False
+        optimizer.update_lp_params()
+
+
+def _spread_shards(engine: Any) -> None:
+    """ZeRO-3: let the parameters have the values of the float32 tensors."""
+    optimizer = engine.optimizer
+    for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
+        optimizer.fp16_partitioned_groups_flat[number].data.copy_(tensor.data)
+        optimizer._unflatten_partitioned_parameters(number)
+    forget_gathered(engine.module)
+
+
+def before_backward(engine: Any) -> None:
+    """What an engine does in its own forward: networks are called directly, by several roles."""
+    engine.optimizer.clear_backward_seen_flag()
+    engine._backward_prologue()
+
+
+def before_first_backward(engine: Any) -> None:
+    """Forget the last step's gradients: ZeRO-3 would use them again for parameters without a new one."""
+    buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if buffer is not None:
+        buffer.zero_()

@@ -1,0 +1,182 @@
+"""Our methods under MultiEngineDeepSpeedStrategy: two gloo processes against one process with all their samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from cases import DATA, METHODS, build
+from processes import run_ranks
+from together import train_together
+
+from gdmd_lightning.methods.checkpointing import content_digest, read_checkpoint
+
+HERE = Path(__file__).parent
+LOSS, WEIGHT = 1e-6, 2e-5
+# Tiny weights would stay gathered otherwise, and nothing would be in shards.
+IN_SHARDS = {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+UPDATES = 3
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    return tiny.save_pipeline(tmp_path_factory.mktemp("deepspeed") / "pipeline", layers=2)
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline):
+    """What one process finds that plays both ranks, by method; computed once."""
+    found: dict = {}
+
+    def train(method: str, **options):
+        key = (method, json.dumps(options))
+        if key not in found:
+            found[key] = train_together(lambda: build(pipeline, method, **options), UPDATES, **DATA)
+        return found[key]
+
+    return train
+
+
+def run_cases(pipeline: Path, ranks: int = 2, check: bool = True, **cases: dict) -> dict[str, list[dict]]:
+    """What each rank found in each case; all are run by the same processes."""
+    folder = pipeline.parent
+    shared = {"pipeline": str(pipeline), "updates": UPDATES}
+    (folder / "cases.json").write_text(json.dumps({name: shared | case for name, case in cases.items()}))
+    run_ranks(HERE / "method_runs.py", folder / "cases.json", ranks=ranks, check=check)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(ranks)] for name in cases}
+
+
+def assert_same_run(found: list[dict], expected, loss: float = LOSS) -> None:
+    logs, module = expected
+    for rank, own in enumerate(found):
+        assert "error" not in own, own
+        assert own["updates"] == len(own["logs"]) == len(logs[rank]) == UPDATES
+        for here, there in zip(own["logs"], logs[rank]):
+            for name in there:
+                # Correlations and the like amplify the last digits.
+                limit = loss if "loss" in name else 1e-4
+                assert abs(here[name] - there[name]) <= limit * max(1, abs(there[name])), (rank, name)
+        assert own["teacher"] == module.teacher_digest
+        weights = module.roles.state_dict()
+        assert own["weights"].keys() == weights.keys()
+        for name, value in weights.items():
+            assert (own["weights"][name] - value).abs().max() <= WEIGHT, (rank, name)
+
+
+def test_gdmd_in_shards_trains_as_one_process(pipeline, alone):
+    (found,) = run_cases(pipeline, gdmd={"method": "GDMD", "strategy": {"stage": 3, **IN_SHARDS}}).values()
+    assert_same_run(found, alone("GDMD"))
+    whole = sum(p.numel() * 4 for p in alone("GDMD")[1].roles.get_submodule("teacher").parameters())
+    for own in found:
+        assert own["bytes"].keys() == {"teacher", "generator", "ema", "fake_score", "old", "fake_score@1"}
+        assert all(size <= (1 / 2 + 0.05) * whole for size in own["bytes"].values()), own["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_trains_as_one_process(method, pipeline, alone):
+    parts = {"micro_batch_size": 3}
+    cases = {f"zero{stage}": {"method": method, "strategy": {"stage": stage, **IN_SHARDS}} for stage in (1, 2, 3)}
+    cases |= {f"{name}_in_parts": {**case, "module": parts} for name, case in cases.items()}
+    recomputed = {"memory": {"gradient_checkpointing": True}}
+    cases |= {"zero3_recomputed": {**cases["zero3"], "module": recomputed}}
+    mixed = {"stages": {"generator": 3, "fake_score": 1}, **IN_SHARDS}
+    cases |= {"mixed": {"method": method, "strategy": mixed}}
+    cases |= {"ddp": {"method": method, "strategy": "ddp_find_unused_parameters_true"}}
+    for name, found in run_cases(pipeline, **cases).items():
+        assert_same_run(found, alone(method, **(parts if name.endswith("in_parts") else {})))
+
+
+@pytest.mark.slow
+def test_adapters_train_as_one_process_in_stages_1_and_2_and_are_refused_in_3(pipeline, alone):
+    lora = {"lora": {"rank": 2, "alpha": 4}}
+    cases = {f"zero{stage}": {"method": "DMD", "strategy": {"stage": stage}, "module": lora} for stage in (1, 2, 3)}
+    path = pipeline.parent / "adapters.ckpt"
+    cases["zero2"]["save"] = str(path)
+    found = run_cases(pipeline, **cases)
+    refusal = found.pop("zero3")[0]["error"]
+    assert "UserError: trainer.strategy: ZeRO 3 cannot shard the adapter of 'generator'" in refusal
+    for own in found.values():
+        assert_same_run(own, alone("DMD", **lora))
+    saved = read_checkpoint(str(path))["state_dict"]
+    assert saved
+    for name, value in saved.items():
+        assert torch.equal(found["zero2"][0]["weights"][name.removeprefix("roles.")], value)
+
+
+FAMILIES = {"sdxl": tiny.save_sdxl, "flux2": tiny.save_flux2}
+
+
+@pytest.mark.slow
+def test_other_families_train_in_shards_as_one_process(pipeline):
+    cases, modules = {}, {}
+    for family, save in FAMILIES.items():
+        path = save(pipeline.parent / family)
+        own = {"method": "gdmd", "module": {"family": family}, "pipeline": str(path)}
+        cases[family] = {**own, "strategy": {"stage": 3, **IN_SHARDS}}
+        modules[family] = train_together(
+            lambda own=own: build(own["pipeline"], "gdmd", **own["module"]), UPDATES, **DATA
+        )
+    for family, found in run_cases(pipeline, **cases).items():
+        assert_same_run(found, modules[family])
+
+
+OTHERS = ("dmd2", "refl", "decoupled dmd", "gndm", "gndmr", "ac_dmd", "dmdr", "flow_grpo", "nft", "rtdmd")
+
+
+@pytest.mark.slow
+def test_other_methods_train_in_shards_as_one_process(pipeline):
+    own = {"module": {"family": "sd3"}, "strategy": {"stage": 3, **IN_SHARDS}}
+    found = run_cases(pipeline, **{method.replace(" ", "_"): {**own, "method": method} for method in OTHERS})
+    for method, each in zip(OTHERS, found.values(), strict=True):
+        expected = train_together(lambda method=method: build(pipeline, method, family="sd3"), UPDATES, **DATA)
+        # Ratios of probabilities amplify the last digits too.
+        assert_same_run(each, expected, 1e-5 if method in ("flow_grpo", "rtdmd") else LOSS)
+
+
+@pytest.mark.slow
+def test_runs_resume_to_the_bit_and_start_from_others(pipeline):
+    folder = pipeline.parent
+    strategies = {"zero1": {"stage": 1}, "zero3": {"stage": 3, **IN_SHARDS}}
+    cases: dict[str, dict] = {}
+    for name, strategy in strategies.items():
+        shared, path = {"method": "GDMD", "strategy": strategy, "updates": 4}, str(folder / f"{name}.ckpt")
+        cases[f"{name}_whole"] = shared
+        cases[f"{name}_first"] = {**shared, "updates": 2, "save": path}
+        cases[f"{name}_resumed"] = {**shared, "resume": path}
+    started = {"start_from": str(folder / "zero3.ckpt")}
+    cases["started"] = {"method": "GDMD", "strategy": {"stage": 3, **IN_SHARDS}, "updates": 1, "module": started}
+    cases["started_whole"] = {**cases["started"], "strategy": "ddp_find_unused_parameters_true"}
+    found = run_cases(pipeline, **cases)
+    assert not [own[0]["error"] for own in found.values() if "error" in own[0]]
+    for name in strategies:
+        whole, resumed = found[f"{name}_whole"], found[f"{name}_resumed"]
+        for one, other in zip(whole, resumed):
+            assert one["logs"][2:] == other["logs"]
+            assert not tiny.differing(one["weights"], other["weights"])
+    for one, other in zip(found["started"], found["started_whole"]):
+        for name, value in other["weights"].items():
+            assert (one["weights"][name] - value).abs().max() <= WEIGHT, name
+    names = {path.name for path in (folder / "zero3.ckpt").iterdir()}
+    assert names == {"generator", "fake_score", "ema", "old", "fake_score@1", "manifest.json", "rest.ckpt"}
+    content = read_checkpoint(str(folder / "zero3.ckpt"))
+    assert not [name for name in content["state_dict"] if "teacher" in name]
+    for name, value in content["state_dict"].items():
+        assert torch.equal(found["zero3_first"][0]["weights"][name.removeprefix("roles.")], value)
+    assert content_digest(str(folder / "zero3.ckpt")) != content_digest(str(folder / "zero1.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_step_that_is_not_finite_on_one_rank_stops_or_is_skipped_on_all(stage, pipeline):
+    shared = {"method": "NaNOnOneRank", "strategy": {"stage": stage, **IN_SHARDS}}
+    skip = {"non_finite": {"policy": "skip", "limit": 1}}
+    found = run_cases(pipeline, stopped=shared, skipped={**shared, "module": skip})
+    for own in found["stopped"]:
+        assert "UserError: role 'generator': loss" in own["error"]
+        assert "gradient norm inf in update 2" in own["error"]
+    for own in found["skipped"]:
+        assert [logs["skipped_steps"] for logs in own["logs"]] == [0, 1, 0]
+        assert all(torch.isfinite(value).all() for value in own["weights"].values())
+    assert not tiny.differing(found["skipped"][0]["weights"], found["skipped"][1]["weights"])

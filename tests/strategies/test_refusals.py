@@ -1,0 +1,71 @@
+"""What MultiEngineDeepSpeedStrategy refuses before any process is started, each in one line."""
+
+import importlib.util
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from toy_gan import ToyGAN
+
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, multi_engine
+
+
+def refused(**arguments) -> str:
+    with pytest.raises(MisconfigurationException) as error:
+        MultiEngineDeepSpeedStrategy(**arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_or_old_deepspeed_is_one_line(monkeypatch):
+    monkeypatch.setattr(multi_engine, "version", lambda name: "0.16.4")
+    assert refused() == "MultiEngineDeepSpeedStrategy requires DeepSpeed 0.19, this is 0.16.4"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refused() == "MultiEngineDeepSpeedStrategy requires DeepSpeed: pip install deepspeed"
+
+
+def test_stages_and_configs_that_cannot_work_are_refused():
+    assert refused(stage=0).startswith("ZeRO stage 0 of all roles")
+    assert refused(stages={"critic": 4}).startswith("ZeRO stage 4 of critic")
+    for key in multi_engine.OURS:
+        assert refused(config={key: 4}).startswith(f"{key} in the strategy's config: ")
+    assert "configs.critic: use stage and stages" in refused(configs={"critic": {"zero_optimization": {"stage": 1}}})
+    nvme = {"zero_optimization": {"offload_param": {"device": "nvme"}}}
+    assert "nvme in the strategy's config is not supported" in refused(config=nvme)
+
+
+def test_configs_of_a_role_win_over_those_of_all():
+    own = {"gradient_clipping": 2.0, "zero_optimization": {"overlap_comm": False}}
+    shared = {"gradient_clipping": 1.0, "zero_optimization": {"reduce_bucket_size": 5}}
+    strategy = MultiEngineDeepSpeedStrategy(2, {"critic": 3}, shared, {"critic": own})
+    critic = strategy.config_of("networks.critic", strategy.stage_of("networks.critic"))
+    other = strategy.config_of("generator", strategy.stage_of("generator"))
+    assert (critic["gradient_clipping"], other["gradient_clipping"]) == (2.0, 1.0)
+    assert critic["zero_optimization"]["overlap_comm"] is False
+    assert critic["zero_optimization"]["reduce_bucket_size"] == 5
+    assert (critic["zero_optimization"]["stage"], other["zero_optimization"]["stage"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "automatic", "message"),
+    [
+        ({}, True, "needs manual optimization: set automatic_optimization to False in ToyGAN"),
+        ({"gradient_clip_val": 1.0}, False, "set gradient_clipping in the strategy's configs"),
+        ({"accumulate_grad_batches": 2}, False, "call backward several times before a step"),
+        ({"precision": "bf16-true"}, False, "use 32-true or bf16-mixed"),
+    ],
+)
+def test_trainer_settings_without_effect_are_refused(settings, automatic, message):
+    module = ToyGAN("nothing")
+    module.automatic_optimization = automatic
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, strategy=MultiEngineDeepSpeedStrategy(), logger=False,
+        enable_checkpointing=False, **settings,
+    )  # fmt: skip
+    before = torch.distributed.is_initialized()
+    with pytest.raises(MisconfigurationException) as error:
+        trainer.fit(module, torch.utils.data.DataLoader([torch.zeros(8)]))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert torch.distributed.is_initialized() == before

@@ -1,0 +1,97 @@
+"""Sharded checkpoints as files: written in pieces by ranks, read as whole tensors."""
+
+import json
+
+import pytest
+import torch
+
+from gdmd_lightning.strategies import ShardedCheckpoint, ShardError, consolidated, shards
+from gdmd_lightning.strategies.shards import Piece
+
+
+def write(path, ranges=((0, 5), (5, 12)), names=("net.w",)):
+    """A checkpoint of one 3x4 parameter with its moments, in pieces."""
+    weight, moment = torch.arange(12.0), torch.arange(12.0) ** 2
+    path.mkdir()
+    for rank, (low, high) in enumerate(ranges):
+        own = {"weight": weight[low:high], "exp_avg": moment[low:high]}
+        shards.write_pieces(path / "net", rank, [Piece("net.w", (3, 4), low, own, {"step": 7})])
+    rest = {"state_dict": {"buffer": torch.ones(1)}, "optimizer_states": [{"state": {}, "param_groups": [{"lr": 1}]}]}
+    rest |= {"names": ["net.w", "buffer"], "trained_names": [list(names)]}
+    shards.write_rest(path, rest, ["net"], len(ranges))
+    return weight.reshape(3, 4), moment.reshape(3, 4)
+
+
+def test_consolidated_has_the_form_of_a_plain_checkpoint(tmp_path):
+    weight, moment = write(tmp_path / "a.ckpt")
+    found = consolidated(tmp_path / "a.ckpt")
+    assert list(found["state_dict"]) == ["net.w", "buffer"]
+    assert torch.equal(found["state_dict"]["net.w"], weight)
+    (state,) = found["optimizer_states"]
+    assert torch.equal(state["state"][0]["exp_avg"], moment)
+    assert state["state"][0]["step"] == 7
+    assert "names" not in found
+    assert "trained_names" not in found
+
+
+def test_any_range_is_read_across_ranks(tmp_path):
+    write(tmp_path / "a.ckpt", ranges=((0, 2), (2, 7), (7, 12)))
+    reader = ShardedCheckpoint(tmp_path / "a.ckpt")
+    assert reader.read("net.w", "weight", 1, 9).tolist() == list(range(1, 10))
+    assert reader.keys("net.w") == {"weight", "exp_avg"}
+    with pytest.raises(ShardError, match="has no weight of other"):
+        reader.read("other", "weight", 0, 1)
+
+
+@pytest.mark.parametrize("ranges", [((0, 5), (6, 12)), ((0, 5), (4, 12)), ((0, 5), (5, 11))])
+def test_gaps_overlaps_and_missing_ends_are_damage(tmp_path, ranges):
+    write(tmp_path / "a.ckpt", ranges)
+    with pytest.raises(ShardError, match=r"net\.w"):
+        consolidated(tmp_path / "a.ckpt")
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    write(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "net" / "00001.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ShardError, match=r"00001\.safetensors' is damaged"):
+        consolidated(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "net" / "00001.safetensors").unlink()
+    with pytest.raises(ShardError, match=r"00001\.safetensors' is damaged"):
+        consolidated(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "rest.ckpt").write_bytes(b"nothing")
+    with pytest.raises(ShardError, match=r"rest\.ckpt' is not readable") as error:
+        consolidated(tmp_path / "a.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_network_names_cannot_leave_the_directory(tmp_path):
+    write(tmp_path / "a.ckpt")
+    manifest = tmp_path / "a.ckpt" / "manifest.json"
+    manifest.write_text(json.dumps({"world_size": 1, "networks": ["../other"]}))
+    with pytest.raises(ShardError, match="malformed"):
+        ShardedCheckpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ShardError, match="cannot be the name"):
+        shards.write_rest(tmp_path / "a.ckpt", {}, ["../other"], 1)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_publishing_replaces_a_directory_or_file(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(shards, "_exchange", lambda one, other: False)
+    path = tmp_path / "last.ckpt"
+    path.write_text("a plain checkpoint")
+    for number in (1, 2):
+        part = tmp_path / "last.ckpt.1@host.part"
+        write(part)
+        (part / "number").write_text(str(number))
+        shards.publish(part, path)
+        assert (path / "number").read_text() == str(number)
+        assert shards.is_sharded(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_leftovers_of_a_name_are_removed_and_others_stay(tmp_path):
+    for name in ("last.ckpt.9@host.part", "other.ckpt.9@host.part"):
+        write(tmp_path / name)
+    shards.remove_parts(tmp_path / "last.ckpt")
+    assert [each.name for each in tmp_path.iterdir()] == ["other.ckpt.9@host.part"]

@@ -1,0 +1,136 @@
+"""Runs cases of :class:`ToyGAN` on this rank: ``python toy_runs.py CASES.json``; each rank writes ``NAME-RANK.pt``."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from toy_gan import ToyGAN
+
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions, shards
+
+torch.set_num_threads(1)
+ROWS, WORLD = 8, int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Observe(pl.Callback):
+    """Losses of all steps; at the end the norms of the last ones, and a checkpoint if wanted."""
+
+    def __init__(self, save=None):
+        self.losses, self.norms, self.save = [], {}, save
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, number):
+        self.losses.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_train_end(self, trainer, pl_module):
+        strategy = trainer.strategy
+        if isinstance(strategy, MultiEngineDeepSpeedStrategy):
+            self.norms = {role: float(strategy.gradient_norm(role)) for role in strategy.engines}
+        if self.save:
+            trainer.save_checkpoint(self.save)
+
+
+class Large(ToyGAN):
+    """A toy whose frozen network has 128 layers of 1 MiB; measures the memory of its construction."""
+
+    def configure_model(self):
+        if not hasattr(self, "generator"):
+            super().configure_model()
+            strategy = self.trainer.strategy
+            strategy.frozen(lambda: nn.Linear(512, 512), {"weight": torch.ones(512, 512), "bias": torch.ones(512)})
+            with Peak() as peak:
+                self.large = strategy.frozen(large, self.path.replace("teacher", "large"))
+            self.peak = peak.bytes
+
+
+def large() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(128)))
+
+
+class Peak:
+    """Largest growth of this process's anonymous memory inside."""
+
+    def __enter__(self):
+        self.bytes, self.inside, before = 0, True, anonymous()
+
+        def watch():
+            while self.inside:
+                self.bytes = max(self.bytes, anonymous() - before)
+                time.sleep(0.001)
+
+        self.thread = threading.Thread(target=watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.inside = False
+        self.thread.join()
+
+
+def anonymous() -> int:
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def data(start: int, steps: int, rank: int | None):
+    """The batches of a rank, or whole ones."""
+    for step in range(start, steps):
+        z = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(step))
+        yield z if rank is None else z[rank::WORLD]
+
+
+class Batches(torch.utils.data.IterableDataset):
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __iter__(self):
+        return data(*self.arguments)
+
+
+def run(case: dict, folder: Path) -> dict:
+    torch.manual_seed(3)
+    strategy = MultiEngineDeepSpeedStrategy(**case.get("strategy", {}))
+    kind, observe = Large if case.get("large") else ToyGAN, Observe(case.get("save"))
+    module = kind(str(folder / "teacher.safetensors"), **case.get("module", {}))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=2 * case["steps"], max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[observe],
+        **case.get("trainer", {}),
+    )  # fmt: skip
+    rank = int(os.environ["LOCAL_RANK"])
+    loader = torch.utils.data.DataLoader(Batches(case.get("start", 0), case["steps"], rank), batch_size=None)
+    if case.get("killed_while_writing") and rank == 1:
+        shards.write_pieces = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    trainer.fit(module, loader, ckpt_path=case.get("resume"))
+    found = {"losses": observe.losses, "norms": observe.norms, "steps": trainer.global_step}
+    if case.get("large"):
+        found["peak"], found["large_bytes"] = module.peak, partitions.bytes_held(module.large)
+    found["teacher_bytes"] = partitions.bytes_held(module.teacher)
+    found["weights"] = {
+        f"{name}.{key}": value.clone()
+        for name in ("generator", "critic", "teacher")
+        for key, value in strategy.full_weights(module.get_submodule(name))
+    }
+    return found
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    for name, case in json.loads(file.read_text()).items():
+        try:
+            found = run(case, file.parent)
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, file.parent / f"{name}-{os.environ['LOCAL_RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()
