@@ -132,7 +132,6 @@ def test_zero3_overlay_turns_off_adapters_and_shards_every_role():
         (["--trainer.strategy.stages={critic: 1}"], "no role 'critic' is trained; use generator, fake_score"),
         (["--trainer.strategy.config={bf16: {enabled: true}}"], "bf16 would round the weights of 'generator'"),
         (["--model.generator.algorithm=adamw_8bit"], "adamw_8bit"),
-        (["--trainer.strategy.config={optimizer: {}}"], "the module decides it, leave it out"),
         (["--trainer.strategy.stage=4"], "4"),
     ],
 )

@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from gdmd_lightning.configuration.training import parse
+from gdmd_lightning.data.hub import HubDataset
 from gdmd_lightning.data.identity import content_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
-from gdmd_lightning.data.hub import HubDataset
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.dmd import DMD

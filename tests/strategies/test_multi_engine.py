@@ -9,7 +9,7 @@ import torch
 from processes import run_ranks
 from safetensors.torch import save_file
 from toy_gan import ToyGAN, network
-from toy_runs import Batches, Observe, large
+from toy_runs import Batches, Observe, Seeded, large
 
 from gdmd_lightning.strategies import consolidated
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
 def plain(folder):
     """Losses and weights of one process without DeepSpeed on whole batches."""
     torch.manual_seed(3)
-    module, observe = ToyGAN(str(folder / "teacher.safetensors")), Observe()
+    module, observe = Seeded(str(folder / "teacher.safetensors")), Observe()
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=2 * STEPS, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[observe],
