@@ -19,7 +19,11 @@ from gdmd_lightning.roles import LoRA, Optimization
 FIRST = LoRA(rank=2, alpha=4)
 # Fewer layers than the first one has, and one that it has not.
 SECOND = LoRA(rank=3, alpha=6, targets=("to_q", "proj_out"), start="merged")
-FAST = {"generator": Optimization(learning_rate=0.01), "ema_decay": 0.5}
+FAST = {
+    "generator": Optimization(learning_rate=0.01),
+    "fake_score": Optimization(learning_rate=0.01),
+    "ema_decay": 0.5,
+}
 ROLES = ("teacher", "generator", "ema", "fake_score", "old")
 TEXTS = ["a red circle", "two blue squares"]
 

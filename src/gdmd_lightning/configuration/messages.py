@@ -25,6 +25,7 @@ from gdmd_lightning.configuration.suggestions import (
 from gdmd_lightning.errors import UserError
 
 LENGTH = 300
+LINES = re.MULTILINE | re.DOTALL
 OWN_CLASS = "a class of your own is found in the working directory and on PYTHONPATH"
 
 
@@ -128,8 +129,19 @@ def shortened(text: object) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The chain of causes, from the outermost.
+
+    Where a key takes a name or an object, and an object was given, the chain goes on with the complaint that it is no
+    name. What was wrong with the object is only in the text; its lines are the causes then.
+    """
     while error is not None:
         yield error
+        found = re.search(r"^Errors:\n(.+)\nGiven value type: .*(?:Namespace|NestedArg)'>$", str(error), LINES)
+        if found and str(error.__cause__).startswith("Expected a <class 'str'>"):
+            branches = re.split(r"^  - ", found[1], flags=re.MULTILINE)[1:]
+            of_object = next((each for each in branches if not each.startswith("Expected a <class 'str'>")), "")
+            yield from (ValueError(line.strip()) for line in of_object.splitlines())
+            return
         error = error.__cause__
 
 
