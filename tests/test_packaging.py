@@ -24,6 +24,7 @@ FLOORS = {
     "phases": 0,
     "prompts": 0,
     "ranges": 0,
+    "ranks": 0,
     "schedules": 0,
     "strategies": 0,
     "streams": 0,
@@ -57,6 +58,7 @@ SIDEWAYS = {
     ("ranges", "errors"),  # a number out of range
     ("schedules", "ranges"),  # levels are numbers in [0, 1]
     ("schedules", "errors"),  # a lowest level above the highest
+    ("schedules", "streams"),  # levels are drawn for the rows of a batch
     ("rewards", "families"),  # latents are decoded before they are scored
     ("shapes", "geneval"),  # the Shapes detector is judged by GenEval's rules
     ("geneval", "families"),  # loading errors and sketches of the detector's networks

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gdmd_lightning.streams import draw_noise, named_seed, python_stream, stream
+from gdmd_lightning.schedules import Uniform, draw_spread_sigmas
+from gdmd_lightning.streams import BLOCK, BatchStream, draw_noise, draw_uniform, named_seed, python_stream, stream
 
 CPU = torch.device("cpu")
 SHAPE = (2, 4, 8, 8)
@@ -47,3 +48,56 @@ def test_parts_of_a_streams_name_do_not_run_together():
 
 def test_python_stream_is_a_function_of_its_name():
     assert python_stream("a", 1).random() == python_stream("a", 1).random() != python_stream("a", 2).random()
+
+
+# A batch that ranks share.
+
+
+def shared(ranks: int) -> list[BatchStream]:
+    """The stream of one batch on each rank."""
+    return [BatchStream(lambda *place: stream(5, *place, "renoise"), rank, ranks) for rank in range(ranks)]
+
+
+def joined(ranks: int, rows: int, draw) -> list:
+    """What all ranks draw together, one after another, as lists."""
+    return [row for rng in shared(ranks) for row in draw(rng, rows // ranks).tolist()]
+
+
+DRAWS = {
+    "noise": lambda rng, rows: draw_noise((rows, 2, 3), rng, CPU),
+    "numbers": lambda rng, rows: draw_uniform((rows, 2), rng),
+    "noise after numbers": lambda rng, rows: (draw_uniform((rows,), rng), draw_noise((rows, 2, 3), rng, CPU))[1],
+    "levels": lambda rng, rows: draw_spread_sigmas(Uniform(0, 1), rows, rng),
+    "rows": lambda rng, rows: torch.stack([torch.rand(3, generator=row) for row in rng.each_row(rows)]),
+    "common after noise": lambda rng, rows: (
+        draw_noise((rows, 2, 3), rng, CPU), torch.randint(10**9, (1,), generator=rng.common).expand(rows))[1],
+    "common twice": lambda rng, rows: (
+        draw_noise((rows, 2), rng, CPU), rng.common, torch.rand(1, generator=rng.common).expand(rows))[2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [8, BLOCK, 120, 2 * BLOCK, 280])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_a_batch_draws_the_same_on_any_number_of_ranks(draw, rows):
+    alone = joined(1, rows, draw)
+    assert joined(2, rows, draw) == joined(4, rows, draw) == joined(8, rows, draw) == alone
+    if rows <= BLOCK:
+        assert alone == draw(shared(1)[0], rows).tolist()
+
+
+def test_a_batch_of_one_block_draws_what_its_stream_gives():
+    (rng,) = shared(1)
+    expected = torch.randn(BLOCK, 3, generator=stream(5, 0, "renoise"))
+    assert torch.equal(draw_noise((BLOCK, 3), rng, CPU), expected)
+
+
+def test_rows_of_a_batch_differ_in_every_block():
+    noise = draw_noise((3 * BLOCK, 4), shared(1)[0], CPU)
+    assert len({tuple(row) for row in noise.tolist()}) == 3 * BLOCK
+    rows = [float(torch.rand(1, generator=row)) for row in shared(1)[0].each_row(2)]
+    assert len({*rows, float(torch.rand(1, generator=stream(5, 0, "renoise")))}) == 3
+
+
+def test_levels_of_a_batch_are_in_strata_of_the_batch_of_all_ranks():
+    levels = torch.tensor(joined(4, 20, DRAWS["levels"]))
+    assert torch.equal((levels * 20).long(), torch.arange(20))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.ranges import Count, Finite, Fraction, OpenFraction, Positive, ranged
+from gdmd_lightning.streams import BatchStream, draw_uniform
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
@@ -179,11 +180,22 @@ def _check_order(settings: RenoiseDistribution, low: str, high: str) -> None:
         )
 
 
+def draw_spread_sigmas(distribution: RenoiseDistribution, rows: int, rng: torch.Generator | BatchStream) -> Tensor:
+    """Draw one renoise level for each row of a batch, ``[rows]`` on the CPU.
+
+    The ``i``-th falls into the ``i``-th of equally likely intervals, as many as the batch of all ranks has rows.
+    """
+    numbers, total = range(rows), rows
+    if isinstance(rng, BatchStream):
+        numbers, total = rng.numbers(rows), rows * rng.world_size
+    return distribution.quantile((torch.tensor(numbers) + draw_uniform((rows,), rng)) / total)
+
+
 def draw_renoise_sigmas(
     distribution: RenoiseDistribution,
     batch: int,
     group: int,
-    rng: torch.Generator,
+    rng: torch.Generator | BatchStream,
     *,
     stratify: bool = True,
     sigma_min: Tensor | None = None,
@@ -200,7 +212,7 @@ def draw_renoise_sigmas(
         stratify: Spread the levels of a group.
         sigma_min: Draw each row's levels only above this one, ``[batch]`` on the CPU; ``None`` for all levels.
     """
-    u = torch.rand(batch, group, generator=rng)
+    u = draw_uniform((batch, group), rng)
     if stratify:
         u = (torch.arange(group) + u) / group
     if sigma_min is None:

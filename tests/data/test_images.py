@@ -27,13 +27,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+def rngs(count, seed=0):
+    """A stream for each prompt."""
+    return [torch.Generator().manual_seed(count * seed + i) for i in range(count)]
 
 
 def test_each_prompt_gets_an_image_of_its_caption(folder):
     source = CaptionedImages(str(folder))
-    images = source.draw([Prompt("blue"), Prompt("red"), Prompt("red"), Prompt("red"), Prompt("red")], 16, 24, rng())
+    images = source.draw([Prompt("blue"), Prompt("red"), Prompt("red"), Prompt("red"), Prompt("red")], 16, 24, rngs(5))
     assert images.shape == (5, 3, 16, 24)
     assert images[0, 2].min() > 0.9
     assert images[0, 0].max() < 0.1
@@ -43,9 +44,18 @@ def test_each_prompt_gets_an_image_of_its_caption(folder):
 
 def test_draw_depends_on_the_stream_alone(folder):
     source, prompts = CaptionedImages(str(folder)), [Prompt("red")] * 8
-    one, same, other = (source.draw(prompts, 8, 8, rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (source.draw(prompts, 8, 8, rngs(8, seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+def test_image_of_a_prompt_does_not_depend_on_the_other_prompts(folder, shapes):
+    source = ShapesImages() if shapes else CaptionedImages(str(folder))
+    prompts = evaluation_prompts(2)[:6] if shapes else [Prompt("red")] * 6
+    whole = source.draw(prompts, 32, 32, rngs(6))
+    assert torch.equal(source.draw(prompts[4:], 32, 32, rngs(6)[4:]), whole[4:])
+    assert len({tuple(image.flatten().tolist()) for image in whole}) >= 2
 
 
 def test_image_covers_the_resolution_and_is_cropped_at_its_center(tmp_path):
@@ -90,21 +100,21 @@ def test_folder_without_metadata_is_refused(tmp_path):
 def test_file_that_is_no_image_is_named(folder):
     (folder / "blue.jpg").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"blue\.jpg: not a readable image"):
-        CaptionedImages(str(folder)).draw([Prompt("blue")], 8, 8, rng())
+        CaptionedImages(str(folder)).draw([Prompt("blue")], 8, 8, rngs(1))
 
 
 def test_shapes_pictures_show_their_prompts():
     prompts = evaluation_prompts(2)
-    images = ShapesImages().draw(prompts, 32, 32, rng())
+    images = ShapesImages().draw(prompts, 32, 32, rngs(len(prompts)))
     assert images.shape == (len(prompts), 3, 32, 32)
     assert torch.as_tensor(grade(images, prompts)).mean() > 0.9
-    assert not torch.equal(images, ShapesImages().draw(prompts, 32, 32, rng(1)))
-    assert torch.equal(images, ShapesImages().draw(prompts, 32, 32, rng()))
+    assert not torch.equal(images, ShapesImages().draw(prompts, 32, 32, rngs(len(prompts), 1)))
+    assert torch.equal(images, ShapesImages().draw(prompts, 32, 32, rngs(len(prompts))))
 
 
 def test_shapes_pictures_refuse_another_size_or_source():
     with pytest.raises(UserError, match=r"pictures of Shapes have 32x32 pixels, not 64x32"):
-        ShapesImages().draw(evaluation_prompts(1), 64, 32, rng())
+        ShapesImages().draw(evaluation_prompts(1), 64, 32, rngs(6))
     with pytest.raises(UserError, match=r"ShapesImages cannot draw the prompts of 'prompts\.txt'"):
         ShapesImages().check(SimpleNamespace(source="prompts.txt"))
     ShapesImages().check(SimpleNamespace(source="shapes"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
@@ -191,14 +192,55 @@ def test_position_is_refused_under_other_settings(source: str, changes: dict[str
     assert message in str(caught.value)
 
 
-def test_trainer_refuses_a_position_of_another_number_of_ranks(source: str, tmp_path: Path) -> None:
+def test_trainer_refuses_a_position_of_another_number_of_samples(source: str, tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     trainer(max_steps=2).fit(Recorder({"after": (2, path)}), datamodule=data(source))
     checkpoint = torch.load(path)
-    checkpoint["PromptDataModule"]["world_size"] = 8
+    checkpoint["PromptDataModule"]["batch_size"] = 64
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match=r"data: the checkpoint counts its prompts with world_size 8 \(now 1\)"):
+    with pytest.raises(UserError, match=r"data: the checkpoint counts its prompts with batch_size 64 \(now \d+\)"):
         trainer(max_steps=4).fit(Recorder(), datamodule=data(source), ckpt_path=path)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 4}, {"global_batch_size": 8}])
+def test_position_does_not_depend_on_how_many_ranks_share_the_samples(source: str, options: dict[str, int]) -> None:
+    class Of:
+        global_rank, world_size = 1, 2
+        state = TrainerState(fn=TrainerFn.FITTING)
+
+    def texts(module: PromptDataModule) -> list[str]:
+        return [prompt.text for prompt in next(iter(module._stream())).prompts]
+
+    alone = PromptDataModule(source, batch_size=8, group_size=2)
+    half = PromptDataModule(source, group_size=2, **options)
+    half.trainer = Of()
+    half.divide(2)
+    for module in (alone, half):
+        module._handed_over = 3
+    assert alone.state_dict() == half.state_dict()
+    assert texts(half) == texts(alone)[4:]
+    half.load_state_dict(alone.state_dict())
+    assert half.batches_consumed == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulate", "message"),
+    [
+        (3, 1, "16 samples cannot be divided over 3 ranks in groups of 4; use a multiple of 12, such as 24"),
+        (8, 1, "16 samples cannot be divided over 8 ranks in groups of 4; use a multiple of 32, such as 32"),
+        (2, 2, "model.accumulate: it is 2, but data.global_batch_size says how many samples an update has"),
+    ],
+)  # fmt: skip
+def test_samples_of_an_update_that_cannot_be_divided_are_refused(ranks: int, accumulate: int, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        PromptDataModule("shapes", global_batch_size=16, group_size=4).divide(ranks, accumulate)
+    assert message in str(caught.value)
+
+
+def test_groups_must_divide_the_samples_of_all_ranks() -> None:
+    with pytest.raises(UserError, match=r"group_size 4 does not divide global_batch_size 18"):
+        PromptDataModule("shapes", global_batch_size=18, group_size=4)
+    assert PromptDataModule("shapes", global_batch_size=8, batch_size=3, group_size=4).samples == 8
 
 
 def test_checkpoint_of_other_prompts_can_be_evaluated(source: str, tmp_path: Path) -> None:

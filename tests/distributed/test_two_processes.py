@@ -78,10 +78,7 @@ def test_default_strategy_trains_on_two_ranks_too(two_ranks):
 def shared_prompts(*ranks: dict) -> list[str]:
     """The prompts that the ranks see together, in order: those of one process with twice the batch size, each once."""
     return [
-        prompt
-        for batches in zip(*(rank["prompts"] for rank in ranks))
-        for pair in zip(*(batch[::4] for batch in batches))
-        for prompt in pair
+        prompt for batches in zip(*(rank["prompts"] for rank in ranks)) for batch in batches for prompt in batch[::4]
     ]
 
 

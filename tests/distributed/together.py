@@ -1,14 +1,8 @@
-"""Ranks played by threads of one process: what several processes must reproduce, computed without any of them.
-
-Each thread has a module of its own. Where processes would exchange gradients, the threads meet, and both modules get
-the mean: the gradient of the whole batch.
-"""
+"""One process with the batch of all ranks: what several processes must reproduce."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +15,12 @@ from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.base import DistillationModule
 
 
-class Meeting(Engine):
-    """The steps of one thread; the last thread to arrive averages everybody's gradient."""
+class Alone(Engine):
+    """The steps of a process without a trainer."""
 
-    def __init__(self, module: DistillationModule, modules: list[DistillationModule], barrier: threading.Barrier, made):
+    def __init__(self, module: DistillationModule, made: dict[str, Any]) -> None:
         super().__init__(module.roles)
-        self.module, self.modules, self.barrier, self.made = module, modules, barrier, made
+        self.made = made
         self.norms: dict[str, list[Tensor]] = {}
 
     def zero_grad(self, role: str) -> None:
@@ -37,14 +31,6 @@ class Meeting(Engine):
         loss.backward()
 
     def step(self, role: str) -> bool:
-        if self.barrier.wait() == 0:
-            for own in zip(*(module.roles.parameters_of(role) for module in self.modules), strict=True):
-                grads = [parameter.grad for parameter in own]
-                if grads[0] is not None:
-                    mean = torch.stack(grads).mean(0)
-                    for parameter in own:
-                        parameter.grad = mean.clone()
-        self.barrier.wait()
         clip = self.roles.optimization_of(role).gradient_clip
         self.norms.setdefault(role, []).append(clip_grad_norm_(self.roles.parameters_of(role), clip))
         self.made[role]["optimizer"].step()
@@ -53,55 +39,31 @@ class Meeting(Engine):
 
 def train_together(
     build: Callable[[], DistillationModule], updates: int, ranks: int = 2, **data: Any
-) -> tuple[list[list[dict[str, float]]], DistillationModule]:
-    """Train on batches of the same prompts and noise as that number of ranks would see.
+) -> tuple[list[dict[str, float]], DistillationModule]:
+    """Train on the samples that so many ranks have together.
 
     Args:
         build: Makes the module.
         updates: Their number.
-        ranks: Number of threads.
-        data: Arguments of :class:`PromptDataModule`.
+        ranks: Their number.
+        data: Arguments of :class:`PromptDataModule` on each rank.
 
     Returns:
-        The logs of each update on each rank, and the first module after training.
+        The logs of each update, and the module after training.
     """
-    modules = []
-    for rank in range(ranks):
-        module = build()
-        module.__class__ = type(f"Rank{rank}", (type(module),), {"global_rank": rank})
-        module.configure_model()
-        modules.append(module)
-    barrier = threading.Barrier(ranks)
-    logs: list[list[dict[str, float]]] = [[] for _ in modules]
-    failures: list[BaseException] = []
-
-    def work(rank: int) -> None:
-        module = modules[rank]
-        batches = iter(replace(PromptDataModule("shapes", **data)._stream(), rank=rank, world_size=ranks))
-        made = dict(zip(module.roles.trained, module.configure_optimizers(), strict=True))
-        try:
-            for _ in range(updates):
-                batch = next(batches)
-                conditioning = module.embeddings([prompt.text for prompt in batch.prompts])
-                real = module.real_x0(batch.prompts)
-                engine = Meeting(module, modules, barrier, made)
-                done = module.update(Batch(batch.prompts, batch.groups, conditioning, real), engine)
-                module.updates += 1
-                for each in made.values():
-                    each["lr_scheduler"]["scheduler"].step()
-                found = done.logs | {
-                    f"grad_norm/{role}": torch.stack(norms).mean() for role, norms in engine.norms.items()
-                }
-                logs[rank].append({name: float(value) for name, value in found.items()})
-        except BaseException as error:
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise next((error for error in failures if not isinstance(error, threading.BrokenBarrierError)), failures[0])
-    return logs, modules[0]
+    module = build()
+    module.configure_model()
+    batches = iter(PromptDataModule("shapes", **{**data, "batch_size": ranks * data["batch_size"]}).train_dataloader())
+    made = dict(zip(module.roles.trained, module.configure_optimizers(), strict=True))
+    logs: list[dict[str, float]] = []
+    for _ in range(updates):
+        batch = next(batches)
+        conditioning = module.embeddings([prompt.text for prompt in batch.prompts])
+        engine = Alone(module, made)
+        done = module.update(Batch(batch.prompts, batch.groups, conditioning, module.real_x0(batch.prompts)), engine)
+        module.updates += 1
+        for each in made.values():
+            each["lr_scheduler"]["scheduler"].step()
+        norms = {f"grad_norm/{role}": torch.stack(found).mean() for role, found in engine.norms.items()}
+        logs.append({name: float(value) for name, value in (done.logs | norms).items()})
+    return logs, module

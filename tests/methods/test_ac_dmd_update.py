@@ -12,7 +12,7 @@ from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.settings import Consistency, Matching
 from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
 from gdmd_lightning.schedules import Uniform
-from gdmd_lightning.streams import draw_noise
+from gdmd_lightning.streams import draw_noise, draw_uniform
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -213,7 +213,7 @@ def test_fresh_transitions_are_new_ones_of_the_generator():
         noise = draw_noise(tuple(x0.shape), world.module.stream(f"critic transition {turn}"), x0.device)
         x_s = step(state.x, x0, state.sigma, m.s, noise, 0.4)
         rng = world.module.stream("critic", turn)
-        torch.rand(len(x0), 1, generator=rng)
+        draw_uniform((len(x0), 1), rng)
         eps = draw_noise(tuple(x0.shape), rng, x0.device)
         a, q = m.coefficients(asked.sigma)
         near(asked.x, column(a) * x_s + column(q) * eps)

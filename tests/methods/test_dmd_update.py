@@ -144,6 +144,7 @@ def simulated(world: World, step) -> tuple[torch.Tensor, torch.Tensor]:
     """States by a loop over single samples; ``step(x, x0, eps, sigma, next, noise)`` is the sampler's."""
     rng = world.module.stream("rollout")
     batch, steps = len(world.batch), world.module.steps
+    rng = rng.common
     noise = torch.randn(batch, *SHAPE, generator=rng)
     first = int(torch.randint(steps, (1,), generator=rng))
     stops = [(int(g) + first) % steps for g in world.batch.groups]
@@ -417,6 +418,7 @@ def test_draws_differ_between_ranks(what, monkeypatch):
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(DMD, "global_rank", rank)
+        monkeypatch.setattr(DMD, "world_size", 2)
         found.append(noises(World(DMD, prompts=4))[what])
     assert not torch.allclose(*found)
 
@@ -425,6 +427,7 @@ def test_rollouts_differ_between_ranks(monkeypatch):
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(DMD, "global_rank", rank)
+        monkeypatch.setattr(DMD, "world_size", 2)
         world = World(DMD, steps=1)
         world.update()
         found.append(world.questions("generator", learning=True)[0].x)

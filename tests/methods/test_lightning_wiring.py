@@ -19,6 +19,7 @@ from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.rewards.combine import CombinedReward
 from gdmd_lightning.roles import Optimization
+from gdmd_lightning.streams import draw_uniform
 
 SLOW, FAST = Optimization(learning_rate=1e-3, warmup=1), Optimization(learning_rate=3e-2, warmup=1)
 
@@ -261,7 +262,7 @@ def test_start_from_starts_a_follower_that_is_not_there_from_its_source(tmp_path
 
 def test_streams_differ_by_update_rank_turn_purpose_and_seed(monkeypatch):
     def first(module, purpose="renoise", turn=0):
-        return float(torch.rand(1, generator=module.stream(purpose, turn)))
+        return float(draw_uniform((1,), module.stream(purpose, turn)))
 
     module = module_of()
     found = [first(module), first(module, "rollout"), first(module, turn=1), first(module_of(seed=1))]
@@ -270,6 +271,7 @@ def test_streams_differ_by_update_rank_turn_purpose_and_seed(monkeypatch):
     module.updates = 0
     assert first(module) == found[0]
     monkeypatch.setattr(DMD, "global_rank", 1)
+    monkeypatch.setattr(DMD, "world_size", 2)
     found.append(first(module))
     assert len(set(found)) == len(found)
 

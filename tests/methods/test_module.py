@@ -9,6 +9,7 @@ from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.samplers import CPS
+from gdmd_lightning.streams import draw_uniform
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_rollout_takes_another_sampler(module, batch):
 
 def test_stream_differs_by_update_purpose_and_turn(module):
     def draw(*name):
-        return tuple(torch.rand(3, generator=module.stream(*name)).tolist())
+        return tuple(draw_uniform((3,), module.stream(*name)).tolist())
 
     found = [draw("a"), draw("b"), draw("a", 1)]
     assert draw("a") == found[0]

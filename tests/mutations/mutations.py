@@ -95,7 +95,7 @@ MUTATIONS = [
             "return cls(sigma.to(eps_real), eps_real, eps_fake)",
             "return cls(sigma.to(eps_real), eps_real, eps_real)",
         ),
-        ("gan: levels of matching", "draw_renoise_sigmas(gan.renoise_distribution,", "draw_renoise_sigmas(Uniform(),"),
+        ("gan: levels of matching", "draw_spread_sigmas(gan.renoise_distribution,", "draw_spread_sigmas(Uniform(),"),
     ),
     *errors(
         "objectives/gan.py",
@@ -287,12 +287,11 @@ MUTATIONS = [
         ("gndmr: normalizers of other rows", "n[rows], o[rows], eps[rows]", "n[: len(y)], o[rows], eps[rows]"),
         ("gndmr: advantages of other rows", "n[rows], o[rows], eps[rows]", "n[rows], o[: len(y)], eps[rows]"),
         ("gndmr: noise of other rows", "n[rows], o[rows], eps[rows]", "n[rows], o[rows], eps[: len(y)]"),
-        ("gndmr: reward's weight ignored", "matching + self.weight * group", "matching + group"),
+        ("gndmr: reward's weight ignored", "matching + self.weight * rewarded", "matching + rewarded"),
         ("gndmr: matching is no reward", "return matching + self.weight", "return self.weight"),
         ("gndmr: policy weight ignored", "+ self.lambda_policy * term", "+ term"),
         ("gndmr: clip ignored", "optimality(advantages, self.combination.clip)", "optimality(advantages)"),
-        ("gndmr: spread ignored for matching", "match.fake), groups, self.spread)", "match.fake), groups)"),
-        ("gndmr: spread ignored for the reward", "(rewards, groups, self.spread)", "(rewards, groups)"),
+        ("gndmr: spread ignored", "everywhere, self.spread)", "everywhere)"),
         ("gndmr: policy noise of renoising", 'self.stream("policy")', 'self.stream("renoise")'),
     ),
     *errors(
@@ -360,8 +359,8 @@ MUTATIONS = [
         ("gradient log without normalizer", ".abs().mean(1) / self.n", ".abs().mean(1)"),
         (
             "one renoise noise for a group",
-            "eps.unflatten(0, (batch, group)), guidance_sigma)",
-            "eps.unflatten(0, (batch, group))[:, :1].expand(batch, group, *self.latent_shape), guidance_sigma)",
+            ".to(eps), eps, guidance_sigma)",
+            ".to(eps), eps[:, :1].expand(batch, group, *self.latent_shape), guidance_sigma)",
         ),
         (
             "one level for all targets",
@@ -422,7 +421,7 @@ MUTATIONS = [
         ("critic stream is the renoise stream", 'self.stream("critic", turn)', 'self.stream("renoise", turn)'),
         (
             "critic levels not stratified",
-            "draw_renoise_sigmas(distribution, 1, batch, rng)[0]",
+            "draw_spread_sigmas(distribution, batch, rng)",
             "draw_renoise_sigmas(distribution, batch, 1, rng)[:, 0]",
         ),
         (
@@ -677,8 +676,8 @@ MUTATIONS = [
         ),
         (
             "all prompts in one group",
-            "self(rewards, sample_reward, batch.groups)",
-            "self(rewards, sample_reward, 0 * batch.groups)",
+            "self._over_ranks(rewards, sample_reward, batch.groups)",
+            "self._over_ranks(rewards, sample_reward, 0 * batch.groups)",
         ),
         ("strata not centered", "if self.center_strata:", "if False:"),
         (
@@ -784,9 +783,9 @@ MUTATIONS = [
             'self.predictor("generator", batch.conditioning), noise',
             'self.predictor("ema", batch.conditioning), noise',
         ),
-        ("step index per sample", "stop = (batch.groups + first)", "stop = (torch.arange(len(batch)) + first)"),
-        ("step index always the first group's", "stop = (batch.groups + first)", "stop = (0 * batch.groups + first)"),
-        ("first step fixed", "(batch.groups + first) % self.steps", "batch.groups % self.steps"),
+        ("step index per sample", "stop = (groups + first)", "stop = (torch.arange(len(batch)) + first)"),
+        ("step index always the first group's", "stop = (groups + first)", "stop = (0 * groups + first)"),
+        ("first step fixed", "(groups + first) % self.steps", "groups % self.steps"),
         ("step index ignored", "if step_index is not None:", "if False:"),
         (
             "state one step early",
@@ -963,8 +962,8 @@ MUTATIONS = [
         ("old decay from the beginning", "max(update - self.start, 0)", "update"),
         (
             "nft levels shared by all samples",
-            "torch.rand(batch, steps, generator=rng)",
-            "torch.rand(1, steps, generator=rng).expand(batch, steps)",
+            "draw_uniform((batch, steps), rng)",
+            "draw_uniform((batch, steps), rng)[:1].expand(batch, steps)",
         ),
         ("nft levels all trained", ".argsort(1)[:, : self.train_steps]", ".argsort(1)"),
     ),
@@ -1117,8 +1116,8 @@ MUTATIONS = [
         ("separate spread ignored", "weights, groups, self.spread, pasts=", "weights, groups, pasts="),
         (
             "joint spread ignored",
-            "group_advantages(total, groups, self.spread, past",
-            "group_advantages(total, groups, past",
+            "group_advantages(gathered(total), groups, self.spread, past",
+            "group_advantages(gathered(total), groups, past",
         ),
     ),
     *errors(
@@ -1361,10 +1360,10 @@ MUTATIONS = [
         ("schedule without an end", "role.optimizer.check(role.name, self.trainer.max_steps)", "pass"),
         (
             "same noise in every update",
-            "self.global_rank, self.updates, purpose, turn)",
-            "self.global_rank, purpose, turn)",
+            "*place, self.updates, purpose, turn)",
+            "*place, purpose, turn)",
         ),
-        ("same noise on every rank", "stream(self.seed, self.global_rank, self", "stream(self.seed, self"),
+        ("same noise on every rank", "BatchStream(of, self.global_rank, ", "BatchStream(of, 0, "),
         ("stream without turn", "self.updates, purpose, turn)", "self.updates, purpose)"),
         ("stream without purpose", "self.updates, purpose, turn)", "self.updates, turn)"),
         ("stream without seed", "return stream(self.seed, ", "return stream("),
@@ -1420,7 +1419,7 @@ MUTATIONS = [
     *errors(
         "methods/lightning.py",
         ACCUMULATE,
-        ("accumulation ignored", "data.batches_per_update = self.accumulate", "data.batches_per_update = 1"),
+        ("accumulation ignored", "data.divide(self.world_size, self.accumulate)", "data.divide(self.world_size)"),
         ("memory not limited", "                self.limit_micro_batches(data.batch_size)", "                pass"),
         ("smaller micro-batches forgotten", "min(size, self.micro_batch_size or size)", "size"),
         ("roles' memory not limited", "self.roles.micro_batch_size = self.micro_batch_size", "pass"),
@@ -1435,8 +1434,8 @@ MUTATIONS = [
         ACCUMULATE,
         (
             "position of single batches",
-            '"batch_size": self.batch_size * self.batches_per_update',
-            '"batch_size": self.batch_size',
+            '"batch_size": self.samples * self._ranks',
+            '"batch_size": self.batch_size * self._ranks',
         ),
     ),
     *errors(
@@ -1889,7 +1888,7 @@ MUTATIONS = [
         ("data rank not passed on", "rank=0 if self.trainer is None else self.trainer.global_rank", "rank=0"),
         (
             "data world size not passed on",
-            "world_size=1 if self.trainer is None else self.trainer.world_size,\n            start",
+            "world_size=self._ranks,\n            start",
             "world_size=1,\n            start",
         ),
     ),
@@ -1975,7 +1974,12 @@ MUTATIONS = [
     *errors(
         "data/stream.py",
         (*WIRING, "data/test_stream.py"),
-        ("rank ignored", "[self.rank :: self.world_size]", "[0 :: self.world_size]"),
+        ("rank ignored", "[self.rank * self.prompts : (self.rank + 1) * self.prompts]", "[: self.prompts]"),
+        (
+            "every other prompt",
+            "[self.rank * self.prompts : (self.rank + 1) * self.prompts]",
+            "[self.rank :: self.world_size]",
+        ),
     ),
     *errors("prompts.py", WIRING + GDMD, ("groups of the wrong size", "// self.group_size", "% self.group_size")),
     *errors(
@@ -2233,5 +2237,64 @@ MUTATIONS = [
         ("distributed/test_deepspeed_commands.py",),
         ("engines: adapters in ZeRO-3 accepted", "and stage == 3:", "and False:"),
         ("engines: weights in half precision accepted", "        if half:", "        if False:"),
+    ),
+    # One run on any number of ranks.
+    *errors(
+        "streams.py",
+        ("test_streams.py",),
+        ("rows of the first rank", "range(self.rank * rows, (self.rank + 1) * rows)", "range(rows)"),
+        ("one stream for all blocks", "self._blocks[number] = self._of(number)", "self._blocks[number] = self._of(0)"),
+        ("blocks as long as the last", "min((block + 1) * BLOCK, total)", "(block + 1) * BLOCK"),
+        ("a rank's first rows of a block", "drawn[max(mine.start - first, 0) :", "drawn[0 :"),
+        ("last block left out", "(mine.stop - 1) // BLOCK + 1)", "(mine.stop - 1) // BLOCK)"),
+        ("common stream at its start", "            draw(self._block(0))", "            pass"),
+        ("common draws repeated", "self._missed.clear()", "pass"),
+        ("rows of images of the first rank", "number in self.numbers(rows)]", "number in range(rows)]"),
+        ("images like blocks", 'self._of("row", number)', "self._of(number)"),
+    ),
+    *errors(
+        "schedules.py",
+        ("test_streams.py",),
+        ("strata of a rank", "rng.numbers(rows), rows * rng.world_size", "range(rows), rows"),
+    ),
+    *errors(
+        "ranks.py",
+        ("test_ranks.py",),
+        ("own rows only", "    return torch.cat(parts)\n", "    return rows\n"),
+        ("rows of the first rank", "rows.chunk(ranks)[rank]", "rows.chunk(ranks)[0]"),
+        ("groups of ranks confused", "groups + rank * (int(groups[-1]) + 1)", "groups"),
+        ("sum over ranks", "(together / ranks).unbind()", "together.unbind()"),
+        ("a rank's own figures", "    distributed.all_reduce(together)\n", ""),
+        ("a rank's own spread", "    distributed.all_reduce(sums)\n    count = ranks *", "    count ="),
+    ),
+    *errors(
+        "methods/base.py",
+        ("distributed/test_deepspeed.py",),
+        ("steps cover each rank's prompts", "batch.groups + rng.rank * (int(batch.groups[-1]) + 1)", "batch.groups"),
+    ),
+    *errors(
+        "methods/advantages.py",
+        ("distributed/test_deepspeed.py",),
+        (
+            "spread of a rank",
+            "self(gathered(rewards), of_samples, all_groups(groups))",
+            "self(rewards, sample_reward, groups)",
+        ),
+    ),
+    *errors(
+        "methods/lightning.py",
+        ("distributed/test_deepspeed.py",),
+        (
+            "a rank's own logs",
+            "mean_over_ranks(done.logs | engine.logs() | self.reward_logs(), self.device)",
+            "done.logs | engine.logs() | self.reward_logs()",
+        ),
+    ),
+    *errors(
+        "data/prompt_data.py",
+        ("data/test_prompt_data.py",),
+        ("samples of all ranks on each", "self.samples, rest = divmod(whole, ranks)", "self.samples, rest = whole, 0"),
+        ("groups split", "rest or self.samples % self.group_size", "rest"),
+        ("global batch ignored", "        whole = self.global_batch_size\n", "        whole = None\n"),
     ),
 ]

@@ -135,7 +135,7 @@ def description(trainer: pl.Trainer, module: DistillationModule, directory: Path
     batch = ""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, PromptDataModule):
-        batch = f" of {data.batch_size * trainer.world_size} samples ({data.group_size} per prompt)"
+        batch = f" of {data.samples * trainer.world_size} samples ({data.group_size} per prompt)"
     weights = f"LoRA of rank {module.lora.rank}" if module.lora is not None else "all weights"
     resumed = f", from update {module.updates}" if module.updates else ""
     goal = f"{trainer.max_steps} updates" if trainer.max_steps > 0 else "updates without a limit"

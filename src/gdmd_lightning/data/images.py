@@ -30,8 +30,13 @@ class ImageSource(ABC):
         """
 
     @abstractmethod
-    def draw(self, prompts: Sequence[Prompt], height: int, width: int, rng: torch.Generator) -> Tensor:
+    def draw(self, prompts: Sequence[Prompt], height: int, width: int, rngs: Sequence[torch.Generator]) -> Tensor:
         """Images ``[B, 3, height, width]`` in [0, 1] of ``B`` prompts, on the CPU.
+
+        Args:
+            prompts: ``B`` of them.
+            height, width: In pixels.
+            rngs: One random stream per prompt.
 
         Raises:
             UserError: If a prompt has no image, or a file is not one.
@@ -49,15 +54,19 @@ class ShapesImages(ImageSource):
                 remedy="use data.source: shapes, or CaptionedImages",
             )
 
-    def draw(self, prompts: Sequence[Prompt], height: int, width: int, rng: torch.Generator) -> Tensor:
+    def draw(self, prompts: Sequence[Prompt], height: int, width: int, rngs: Sequence[torch.Generator]) -> Tensor:
         if (height, width) != (32, 32):
             raise UserError(
                 f"pictures of Shapes have 32x32 pixels, not {height}x{width}",
                 where="model.images",
                 remedy="set model.height and model.width to 32",
             )
-        seed = int(torch.randint(2**62, (1,), generator=rng))
-        return render(sample_scenes([prompt.metadata for prompt in prompts], np.random.default_rng(seed)))
+        seeds = (int(torch.randint(2**62, (1,), generator=rng)) for rng in rngs)
+        scenes = (
+            sample_scenes([prompt.metadata], np.random.default_rng(seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        )
+        return torch.cat([render(scene) for scene in scenes])
 
 
 class CaptionedImages(ImageSource):
@@ -110,9 +119,9 @@ class CaptionedImages(ImageSource):
         for text in data.texts():
             self._files_of(text)
 
-    def draw(self, prompts: Sequence[Prompt], height: int, width: int, rng: torch.Generator) -> Tensor:
+    def draw(self, prompts: Sequence[Prompt], height: int, width: int, rngs: Sequence[torch.Generator]) -> Tensor:
         images = []
-        for prompt in prompts:
+        for prompt, rng in zip(prompts, rngs, strict=True):
             files = self._files_of(prompt.text)
             chosen = int(torch.randint(len(files), (1,), generator=rng))
             images.append(read_image(files[chosen], height, width))

@@ -82,20 +82,24 @@ class PromptDataModule(LightningDataModule):
         source: A ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file (all but the last also
             compressed, ``.txt.gz``), a folder of them, a Hugging Face data set as ``organization/name``, or
             ``shapes``.
-        batch_size: Samples per batch on one rank. An update has one batch, or ``model.accumulate`` of them.
-        group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``.
+        batch_size: Samples per batch on one rank. An update has one batch on each rank, or ``model.accumulate`` of
+            them. With ``global_batch_size``, samples that a rank has in memory at once.
+        group_size: Samples per prompt, next to each other in the batch; must divide ``batch_size``, or
+            ``global_batch_size`` if that is given.
         shuffle_buffer: Number of rows that are read and shuffled together; 0 or 1 keeps the source's order.
         seed: Seed of the order, and of the prompts if the source is ``shapes``; null for ``seed_everything`` of the
             configuration, or 0 without one.
         num_workers: Number of processes that read ahead; it does not affect the order.
         column: Key or column that holds the prompt.
         split: Split of a Hugging Face data set, a folder or ``shapes``.
+        global_batch_size: Samples of an update on all ranks together; the update is then the same on any number of
+            ranks that divides it into whole groups. Null for ``batch_size`` on each rank.
 
     Attributes:
-        batches_per_update: Batches that are handed over as a single one, the samples of an update; set by the method.
+        samples: Of an update on this rank, which are handed over as a single batch; see :meth:`divide`.
 
     Raises:
-        UserError: If ``group_size`` does not divide ``batch_size``, the source cannot be read, or it has no prompt.
+        UserError: If ``group_size`` does not divide the batch size, the source cannot be read, or it has no prompt.
     """
 
     def __init__(
@@ -108,22 +112,55 @@ class PromptDataModule(LightningDataModule):
         num_workers: Whole = 0,
         column: str = "prompt",
         split: str = "train",
+        global_batch_size: Count | None = None,
     ) -> None:
         super().__init__()
-        if batch_size % group_size:
+        name, samples = ("batch_size", batch_size)
+        if global_batch_size is not None:
+            name, samples = ("global_batch_size", global_batch_size)
+        if samples % group_size:
             raise UserError(
-                f"group_size {group_size} does not divide batch_size {batch_size}",
+                f"group_size {group_size} does not divide {name} {samples}",
                 where="data.group_size",
-                remedy=f"batch_size must be a multiple of it, such as {-(-batch_size // group_size) * group_size}",
+                remedy=f"{name} must be a multiple of it, such as {-(-samples // group_size) * group_size}",
             )
         self.source, self.column, self.split = source, column, split
-        self.batch_size, self.group_size, self.shuffle_buffer = batch_size, group_size, shuffle_buffer
+        self.batch_size, self.global_batch_size, self.samples = batch_size, global_batch_size, samples
+        self.group_size, self.shuffle_buffer = group_size, shuffle_buffer
         self.seed = seed or 0
         self.num_workers = num_workers
         self.prompts = open_source(source, column=column, split=split, seed=self.seed)
-        self.batches_per_update = 1
         self._handed_over = 0
         self._processed_before: int | None = None
+
+    def divide(self, ranks: int, accumulate: int = 1) -> None:
+        """Decide how many samples this rank has in an update; they are handed over as a single batch.
+
+        Args:
+            ranks: Their number.
+            accumulate: Times ``batch_size`` on each rank, unless ``global_batch_size`` is given.
+
+        Raises:
+            UserError: If ``global_batch_size`` cannot be divided into whole groups, or ``accumulate`` is not 1 with it.
+        """
+        whole = self.global_batch_size
+        if whole is None:
+            self.samples = self.batch_size * accumulate
+            return
+        if accumulate != 1:
+            raise UserError(
+                f"it is {accumulate}, but data.global_batch_size says how many samples an update has",
+                where="model.accumulate",
+                remedy="set it to 1: each rank has at most data.batch_size samples in memory anyway",
+            )
+        self.samples, rest = divmod(whole, ranks)
+        if rest or self.samples % self.group_size:
+            unit = ranks * self.group_size
+            raise UserError(
+                f"{whole} samples cannot be divided over {ranks} ranks in groups of {self.group_size}",
+                where="data.global_batch_size",
+                remedy=f"use a multiple of {unit}, such as {-(-whole // unit) * unit}",
+            )
 
     def train_dataloader(self) -> PromptLoader | InTransitLoader:
         """Batches from the current position: ``PromptBatch``, or ``InTransit`` if there is a trainer."""
@@ -209,12 +246,15 @@ class PromptDataModule(LightningDataModule):
             "source": self.source,
             "column": self.column,
             "split": self.split,
-            "batch_size": self.batch_size * self.batches_per_update,
+            "batch_size": self.samples * self._ranks,
             "group_size": self.group_size,
             "shuffle_buffer": self.shuffle_buffer,
             "seed": self.seed,
-            "world_size": 1 if self.trainer is None else self.trainer.world_size,
         }
+
+    @property
+    def _ranks(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
 
     def _processed(self) -> int | None:
         """Number of training steps that the trainer has finished."""
@@ -228,10 +268,10 @@ class PromptDataModule(LightningDataModule):
             self.prompts,
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer,
-            prompts=self.batch_size * self.batches_per_update // self.group_size,
+            prompts=self.samples // self.group_size,
             group_size=self.group_size,
             rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=1 if self.trainer is None else self.trainer.world_size,
+            world_size=self._ranks,
             start=self._handed_over,
         )
 

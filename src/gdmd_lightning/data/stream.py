@@ -1,10 +1,9 @@
 """The endless order of prompts: a pure function of source and seed that can start at any position.
 
-*Item* ``i`` is the ``i``-th prompt of all shuffled passes in sequence. With ``k`` prompts per batch, batch
-``n`` of rank ``r`` of ``R`` contains the items from ``n * k * R`` to ``(n + 1) * k * R - 1`` whose number is
-``r`` modulo ``R``. Worker ``w`` of ``W`` makes the batches ``start + w``, ``start + w + W``, ... So a
-position is a single number, the ranks share every pass without overlap or loss, and the number of workers
-does not affect the order.
+*Item* ``i`` is the ``i``-th prompt of all shuffled passes in sequence. With ``k`` prompts per batch on each of ``R``
+ranks, batch ``n`` of rank ``r`` contains the ``k`` items from ``(n * R + r) * k`` on. Worker ``w`` of ``W`` makes the
+batches ``start + w``, ``start + w + W``, ... So a position is a single number, the ranks together see what one process
+with a batch ``R`` times as large would see, in that order, and the number of workers does not affect it.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class PromptStream(IterableDataset[PromptBatch | UserError]):
         items = shuffled(self.source, seed=self.seed, block=self.shuffle_buffer, start=start * per_update)
         for n in count():
             if n % stride == 0:
-                mine = list(islice(items, per_update))[self.rank :: self.world_size]
+                mine = list(islice(items, per_update))[self.rank * self.prompts : (self.rank + 1) * self.prompts]
                 yield PromptBatch(tuple(prompt for prompt in mine for _ in range(self.group_size)), self.group_size)
             else:
                 next(islice(items, per_update, per_update), None)

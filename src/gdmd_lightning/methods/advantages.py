@@ -19,6 +19,7 @@ from gdmd_lightning.objectives.advantages import (
     group_mean,
 )
 from gdmd_lightning.ranges import Count, Positive, ranged
+from gdmd_lightning.ranks import all_groups, gathered, own_part
 from gdmd_lightning.rewards.judge import Judge
 
 
@@ -110,14 +111,19 @@ class TargetAdvantages:
 
         if self.rewards == "jointly":
             rewards, sample_reward = apart(judge(latents, prompts))
-            return JudgedGroup(rewards, sample_reward, self(rewards, sample_reward, batch.groups))
+            return JudgedGroup(rewards, sample_reward, self._over_ranks(rewards, sample_reward, batch.groups))
         each = judge.each(latents, prompts)
-        parts = [self(*apart(scored), batch.groups) for scored in each.unbind(1)]
+        parts = [self._over_ranks(*apart(scored), batch.groups) for scored in each.unbind(1)]
         combined = judge.combined(torch.stack(parts, dim=1))
         # The second normalization only brings the sum to the batch's scale: the parts have been compared already.
         rescale = replace(self, spread="batch", center_strata=False)
-        advantages = rescale(combined, torch.zeros_like(combined[:, 0]), batch.groups)
+        advantages = rescale._over_ranks(combined, torch.zeros_like(combined[:, 0]), batch.groups)
         return JudgedGroup(*apart(judge.combined(each)), advantages)
+
+    def _over_ranks(self, rewards: Tensor, sample_reward: Tensor | None, groups: Tensor) -> Tensor:
+        """Advantages of this rank's targets in the batch of all ranks; arguments as below."""
+        of_samples = None if sample_reward is None else gathered(sample_reward)
+        return own_part(self(gathered(rewards), of_samples, all_groups(groups)))
 
     def __call__(self, rewards: Tensor, sample_reward: Tensor | None, groups: Tensor) -> Tensor:
         """Advantages ``[B, M]`` by one reward.
@@ -235,15 +241,16 @@ class SampleAdvantages:
             batch: Prompts and groups of the samples.
             history: The run's; used and extended if ``running`` is set.
         """
-        prompts, groups = batch.prompts, batch.groups.to(x0.device)
+        prompts, own, groups = batch.prompts, batch.groups.to(x0.device), all_groups(batch.groups).to(x0.device)
         if self.rewards == "jointly":
             total = judge(x0, prompts)
             past = None if self.running is None else history.add(prompts, total[:, None], self.running)[0]
-            return JudgedSamples(total, group_advantages(total, groups, self.spread, past=past), groups)
+            advantages = group_advantages(gathered(total), groups, self.spread, past=past)
+            return JudgedSamples(total, own_part(advantages), own)
         each = judge.each(x0, prompts)
         pasts = None if self.running is None else history.add(prompts, each, self.running)
-        advantages = decoupled_advantages(each, judge.weights, groups, self.spread, pasts=pasts)
-        return JudgedSamples(judge.combined(each), advantages, groups)
+        advantages = decoupled_advantages(gathered(each), judge.weights, groups, self.spread, pasts=pasts)
+        return JudgedSamples(judge.combined(each), own_part(advantages), own)
 
 
 def _over_rms(difference: Tensor, floor: float = 1e-4) -> Tensor:

@@ -185,8 +185,9 @@ class DistillationModule(RoleModule, ABC):
         """
         rng = self.stream(purpose)
         noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)
-        first = int(torch.randint(self.steps, (1,), generator=rng))
-        stop = (batch.groups + first) % self.steps
+        first = int(torch.randint(self.steps, (1,), generator=rng.common))
+        groups = batch.groups + rng.rank * (int(batch.groups[-1]) + 1)  # in the batch of all ranks
+        stop = (groups + first) % self.steps
         if step_index is not None:
             stop = torch.full_like(stop, step_index)
         # How many steps are taken is drawn on each rank.

@@ -13,6 +13,7 @@ from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.base import Update, weighted_sum
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.objectives.distribution_matching import dm_loss
+from gdmd_lightning.ranks import std
 
 
 class DMD(MatchingModule):
@@ -37,5 +38,5 @@ class DMD(MatchingModule):
                     logs, share, loss=loss, gradient=match.gradient.mean(), normalizer=match.n.mean(), clamped=clamped
                 )
         x0 = torch.cat(samples)
-        logs["sample_std"] = x0.std()
+        logs["sample_std"] = std(x0)
         return Update(logs | self.train_fake_score(batch, state, x0, learn))

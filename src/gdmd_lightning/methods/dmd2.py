@@ -23,6 +23,7 @@ from gdmd_lightning.objectives.gan import gan_discriminator_loss, gan_generator_
 from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import ranged
+from gdmd_lightning.ranks import std
 from gdmd_lightning.roles import Head, Optimization, RoleSpec
 
 
@@ -66,7 +67,8 @@ class DMD2(MatchingModule):
         if self.device.type == "meta":  # a plan has no pixels
             images = torch.empty(len(prompts), 3, self.height, self.width, device=self.device)
         else:
-            images = self.images.draw(prompts, self.height, self.width, self.stream("images")).to(self.device)
+            rngs = self.stream("images").each_row(len(prompts))
+            images = self.images.draw(prompts, self.height, self.width, rngs).to(self.device)
         encode = self.family.encode_images
         return in_micro_batches(lambda rows: encode(images[rows]), len(images), self.micro_batch_size)
 
@@ -90,7 +92,7 @@ class DMD2(MatchingModule):
                 samples.append(x.detach())
                 weighted_sum(logs, share, loss=loss, gan_loss=adversarial, normalizer=match.n.mean())
         x0 = torch.cat(samples)
-        logs["sample_std"] = x0.std()
+        logs["sample_std"] = std(x0)
         return Update(logs | self.train_fake_score(batch, state, x0, learn))
 
     def fake_score_step(self, batch: Batch, state: State, x0: Tensor, turn: int, learn: Learn) -> dict[str, Tensor]:

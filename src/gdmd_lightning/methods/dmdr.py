@@ -27,6 +27,7 @@ from gdmd_lightning.methods.reward_terms import refl_loss, require_differentiabl
 from gdmd_lightning.objectives.distribution_matching import dm_loss
 from gdmd_lightning.objectives.policy import optimality
 from gdmd_lightning.ranges import Finite, NonNegative, ranged
+from gdmd_lightning.ranks import std
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
@@ -150,14 +151,14 @@ class DMDR(MatchingModule):
         if self.joint == "nft":
             self.roles.move_average("old", "generator", self.nft.old_decay(self.updates))
         x0 = torch.cat(samples)
-        logs["sample_std"] = x0.std()
+        logs["sample_std"] = std(x0)
         return Update(logs | self.train_fake_score(batch, state, x0, learn))
 
     def _grpo(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of GRPO on the generator's rollouts; matching takes the place of its KL term."""
         path = self.rollout(batch, "reward rollout", self.grpo.sampler)
         judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
-        steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
+        steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common)
         logs = judged.logs(self.grpo.advantage_clip)
         for k in steps:
             for rows, share in self.micro_batches(len(batch)):

@@ -15,6 +15,7 @@ from gdmd_lightning.methods.grpo_terms import GRPO, grpo_term
 from gdmd_lightning.methods.policy_module import PolicyModule
 from gdmd_lightning.objectives.grpo import step_kl
 from gdmd_lightning.ranges import NonNegative, ranged
+from gdmd_lightning.ranks import std
 from gdmd_lightning.rewards.base import Reward
 
 
@@ -51,8 +52,8 @@ class FlowGRPO(PolicyModule):
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
         judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
-        steps = self.grpo.draw_steps(self.steps, self.stream("train steps"))
-        logs = {"sample_std": path.x0.std()} | judged.logs(self.grpo.advantage_clip)
+        steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common)
+        logs = {"sample_std": std(path.x0)} | judged.logs(self.grpo.advantage_clip)
         for _ in range(self.inner_epochs):
             with learn("generator") as backward:
                 for k in steps:

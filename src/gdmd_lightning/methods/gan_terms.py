@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gdmd_lightning.latents import Conditioning, NoisyLatents
 from gdmd_lightning.ranges import Count, NonNegative, ranged
-from gdmd_lightning.schedules import RenoiseDistribution, Uniform, draw_renoise_sigmas, renoise
-from gdmd_lightning.streams import draw_noise
+from gdmd_lightning.schedules import RenoiseDistribution, Uniform, draw_spread_sigmas, renoise
+from gdmd_lightning.streams import BatchStream, draw_noise
 
 
 @ranged
@@ -47,11 +47,9 @@ class GANDraw:
     eps_fake: Tensor
 
     @classmethod
-    def of(
-        cls, gan: GAN, rows: int, shape: tuple[int, int, int], rng: torch.Generator, device: torch.device
-    ) -> GANDraw:
+    def of(cls, gan: GAN, rows: int, shape: tuple[int, int, int], rng: BatchStream, device: torch.device) -> GANDraw:
         """Draw for ``rows`` latents of a shape ``(C, H, W)``; levels are stratified over the batch."""
-        sigma = draw_renoise_sigmas(gan.renoise_distribution, 1, rows, rng)[0]
+        sigma = draw_spread_sigmas(gan.renoise_distribution, rows, rng)
         eps_real, eps_fake = (draw_noise((rows, *shape), rng, device) for _ in range(2))
         return cls(sigma.to(eps_real), eps_real, eps_fake)
 

@@ -22,6 +22,7 @@ from gdmd_lightning.objectives.advantages import Spread, group_advantages, group
 from gdmd_lightning.objectives.distribution_matching import dm_loss, dm_reward
 from gdmd_lightning.objectives.policy import optimality
 from gdmd_lightning.ranges import NonNegative, Positive, ranged
+from gdmd_lightning.ranks import all_groups, gathered, own_part, std
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
@@ -57,7 +58,7 @@ class GNDM(MatchingModule):
                 loss = dm_loss(part, match.target[rows], n[rows])
                 backward(share * loss)
                 weighted_sum(logs, share, loss=loss)
-        logs |= {"normalizer": n.mean(), "sample_std": match.x.std()}
+        logs |= {"normalizer": n.mean(), "sample_std": std(match.x)}
         return Update(logs | self.train_fake_score(batch, state, match.x, learn))
 
 
@@ -82,9 +83,13 @@ class CombinedAdvantages:
     clip: Positive = 5.0
 
     def __call__(self, match: Match, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Advantages ``[B]`` of samples with these rewards ``[B]``, in these groups ``[B]``."""
-        matching = group_advantages(dm_reward(match.x, match.real, match.fake), groups, self.spread)
-        return matching + self.weight * group_advantages(rewards, groups, self.spread)
+        """Advantages ``[B]`` of samples with these rewards ``[B]``, in these groups ``[B]``, on the CPU."""
+        everywhere = all_groups(groups).to(rewards.device)
+        matching, rewarded = (
+            own_part(group_advantages(gathered(each), everywhere, self.spread))
+            for each in (dm_reward(match.x, match.real, match.fake), rewards)
+        )
+        return matching + self.weight * rewarded
 
 
 @ranged
@@ -139,7 +144,7 @@ class GNDMR(GNDM):
                 x = self.student_x0(state.latents)
             match, n = self.group_match(x, state, batch)
             rewards = self.judge(match.x, batch.prompts)
-            advantages = self.combination(match, rewards.to(match.x), batch.groups.to(x.device))
+            advantages = self.combination(match, rewards.to(match.x), batch.groups)
             o = optimality(advantages, self.combination.clip)
             eps = policy_noise(self.policy, match.x[:, None], self.stream("policy"))[:, 0]
             for rows, share in parts:
@@ -149,5 +154,5 @@ class GNDMR(GNDM):
                 loss = dm_loss(part, match.target[rows], n[rows]) + self.lambda_policy * term
                 backward(share * loss)
                 weighted_sum(logs, share, loss=loss)
-        logs |= {"normalizer": n.mean(), "sample_std": match.x.std(), "reward_sample": rewards.mean()}
+        logs |= {"normalizer": n.mean(), "sample_std": std(match.x), "reward_sample": rewards.mean()}
         return Update(logs | self.train_fake_score(batch, state, match.x, learn))

@@ -62,17 +62,18 @@ class PromptHistory:
             settings: How many to remember, and from how many on to use them.
 
         Returns:
-            One entry per reward, each with ``B`` rows on the rewards' device.
+            One entry per reward, each with the rows of all ranks, in the order of ranks, on the rewards' device.
         """
         mine = [(prompt.text, tuple(row)) for prompt, row in zip(prompts, rewards.tolist(), strict=True)]
-        for text, row in _of_all_ranks(mine):
+        every = _of_all_ranks(mine)
+        for text, row in every:
             kept = self._rewards.get(text)
             # Another number of rewards: the run was resumed with others, which these do not describe.
             if kept is None or len(kept[-1]) != len(row) or kept.maxlen != settings.size:
                 kept = deque(kept if kept is not None and len(kept[-1]) == len(row) else (), maxlen=settings.size)
                 self._rewards[text] = kept
             kept.append(row)
-        past = [torch.tensor(list(self._rewards[text]), dtype=torch.float64) for text, _ in mine]
+        past = [torch.tensor(list(self._rewards[text]), dtype=torch.float64) for text, _ in every]
         known = torch.tensor([len(each) >= settings.at_least for each in past], device=rewards.device)
         mean = torch.stack([each.mean(0) for each in past]).to(rewards)
         std = torch.stack([each.std(0, correction=0) for each in past]).to(rewards)

@@ -38,9 +38,10 @@ from gdmd_lightning.methods.starting import merges, take_over
 from gdmd_lightning.phases import Stopwatch, listening
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
+from gdmd_lightning.ranks import mean_over_ranks
 from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec, ShardedRoles
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained
-from gdmd_lightning.streams import stream
+from gdmd_lightning.streams import BatchStream, stream
 
 Logs = dict[str, Tensor]
 """Scalars by name, detached, on the device; logged as ``train/<name>``."""
@@ -136,7 +137,7 @@ class RoleModule(pl.LightningModule):
         """Fail, before anything is loaded, if the method cannot learn from such batches.
 
         Args:
-            batch_size: Samples per update on one rank.
+            batch_size: Samples per update on all ranks together.
             group_size: Samples per prompt.
 
         Raises:
@@ -212,13 +213,23 @@ class RoleModule(pl.LightningModule):
         """Whether only one of the method's roles is built."""
         return self._only is not None
 
-    def stream(self, purpose: str, turn: int = 0) -> torch.Generator:
-        """Random stream of a purpose in this update on this rank.
+    def stream(self, purpose: str, turn: int = 0) -> BatchStream:
+        """Random stream of a purpose in this update.
 
-        It depends only on seed, rank, update, purpose and ``turn``, so checkpoints need not store it, and
-        numbers drawn elsewhere (logging, evaluation) do not change a run.
+        It depends only on seed, update, purpose, ``turn`` and the row of the batch of all ranks, so checkpoints need
+        not store it, numbers drawn elsewhere (logging, evaluation) do not change a run, and neither does the number
+        of ranks.
         """
-        return stream(self.seed, self.global_rank, self.updates, purpose, turn)
+
+        def of(*place: object) -> torch.Generator:
+            return stream(self.seed, *place, self.updates, purpose, turn)
+
+        return BatchStream(of, self.global_rank, self.world_size)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; 1 without a trainer."""
+        return 1 if self._trainer is None else self._trainer.world_size
 
     # Training.
 
@@ -234,14 +245,14 @@ class RoleModule(pl.LightningModule):
                 check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
-                self.check_batch(data.batch_size * self.accumulate, data.group_size)
+                self.check_batch(data.samples * self.world_size, data.group_size)
                 self.check_prompts(data.first_prompts())
 
     def _ask_for_whole_updates(self, data: Any) -> None:
         """Let the data module yield the samples of a whole update at once, so that its position is that of updates."""
         if isinstance(data, PromptDataModule):
-            data.batches_per_update = self.accumulate
-            if self.accumulate > 1:
+            data.divide(self.world_size, self.accumulate)
+            if data.samples > data.batch_size:
                 self.limit_micro_batches(data.batch_size)
         elif self.accumulate > 1:
             raise UserError(
@@ -309,7 +320,7 @@ class RoleModule(pl.LightningModule):
             engine.finish()
         self.updates += 1
         self.evaluations += self.roles.evaluations.total() - before
-        logs = done.logs | engine.logs() | self.reward_logs()
+        logs = mean_over_ranks(done.logs | engine.logs() | self.reward_logs(), self.device)
         for role, schedule in zip(self.roles.trained, _listed(self.lr_schedulers()), strict=True):
             logs[f"learning_rate/{role}"] = torch.tensor(optimizers[role].param_groups[0]["lr"])
             schedule.step()
@@ -403,7 +414,7 @@ class RoleModule(pl.LightningModule):
             self._check_shards(self.multi_engine, "in the checkpoint", "use an earlier checkpoint")
         try:
             restore_global_states(self._random_states, self.device, self.global_rank)
-        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
             raise UserError(f"its random states are malformed: {error}", where="checkpoint") from error
         self._random_states = None
 

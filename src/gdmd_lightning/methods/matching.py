@@ -22,8 +22,8 @@ from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.phases import phase
 from gdmd_lightning.ranges import ranged
 from gdmd_lightning.roles import Optimization, RoleSpec
-from gdmd_lightning.schedules import RenoiseDistribution, draw_renoise_sigmas, renoise
-from gdmd_lightning.streams import draw_noise
+from gdmd_lightning.schedules import RenoiseDistribution, draw_renoise_sigmas, draw_spread_sigmas, renoise
+from gdmd_lightning.streams import BatchStream, draw_noise
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ class MatchingModule(DistillationModule, ABC):
         batch, levels = len(state.latents), 1 if share_sigma else group
         distribution, sigma_min = self.renoise_law(self.matching.renoise_distribution), self.sigma_min(state)
         sigma = draw_renoise_sigmas(distribution, batch, levels, self.stream("level"), sigma_min=sigma_min)
-        eps = draw_noise((batch * group, *self.latent_shape), self.stream("renoise"), self.device)
+        eps = draw_noise((batch, group, *self.latent_shape), self.stream("renoise"), self.device)
         guidance_sigma = self._guidance_sigma(state, levels)
         if guidance_sigma is not None:
             guidance_sigma = guidance_sigma.expand(batch, group).to(eps)
-        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps.unflatten(0, (batch, group)), guidance_sigma)
+        return RenoiseDraw(sigma.expand(batch, group).to(eps), eps, guidance_sigma)
 
     def _guidance_sigma(self, state: State, levels: int) -> Tensor | None:
         """Levels of the teacher's guidance, ``[B, levels]`` on the CPU; ``None`` for those of the matching.
@@ -205,11 +205,11 @@ class MatchingModule(DistillationModule, ABC):
         if snapshots and self.updates % every == 0:
             self.roles.copy("fake_score", snapshots[self.updates // every % len(snapshots)])
 
-    def _fake_score_sigma(self, distribution: RenoiseDistribution, state: State, rng: torch.Generator) -> Tensor:
+    def _fake_score_sigma(self, distribution: RenoiseDistribution, state: State, rng: BatchStream) -> Tensor:
         """Levels at which the fake score learns, ``[B]``; over the whole interval they are stratified in the batch."""
         batch, sigma_min = len(state.latents), self.sigma_min(state)
         if sigma_min is None:
-            return draw_renoise_sigmas(distribution, 1, batch, rng)[0]
+            return draw_spread_sigmas(distribution, batch, rng)
         return draw_renoise_sigmas(distribution, batch, 1, rng, sigma_min=sigma_min)[:, 0]
 
     def _ask(self, scores: tuple[str, ...], latents: NoisyLatents, turn: Tensor) -> Tensor:

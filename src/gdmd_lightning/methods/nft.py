@@ -15,6 +15,7 @@ from gdmd_lightning.methods.nft_terms import NFT, nft_term, renoised_samples
 from gdmd_lightning.methods.policy_module import PolicyModule
 from gdmd_lightning.objectives.policy import optimality
 from gdmd_lightning.ranges import NonNegative, ranged
+from gdmd_lightning.ranks import std
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.roles import RoleSpec
 
@@ -60,7 +61,7 @@ class DiffusionNFT(PolicyModule):
         judged = self.sample_advantages(self.judge, x0, batch, self.history)
         o = optimality(judged.advantages, self.nft.advantage_clip)
         index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
-        logs = {"sample_std": x0.std()} | judged.logs(self.nft.advantage_clip)
+        logs = {"sample_std": std(x0)} | judged.logs(self.nft.advantage_clip)
         for epoch in range(self.inner_epochs):
             with learn("generator") as backward:
                 for turn, step in enumerate(index.unbind(1)):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
@@ -16,7 +15,7 @@ from gdmd_lightning.objectives.policy import nft_loss, policy_pair
 from gdmd_lightning.ranges import Count, Decay, NonNegative, Positive, Whole, ranged
 from gdmd_lightning.roles import Roles
 from gdmd_lightning.schedules import renoise
-from gdmd_lightning.streams import draw_noise
+from gdmd_lightning.streams import BatchStream, draw_noise, draw_uniform
 
 
 @ranged
@@ -80,12 +79,12 @@ class NFT:
                 remedy=f"use 1 to {steps}, or null for all",
             )
 
-    def draw_steps(self, batch: int, steps: int, rng: torch.Generator) -> Tensor:
+    def draw_steps(self, batch: int, steps: int, rng: BatchStream) -> Tensor:
         """Step indices to train in an update, ``[B, train_steps]``, different ones in each row, on the CPU."""
-        return torch.rand(batch, steps, generator=rng).argsort(1)[:, : self.train_steps]
+        return draw_uniform((batch, steps), rng).argsort(1)[:, : self.train_steps]
 
 
-def renoised_samples(x0: Tensor, sigma: Tensor, conditioning: Conditioning, rng: torch.Generator) -> NoisyLatents:
+def renoised_samples(x0: Tensor, sigma: Tensor, conditioning: Conditioning, rng: BatchStream) -> NoisyLatents:
     """Samples ``[B, C, H, W]`` renoised to levels ``sigma`` ``[B]`` with fresh noise."""
     sigma = sigma.to(x0)
     return NoisyLatents(renoise(x0, sigma, draw_noise(tuple(x0.shape), rng, x0.device)), sigma, conditioning)

@@ -35,10 +35,13 @@ def global_states(device: torch.device) -> list[dict[str, Any]]:
 def restore_global_states(states: list[dict[str, Any]], device: torch.device, rank: int) -> None:
     """Continue the generators of this rank where :func:`global_states` found them.
 
+    A rank that was not there continues the generators of one that was.
+
     Raises:
-        ValueError, TypeError, LookupError, RuntimeError: If they are not what :func:`global_states` returns.
+        ValueError, TypeError, LookupError, ArithmeticError, RuntimeError: If the states
+            are not what :func:`global_states` returns.
     """
-    mine = states[rank]
+    mine = states[rank % len(states)]
     kind, keys, *rest = mine["numpy"]
     torch.set_rng_state(mine["torch"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gdmd_lightning.objectives.policy import gradient_weight
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.ranks import gathered, std
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,16 @@ class JudgedTargets:
 
     def logs(self) -> dict[str, Tensor]:
         """Scalars to log, on the device."""
-        spread = self.rewards.std(1).mean() if self.rewards.shape[1] > 1 else self.rewards.std()
+        spread = self.rewards.std(1).mean() if self.rewards.shape[1] > 1 else std(self.rewards)
         logs = {
             "reward_target": self.rewards.mean(),
             "reward_spread": spread,
             "gradient": self.gradient.mean(),
             "groups_without_spread": self.without_spread,
-            "sample_std": self.x.std(),
+            "sample_std": std(self.x),
             "weight_negative": (self.weight() < 0).float().mean(),
             "advantage_clipped": ((self.optimality <= 0) | (self.optimality >= 1)).float().mean(),
-            "advantage_level_correlation": correlation(self.advantages, self.renoise_sigma),
+            "advantage_level_correlation": correlation(gathered(self.advantages), gathered(self.renoise_sigma)),
         }
         if self.sample_reward is not None:
             logs["reward_sample"] = self.sample_reward.mean()

@@ -33,12 +33,12 @@ TAKES_EFFECT = (
 REFUSED = (
     "model.class_path", "model.family", "model.family.*", "model.lora", "model.lora.*", "model.*.algorithm",
     "model.start_from", "model.accumulate", "data.source", "data.column", "data.split", "data.batch_size",
-    "data.group_size", "data.shuffle_buffer", "data.seed",
+    "data.global_batch_size", "data.group_size", "data.shuffle_buffer", "data.seed",
 )  # fmt: skip
 """Refused if changed: the weights, moments or counts in the checkpoint have no meaning under another value.
 
 ``model.family.path``, ``model.start_from`` and ``data.source`` are compared by content, so they may move;
-``model.accumulate`` and ``data.batch_size`` by their product, the samples of an update.
+``model.accumulate``, ``data.batch_size`` and ``data.global_batch_size`` by the samples of an update on all ranks.
 """
 
 REFUSED_WITH_THE_ROLES = ("model.policy.form", "model.targets.over", "model.targets.snapshots")

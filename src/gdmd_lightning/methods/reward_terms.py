@@ -16,7 +16,7 @@ from gdmd_lightning.ranges import Decay, Positive, ranged
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.roles import Roles
 from gdmd_lightning.schedules import renoise
-from gdmd_lightning.streams import draw_noise
+from gdmd_lightning.streams import BatchStream, draw_noise
 
 
 @ranged
@@ -43,11 +43,11 @@ class Policy:
     old_decay: Decay = 0.9
 
 
-def policy_noise(policy: Policy, targets: Tensor, rng: torch.Generator) -> Tensor:
+def policy_noise(policy: Policy, targets: Tensor, rng: BatchStream) -> Tensor:
     """Noise that renoises targets ``[B, M, C, H, W]`` for :func:`policy_term`; zeros if it needs none."""
     if policy.form == "weighted" or policy.at == "state":
         return torch.zeros_like(targets)
-    return draw_noise(targets.flatten(0, 1).shape, rng, targets.device).view_as(targets)
+    return draw_noise(tuple(targets.shape), rng, targets.device)
 
 
 def policy_term(

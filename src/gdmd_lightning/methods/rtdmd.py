@@ -20,6 +20,7 @@ from gdmd_lightning.methods.grpo_terms import GRPO, grpo_term
 from gdmd_lightning.methods.reward_terms import refl_loss, require_differentiable
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.ranges import Finite, NonNegative, ranged
+from gdmd_lightning.ranks import std
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.samplers import CPS
@@ -80,11 +81,11 @@ class RTDMD(AmbientModule):
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
         judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
-        steps = self.grpo.draw_steps(self.steps, self.stream("train steps")) if self.grpo_weight > 0 else []
+        steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
         s, draw = self.ends(state), self.draw_renoise(state)
-        logs = {"sample_std": path.x0.std()} | judged.logs(self.grpo.advantage_clip)
+        logs = {"sample_std": std(path.x0)} | judged.logs(self.grpo.advantage_clip)
         with learn("generator") as backward:
             for k in steps:
                 for rows, share in self.micro_batches(len(batch)):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from gdmd_lightning.ranges import Count, NonNegative, OpenLow, Positive, ranged
 from gdmd_lightning.rewards.judge import Placement
 from gdmd_lightning.schedules import RenoiseDistribution, Uniform
-from gdmd_lightning.streams import draw_noise
+from gdmd_lightning.streams import BatchStream, draw_noise, draw_uniform
 
 LOWEST_LEVEL = 1e-3
 """At which a network is asked: at 0 there is no noise to predict."""
@@ -64,9 +63,9 @@ class Consistency:
     weight: NonNegative = 0.01
     reach: OpenLow = 0.2
 
-    def draw(self, t: Tensor, like: Tensor, rng: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    def draw(self, t: Tensor, like: Tensor, rng: BatchStream) -> tuple[Tensor, list[Tensor]]:
         """Where steps down from levels ``t`` ``[B]`` end, and two independent noises of the shape of ``like``."""
-        down = self.reach * (1 - torch.rand(len(t), generator=rng)).to(t)
+        down = self.reach * (1 - draw_uniform((len(t),), rng)).to(t)
         noises = [draw_noise(tuple(like.shape), rng, like.device) for _ in range(2)]
         return (t - down).clamp(min=LOWEST_LEVEL), noises
 

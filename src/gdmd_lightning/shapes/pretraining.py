@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gdmd_lightning.schedules import LogitNormal, draw_renoise_sigmas, renoise
+from gdmd_lightning.schedules import LogitNormal, draw_spread_sigmas, renoise
 from gdmd_lightning.shapes.captions import corrupt, describe, prompt_at
 from gdmd_lightning.shapes.scenes import render, sample_scenes
 from gdmd_lightning.streams import python_stream
@@ -153,7 +153,7 @@ class TeacherTraining(_OneCycle):
         dropped = torch.rand(len(tokens), generator=self.rng) < self.dropout
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.encoders]
-        sigma = draw_renoise_sigmas(self.distribution, 1, len(latents), self.rng)[0]
+        sigma = draw_spread_sigmas(self.distribution, len(latents), self.rng)
         eps = torch.randn(latents.shape, generator=self.rng)
         velocity = self.transformer(
             hidden_states=renoise(latents, sigma, eps),

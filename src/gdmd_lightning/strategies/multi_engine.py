@@ -495,17 +495,12 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         """Read everything but the shards, which :meth:`load_model_state_dict` fills; plain checkpoints work too.
 
         Raises:
-            MisconfigurationException: If it is damaged, or of another number of ranks.
+            MisconfigurationException: If it is damaged.
         """
         if not shards.is_sharded(checkpoint_path):
             return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
         try:
             reader = shards.ShardedCheckpoint(checkpoint_path)
-            if reader.world_size != self.world_size:
-                raise MisconfigurationException(
-                    f"the checkpoint {str(checkpoint_path)!r} is of {reader.world_size} ranks, these are "
-                    f"{self.world_size}: resume on {reader.world_size}, or consolidate it and start from its weights"
-                )
             return {**reader.rest(), "sharded": str(checkpoint_path)}
         except shards.ShardError as error:
             raise MisconfigurationException(str(error)) from error
