@@ -3,11 +3,13 @@
 import pytest
 import torch
 from cases import DATA, build
-from test_deepspeed import LOSS, OTHERS, UPDATES, WEIGHT, alone, assert_same_run, pipeline, run_cases
+from test_deepspeed import LOSS, OTHERS, UPDATES, alone, assert_same_run, pipeline, run_cases
 from together import train_together
 
 __all__ = ["alone", "pipeline"]  # fixtures
 
+FEW_WEIGHTS = 1e-4
+"""A tenth of a step: Adam turns the rounding error of a gradient that is almost 0 into a part of a step."""
 DDP = {"strategy": "ddp_find_unused_parameters_true", "data": {"global_batch_size": 16}}
 
 
@@ -28,7 +30,7 @@ def test_every_method_is_the_same_run_on_two_ranks(pipeline):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_gdmd_is_the_same_run_on_one_and_four_ranks(ranks, pipeline, alone):
     (found,) = run_cases(pipeline, ranks=ranks, gdmd={"method": "GDMD", **DDP}).values()
-    assert_same_run(found, alone("GDMD"))
+    assert_same_run(found, alone("GDMD"), weight=FEW_WEIGHTS)
 
 
 @pytest.mark.slow
@@ -51,5 +53,5 @@ def test_a_run_goes_on_on_another_number_of_ranks(strategy, pipeline):
     for here, there in zip(resumed[0]["logs"], whole[0]["logs"][2:], strict=True):
         assert abs(here["loss"] - there["loss"]) <= LOSS * max(1, abs(there["loss"]))
     for name, value in whole[0]["weights"].items():
-        assert (resumed[0]["weights"][name] - value).abs().max() <= WEIGHT, name
+        assert (resumed[0]["weights"][name] - value).abs().max() <= FEW_WEIGHTS, name
     assert any(not torch.equal(value, saved[0]["weights"][name]) for name, value in resumed[0]["weights"].items())

@@ -47,7 +47,7 @@ def run_cases(pipeline: Path, ranks: int = 2, check: bool = True, **cases: dict)
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(ranks)] for name in cases}
 
 
-def assert_same_run(found: list[dict], expected, loss: float = LOSS) -> None:
+def assert_same_run(found: list[dict], expected, loss: float = LOSS, weight: float = WEIGHT) -> None:
     logs, module = expected
     for rank, own in enumerate(found):
         assert "error" not in own, own
@@ -61,7 +61,7 @@ def assert_same_run(found: list[dict], expected, loss: float = LOSS) -> None:
         weights = module.roles.state_dict()
         assert own["weights"].keys() == weights.keys()
         for name, value in weights.items():
-            assert (own["weights"][name] - value).abs().max() <= WEIGHT, (rank, name)
+            assert (own["weights"][name] - value).abs().max() <= weight, (rank, name)
 
 
 def test_gdmd_in_shards_trains_as_one_process(pipeline, alone):
