@@ -6,7 +6,7 @@ Everything except the batch is the same on every GPU of a data-parallel run; sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.starting import build_starts
 from gdmd_lightning.phases import listening, phase
+from gdmd_lightning.planning.replay import NotRecorded, Replay
 from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
@@ -114,6 +115,8 @@ def plan(
     batch_size: int,
     precision: str | None = "32-true",
     accelerator: Literal["cuda", "cpu"] = "cuda",
+    *,
+    whole: bool = False,
 ) -> Plan:
     """Follow one update of a run in progress and report what it holds.
 
@@ -122,6 +125,7 @@ def plan(
         batch_size: Samples per batch of the data module on one GPU.
         precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
+        whole: Follow all blocks of the networks, and not only one of several equal ones; the figures are the same.
 
     Raises:
         UserError: If the precision is another one, or the family or its configuration cannot be sketched.
@@ -143,29 +147,32 @@ def plan(
     optimizers = {role: _optimizer(module, role, accelerator) for role in module.roles.trained}
     components = tuple(_components(module, optimizers, reward))
     held = sum(c.size for c in components if c.name != "reward")
+
+    def follow(samples: int) -> dict[str, int]:
+        if not whole:
+            try:
+                return _follow(module, optimizers, samples, precision, repeat=True)
+            except NotRecorded:
+                module.zero_grad()  # a rare graph, such as a gradient that reaches the first blocks only
+        return _follow(module, optimizers, samples, precision, repeat=False)
+
     phases = {
-        name: max(round(size) - held, 0) for name, size in _peaks(module, optimizers, batch_size, precision).items()
+        name: max(round(size) - held, 0) for name, size in _peaks(follow, batch_size, module.micro_batch_size).items()
     }
     if module.memory.reward == "offloaded" and "decoding" in phases:
         phases["decoding"] += _count("", _tensors(reward)).size
     return Plan(components, phases)
 
 
-def _peaks(
-    module: DistillationModule,
-    optimizers: dict[str, torch.optim.Optimizer],
-    batch_size: int,
-    precision: str | None,
-) -> dict[str, float]:
+def _peaks(follow: Callable[[int], dict[str, int]], batch_size: int, micro: int | None) -> dict[str, float]:
     """Peak bytes in each phase of an update.
 
     Of many micro-batches only two, and then three, are followed: each further one adds the same latents and text
     embeddings and nothing else.
     """
-    micro = module.micro_batch_size
     if micro is None or batch_size <= 3 * micro:
-        return {name: float(size) for name, size in _follow(module, optimizers, batch_size, precision).items()}
-    two, three = (_follow(module, optimizers, count * micro, precision) for count in (2, 3))
+        return {name: float(size) for name, size in follow(batch_size).items()}
+    two, three = (follow(count * micro) for count in (2, 3))
     return {name: two[name] + (three[name] - two[name]) * (batch_size / micro - 2) for name in two}
 
 
@@ -174,8 +181,10 @@ def _follow(
     optimizers: dict[str, torch.optim.Optimizer],
     batch_size: int,
     precision: str | None,
+    *,
+    repeat: bool,
 ) -> dict[str, int]:
-    """Peak bytes in each phase of an update of ``batch_size`` samples, followed as a whole."""
+    """Peak bytes in each phase of an update of ``batch_size`` samples; ``repeat`` follows equal blocks once."""
     trace = Trace()
     trace.hold(module)
     for optimizer in optimizers.values():
@@ -190,6 +199,8 @@ def _follow(
             modes.enter_context(Autocast(LOWER[precision]))
         modes.enter_context(trace)
         modes.enter_context(listening(trace.phase))
+        if repeat:
+            modes.enter_context(Replay(trace, precision).of(_networks(module)))
         real_x0 = module.real_x0(prompts.prompts)
         batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size), real_x0)
         module.update(batch, _TracedEngine(module.roles, optimizers))
@@ -213,6 +224,11 @@ def _parts(module: DistillationModule) -> dict[str, nn.Module]:
     if _frees_encoders(module):
         return {name: part for name, part in parts.items() if not name.startswith("text_encoder")}
     return parts
+
+
+def _networks(module: DistillationModule) -> list[nn.Module]:
+    """What an update calls."""
+    return [module.roles, *_parts(module).values()]
 
 
 def _frees_encoders(module: DistillationModule) -> bool:
