@@ -24,7 +24,7 @@ from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.starting import build_starts
 from gdmd_lightning.phases import listening, phase
 from gdmd_lightning.planning.replay import NotRecorded, Replay
-from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, Shapes, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
@@ -243,7 +243,8 @@ def _optimizer(module: DistillationModule, role: str, accelerator: str) -> torch
         group["foreach"] = accelerator == "cuda"
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
+    with Shapes():
+        optimizer.step()
     return optimizer
 
 

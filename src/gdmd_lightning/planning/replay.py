@@ -143,10 +143,9 @@ class Replay:
         through = gradient and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         if known is None or (learned and not through):
             return run(*args, **kwargs)
-        if isinstance(known, _Known):
-            # The last block is the first of a backward pass, and tells what that of the others does.
-            if not (through and block.last):
-                return self._repeat(known, inputs, learned, through)
+        # The last block is the first of a backward pass, and tells what that of the others does.
+        if isinstance(known, _Known) and not (through and block.last):
+            return self._repeat(known, inputs, learned, through)
         call = _Call(self.trace, key, learned, self._gradients)
         return call.follow(run, inputs, spec, through, known if isinstance(known, _Known) else None, self._known)
 

@@ -131,6 +131,10 @@ class Trace(TorchDispatchMode):
 
 
 _NOT_KNOWN = object()
+_VALUES = frozenset(
+    {"add_", "addcdiv_", "addcmul_", "copy_", "div_", "fill_", "lerp_", "mul_", "normal_", "sub_", "uniform_", "zero_"}
+)
+"""Operations that change the values of their first argument."""
 
 
 class MetaShapes:
@@ -142,9 +146,27 @@ class MetaShapes:
     """
 
     _known: ClassVar[dict[Any, Any]] = {}  # for all plans of a process, which differ in few operations
+    _in_place: ClassVar[set[Any]] = set()
+    _other: ClassVar[set[Any]] = set()
+
+    def _changes_values_only(self, func: Any) -> bool:
+        """Whether an operation changes its first argument, a tensor or a list of them, and no tensor's shape."""
+        if func in self._other:
+            return False
+        name = func._schema.name.removeprefix("aten::")
+        in_place = name in _VALUES or (name.startswith("_foreach_") and name.endswith("_"))
+        (self._in_place if in_place else self._other).add(func)
+        return bool(in_place)
 
     def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of ``func(*args, **kwargs)``."""
+        if func in self._in_place or self._changes_values_only(func):
+            first = args[0]
+            if isinstance(first, list):
+                if all(each.device.type == "meta" for each in first):
+                    return None
+            elif first.device.type == "meta":
+                return first
         try:
             key = (func, signature(args), signature(tuple(kwargs.items())))
             known = self._known.get(key, _NOT_KNOWN)
@@ -158,6 +180,17 @@ class MetaShapes:
             return func(*args, **kwargs)
         made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
         return made[0] if isinstance(known, list) else tuple(made)
+
+
+class Shapes(TorchDispatchMode):
+    """Inside, operations on the meta device are repeated as :class:`MetaShapes` does, and nothing is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes = MetaShapes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._shapes(func, args, kwargs or {})
 
 
 class NotRepeatable(Exception):
