@@ -22,6 +22,20 @@ SMALLEST = 5
 """Submodules that a block has at least; following smaller ones costs no more than repeating them."""
 
 
+DROPS = "drops_gradient"
+"""Attribute of parameters whose gradient is dropped when it is known."""
+
+
+def drop_gradient(parameter: nn.Parameter) -> None:
+    """Let a parameter drop its gradient as soon as it is known, as a strategy does that reduces it to a shard."""
+    setattr(parameter, DROPS, True)
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(drop)
+
+
 class NotRecorded(Exception):
     """A backward pass met a repeated block before one that was followed."""
 
@@ -76,10 +90,9 @@ class Replay:
                 block.module.forward = self._instead(block, block.module.forward)
             for module in network.modules():
                 if getattr(module, "gradient_checkpointing", False) is True:
-                    undo.append((module, "_gradient_checkpointing_func", module._gradient_checkpointing_func))
-                    module._gradient_checkpointing_func = self._instead_of_checkpoint(
-                        module._gradient_checkpointing_func
-                    )
+                    checkpoint: Any = module._gradient_checkpointing_func
+                    undo.append((module, "_gradient_checkpointing_func", checkpoint))
+                    setattr(module, "_gradient_checkpointing_func", self._instead_of_checkpoint(checkpoint))  # noqa: B010
         try:
             yield
         finally:
@@ -190,7 +203,8 @@ class _Block:
             for adapter in active
         )
         base = tuple(p.requires_grad for name, p in self._named if ".lora_" not in name)
-        return self.structure, self.module.training, kinds, base
+        dropped = tuple(hasattr(p, DROPS) for p in self.learned())
+        return self.structure, self.module.training, kinds, base, dropped
 
     def learned(self) -> list[nn.Parameter]:
         """Parameters that a backward pass gives a gradient."""
@@ -271,7 +285,8 @@ class _Gradients:
     def state(self, parameters: list[nn.Parameter]) -> tuple[int, ...]:
         """0, 1 or 2 for each parameter."""
         now = torch._C._current_graph_task_id()
-        return tuple(2 if self._pass.get(id(p)) == now else int(p.grad is not None) for p in parameters)
+        given = [p for p in parameters if not hasattr(p, DROPS)]
+        return tuple(2 if self._pass.get(id(p)) == now else int(p.grad is not None) for p in given)
 
     def given(self, parameters: list[nn.Parameter]) -> None:
         """Note that these have one from this pass, in ``grad`` or waiting for others that are added to it."""
@@ -325,7 +340,7 @@ class _Repeated(torch.autograd.Function):
         with ctx.trace.unseen():
             ctx.kept = None
             for parameter in ctx.learned:
-                if parameter.grad is None:
+                if parameter.grad is None and not hasattr(parameter, DROPS):
                     parameter.grad = torch.empty_like(parameter)
             grads = [
                 torch.empty(size, dtype=dtype, device="meta") if has else None
