@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gdmd_lightning.planning.trace import NotRepeatable, Trace, signature
+from gdmd_lightning.planning.trace import NotRepeatable, Trace, Watch, signature
 
 SMALLEST = 5
 """Submodules that a block has at least; following smaller ones costs no more than repeating them."""
@@ -221,6 +221,7 @@ class _Call:
 
     def __init__(self, trace: Trace, key: Any, learned: list[nn.Parameter], gradients: _Gradients) -> None:
         self.trace, self.key, self.learned, self.gradients = trace, key, learned, gradients
+        self._watching: AbstractContextManager[Watch] | None = None
 
     def follow(
         self,
@@ -270,7 +271,10 @@ class _Call:
         self._watch = self._watching.__enter__()
 
     def _done(self, grads: tuple[Tensor | None, ...]) -> None:
+        if self._watching is None:
+            return  # the outputs share storages with others, so that nothing is noted
         self._watching.__exit__(None, None, None)
+        self._watching = None
         given = tuple(grad is not None for grad in grads)
         self.gradients.given(self.learned)
         self.known.backward.setdefault(self._state, (self._watch.peak - self._before, given))
