@@ -129,8 +129,8 @@ def test_a_plan_follows_the_whole_update(monkeypatch):
 
     asked = []
 
-    def peaks(module, optimizers, batch_size, precision):
-        asked.append((batch_size, module.micro_batch_size))
+    def peaks(follow, batch_size, micro):
+        asked.append((batch_size, micro))
         return {"update": 0.0}
 
     monkeypatch.setattr(footprint, "_peaks", peaks)
@@ -141,7 +141,8 @@ def test_a_plan_follows_the_whole_update(monkeypatch):
 
 
 def test_the_planned_batch_is_that_of_an_update(fast_fit):
+    from gdmd_lightning.configuration.training import parse
     from gdmd_lightning.planning.report import batch_line
 
     line = "16 samples per update on each GPU, 4 per prompt, in micro-batches of 8"
-    assert batch_line([*fast_fit, "--model.accumulate=2"]) == line
+    assert batch_line(parse([*fast_fit, "--model.accumulate=2"])) == line

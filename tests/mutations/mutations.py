@@ -2188,6 +2188,72 @@ MUTATIONS = [
         ("real tensors not computed", 'if value.device.type != "meta":', "if False:"),
     ),
     *errors(
+        "planning/replay.py",
+        ("planning/test_replay.py",),
+        ("repeated blocks: peak forgotten", "        self.trace.bump(known.peak)\n", ""),
+        ("repeated blocks: peak of the backward pass forgotten", "        ctx.trace.bump(peak)\n", ""),
+        ("repeated blocks: nothing kept", "torch.empty(known.kept,", "torch.empty(0,"),
+        ("repeated blocks: inputs not kept", "if keep]", "if False]"),
+        ("repeated blocks: no gradients", "if parameter.grad is None and not hasattr(parameter, DROPS):", "if False:"),
+        ("repeated blocks: dropped gradients stay", "and not hasattr(parameter, DROPS):", "and True:"),
+        ("repeated blocks: last one repeated", "and not (through and block.last)", "and True"),
+        ("repeated blocks: every block followed", "if isinstance(known, _Known) and not", "if False and not"),
+    ),
+    *errors(
+        "planning/sharding.py",
+        ("planning/test_sharding.py",),
+        (
+            "shares: one moment",
+            "else 2 * self.shard(shapes) * FLOAT32\n\n    def buckets",
+            "else self.shard(shapes) * FLOAT32\n\n    def buckets",
+        ),
+        (
+            "shares: ZeRO-3 rounds over all",
+            "sum(math.ceil(shape.numel / self.ranks) for shape in shapes)",
+            "math.ceil(sum(shape.numel for shape in shapes) / self.ranks)",
+        ),
+        (
+            "shares: FSDP2 splits numbers",
+            "math.ceil(s.first / self.ranks) * (s.numel // max(s.first, 1))",
+            "math.ceil(s.numel / self.ranks)",
+        ),
+        ("shares: small parameters not whole", "if s.numel <= self.stays_whole", "if s.numel < self.stays_whole"),
+        (
+            "shares: gradients of ZeRO-1 in shards",
+            'return self.kind in ("zero2", "zero3", "fsdp2")',
+            'return self.kind in ("zero1", "zero2", "zero3", "fsdp2")',
+        ),
+        ("shares: one block gathered", "max(blocks) * (3 if learned else 2)", "max(blocks) * (2 if learned else 1)"),
+        ("shares: nothing prefetched", "max(modules) + self.prefetch", "max(modules) + 0"),
+        (
+            "shares: offloaded moments stay",
+            "return 0 if self.offload_optimizer else 2 * self.shard(shapes) * FLOAT32\n\n    def buckets",
+            "return 2 * self.shard(shapes) * FLOAT32\n\n    def buckets",
+        ),
+    ),
+    *errors(
+        "planning/strategy.py",
+        ("planning/test_sharding.py",),
+        (
+            "strategies: nodes ignored",
+            "adapters, ranks = module.lora is not None, count * nodes",
+            "adapters, ranks = module.lora is not None, count",
+        ),
+        ("strategies: averages whole", "strategy.stage_of(spec.source or spec.name)", "strategy.stage_of(spec.name)"),
+        ("strategies: teacher whole", "if strategy.shard_frozen and not adapters:", "if False:"),
+        (
+            "strategies: teacher of adapters in shards",
+            "if strategy.shard_frozen and not adapters:",
+            "if strategy.shard_frozen:",
+        ),
+        (
+            "strategies: offload ignored",
+            'offload_optimizer=_is_cpu(zero, "offload_optimizer"),',
+            "offload_optimizer=False,",
+        ),
+        ("strategies: tensors split by columns", 'if settings.get("tensor_parallel_size") != 1:', "if False:"),
+    ),
+    *errors(
         "strategies/partitions.py",
         ENGINES,
         (

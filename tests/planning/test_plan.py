@@ -158,3 +158,23 @@ def test_plan_command_prints_savings(fast_fit, capsys, monkeypatch):
 def test_plan_refuses_sharding(fast_fit):
     with pytest.raises(UserError, match="'fsdp' is not planned yet"):
         report.plan_of([*fast_fit, "--trainer.strategy=fsdp"])
+
+
+def test_plan_command_reports_shares_of_deepspeed(fast_fit, capsys):
+    pytest.importorskip("deepspeed")
+    config = "{zero_optimization: {offload_optimizer: {device: cpu}}}"
+    strategy = ["--trainer.strategy=MultiEngineDeepSpeedStrategy", "--trainer.strategy.stages={fake_score: 3}"]
+    strategy += [f"--trainer.strategy.configs={{generator: {config}}}", "--trainer.devices=4", "--trainer.num_nodes=2"]
+    main(["plan", *fast_fit, *strategy, "--gpu_memory", "40"])
+    said = capsys.readouterr().out
+    assert "DeepSpeed, ZeRO 2 and 3 on 8 GPUs: largest share of a GPU" in said
+    assert "teacher (1/8)" in said
+    assert "fake_score: optimizer states (1/8)" in said
+    assert "generator: optimizer states" not in said
+    assert "generator (1/8)" in said.partition("in the memory of the host")[2]
+
+
+def test_plan_command_needs_the_number_of_gpus_for_shares(fast_fit):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match=r"trainer\.devices: it is 'auto'"):
+        report.plan_of([*fast_fit, "--trainer.devices=auto", "--trainer.strategy=MultiEngineDeepSpeedStrategy"])

@@ -27,17 +27,21 @@ def main(arguments: list[str]) -> int:
     if not rest:
         raise UserError("no configuration to plan", remedy="plan --config shapes.yaml")
     fit_arguments(rest, "plan")
-    from gdmd_lightning.planning.report import GIB, batch_line, plan_of, savings, table
+    from gdmd_lightning.configuration.training import parse
+    from gdmd_lightning.planning.report import GIB, batch_line, plan_of_settings, savings, table
 
-    found = plan_of(rest)
-    print(f"{batch_line(rest)}\n\n{table(found)}")
+    settings = parse(rest, "plan")
+    found, strategy = plan_of_settings(settings)
+    print("\n".join([batch_line(settings), *([strategy.words] if strategy.words else []), "", table(found)]))
     left = options.gpu_memory - found.total / GIB
     if left >= 0:
         print(f"\nfits in {options.gpu_memory:g} GiB: yes, with {left:.2f} GiB to spare")
         return 0
     print(
-        f"\nfits in {options.gpu_memory:g} GiB: no, {-left:.2f} GiB short. Each of these alone would save:", flush=True
+        f"\nfits in {options.gpu_memory:g} GiB: no, {-left:.2f} GiB short. Each of these alone would save "
+        "(each takes seconds):",
+        flush=True,
     )
-    for saving in savings(rest, found.total, int(options.gpu_memory * GIB)):
-        print(f"{(found.total - saving.total) / GIB:>9.2f} GiB  {' '.join(saving.arguments)}")
+    for saving in savings(rest, settings, found.total, int(options.gpu_memory * GIB)):
+        print(f"{(found.total - saving.total) / GIB:>9.2f} GiB  {' '.join(saving.arguments)}", flush=True)
     return 0

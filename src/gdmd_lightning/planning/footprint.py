@@ -1,12 +1,13 @@
 """What one update of a method holds in memory, followed on the meta device with real code and without numbers.
 
-Everything except the batch is the same on every GPU of a data-parallel run; sharding is not followed.
+Activations are the same under every strategy, and are followed. What a strategy splits, and what it gathers for the
+moment, is arithmetic (``sharding.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,10 @@ from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.starting import build_starts
 from gdmd_lightning.phases import listening, phase
-from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
+from gdmd_lightning.planning.replay import NotRecorded, Replay, drop_gradient
+from gdmd_lightning.planning.sharding import Shape, Split, shapes_of
+from gdmd_lightning.planning.strategy import ALONE, Strategy
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, Shapes, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
@@ -58,10 +62,12 @@ class Plan:
     Args:
         components: What stays in memory.
         phases: What each part of an update needs in addition, in bytes, in the order in which the parts first occur.
+        host: What stays in the memory of the host for this GPU.
     """
 
     components: tuple[Component, ...]
     phases: dict[str, int]
+    host: tuple[Component, ...] = ()
 
     @property
     def resident(self) -> int:
@@ -90,11 +96,13 @@ class _PlannedJudge(Judge):
 
 
 class _TracedEngine(Engine):
-    """Steps roles on the meta device."""
+    """Steps roles on the meta device; what a step of split weights takes is known without following it."""
 
-    def __init__(self, roles: Roles, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, roles: Roles, optimizers: dict[str, torch.optim.Optimizer], strategy: Strategy, trace: Trace
+    ) -> None:
         super().__init__(roles)
-        self.optimizers = optimizers
+        self.optimizers, self.strategy, self.trace = optimizers, strategy, trace
 
     def zero_grad(self, role: str) -> None:
         self.optimizers[role].zero_grad(set_to_none=True)
@@ -104,6 +112,11 @@ class _TracedEngine(Engine):
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
 
     def step(self, role: str) -> bool:
+        split = self.strategy.split_of(role)
+        if split.kind != "whole":
+            self.trace.bump(split.stepping(shapes_of(self.roles.parameters_of(role))))
+            self.zero_grad(role)
+            return True
         clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
         self.optimizers[role].step()
         return True
@@ -114,6 +127,9 @@ def plan(
     batch_size: int,
     precision: str | None = "32-true",
     accelerator: Literal["cuda", "cpu"] = "cuda",
+    strategy: Strategy = ALONE,
+    *,
+    whole: bool = False,
 ) -> Plan:
     """Follow one update of a run in progress and report what it holds.
 
@@ -122,6 +138,8 @@ def plan(
         batch_size: Samples per batch of the data module on one GPU.
         precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
+        strategy: How roles are split over GPUs.
+        whole: Follow all blocks of the networks, and not only one of several equal ones; the figures are the same.
 
     Raises:
         UserError: If the precision is another one, or the family or its configuration cannot be sketched.
@@ -140,32 +158,35 @@ def plan(
     module.to(META)
     if isinstance(module, MatchingModule):
         module.matching = replace(module.matching, fake_score_updates=1)  # the others are like it
-    optimizers = {role: _optimizer(module, role, accelerator) for role in module.roles.trained}
-    components = tuple(_components(module, optimizers, reward))
-    held = sum(c.size for c in components if c.name != "reward")
+    optimizers = {role: _optimizer(module, role, accelerator, strategy.split_of(role)) for role in module.roles.trained}
+    held = sum(c.size for c in _components(module, optimizers, None, ALONE))
+
+    def follow(samples: int) -> dict[str, int]:
+        if not whole:
+            try:
+                return _follow(module, optimizers, samples, precision, strategy, repeat=True)
+            except NotRecorded:
+                module.zero_grad()  # a rare graph, such as a gradient that reaches the first blocks only
+        return _follow(module, optimizers, samples, precision, strategy, repeat=False)
+
     phases = {
-        name: max(round(size) - held, 0) for name, size in _peaks(module, optimizers, batch_size, precision).items()
+        name: max(round(size) - held, 0) for name, size in _peaks(follow, batch_size, module.micro_batch_size).items()
     }
     if module.memory.reward == "offloaded" and "decoding" in phases:
         phases["decoding"] += _count("", _tensors(reward)).size
-    return Plan(components, phases)
+    _add_communication(phases, module.roles, strategy)
+    return Plan(tuple(_components(module, optimizers, reward, strategy)), phases, tuple(_on_host(module, strategy)))
 
 
-def _peaks(
-    module: DistillationModule,
-    optimizers: dict[str, torch.optim.Optimizer],
-    batch_size: int,
-    precision: str | None,
-) -> dict[str, float]:
+def _peaks(follow: Callable[[int], dict[str, int]], batch_size: int, micro: int | None) -> dict[str, float]:
     """Peak bytes in each phase of an update.
 
     Of many micro-batches only two, and then three, are followed: each further one adds the same latents and text
     embeddings and nothing else.
     """
-    micro = module.micro_batch_size
     if micro is None or batch_size <= 3 * micro:
-        return {name: float(size) for name, size in _follow(module, optimizers, batch_size, precision).items()}
-    two, three = (_follow(module, optimizers, count * micro, precision) for count in (2, 3))
+        return {name: float(size) for name, size in follow(batch_size).items()}
+    two, three = (follow(count * micro) for count in (2, 3))
     return {name: two[name] + (three[name] - two[name]) * (batch_size / micro - 2) for name in two}
 
 
@@ -174,8 +195,11 @@ def _follow(
     optimizers: dict[str, torch.optim.Optimizer],
     batch_size: int,
     precision: str | None,
+    strategy: Strategy,
+    *,
+    repeat: bool,
 ) -> dict[str, int]:
-    """Peak bytes in each phase of an update of ``batch_size`` samples, followed as a whole."""
+    """Peak bytes in each phase of an update of ``batch_size`` samples; ``repeat`` follows equal blocks once."""
     trace = Trace()
     trace.hold(module)
     for optimizer in optimizers.values():
@@ -190,9 +214,11 @@ def _follow(
             modes.enter_context(Autocast(LOWER[precision]))
         modes.enter_context(trace)
         modes.enter_context(listening(trace.phase))
+        if repeat:
+            modes.enter_context(Replay(trace, precision).of(_networks(module)))
         real_x0 = module.real_x0(prompts.prompts)
         batch = Batch(prompts.prompts, prompts.groups, Conditioning.concat([row] * batch_size), real_x0)
-        module.update(batch, _TracedEngine(module.roles, optimizers))
+        module.update(batch, _TracedEngine(module.roles, optimizers, strategy, trace))
     return trace.phases
 
 
@@ -215,19 +241,30 @@ def _parts(module: DistillationModule) -> dict[str, nn.Module]:
     return parts
 
 
+def _networks(module: DistillationModule) -> list[nn.Module]:
+    """What an update calls."""
+    return [module.roles, *_parts(module).values()]
+
+
 def _frees_encoders(module: DistillationModule) -> bool:
     return module.embedding_cache is not None and module.embedding_cache.free_encoders
 
 
-def _optimizer(module: DistillationModule, role: str, accelerator: str) -> torch.optim.Optimizer:
-    """The role's optimizer as the previous update left it: with states, and with gradients not yet dropped."""
+def _optimizer(module: DistillationModule, role: str, accelerator: str, split: Split) -> torch.optim.Optimizer:
+    """The role's optimizer as the previous update left it: with states, and with gradients that are not split."""
     parameters, settings = module.roles.parameters_of(role), module.roles.optimization_of(role)
     optimizer = EightBit(parameters) if settings.algorithm == "adamw_8bit" else settings.optimizer(parameters)
     for group in optimizer.param_groups:
         group["foreach"] = accelerator == "cuda"
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
+    with Shapes():
+        optimizer.step()
+    if split.kind != "whole":
+        optimizer.zero_grad()
+    if split.drops_gradients:
+        for parameter in parameters:
+            drop_gradient(parameter)
     return optimizer
 
 
@@ -258,24 +295,87 @@ def _states(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _components(
-    module: DistillationModule, optimizers: dict[str, torch.optim.Optimizer], reward: nn.Module | None
+    module: DistillationModule,
+    optimizers: dict[str, torch.optim.Optimizer],
+    reward: nn.Module | None,
+    strategy: Strategy,
 ) -> Iterator[Component]:
     roles = module.roles
     state = roles.state_dict(keep_vars=True)
     for name in (TEACHER, *(spec.name for spec in roles.specs)):
-        yield from _nonempty(_count(name, (state[member] for member in roles.names_of(name))))
+        tensors = [state[member] for member in roles.names_of(name)]
+        yield from _nonempty(_weights(name, tensors, strategy.split_of(name)))
     yield from _nonempty(_count("merged adapters", (state[member] for member in roles.start_names())))
     for role in optimizers:
-        grads = (p.grad for p in roles.parameters_of(role) if p.grad is not None)
-        yield _count(f"{role}: gradients", grads)
+        split = strategy.split_of(role)
+        if split.kind == "whole":
+            yield _count(f"{role}: gradients", (p.grad for p in roles.parameters_of(role) if p.grad is not None))
+        else:
+            yield from _nonempty(_share(f"{role}: gradients", split, split.gradients(_shapes(roles, role))))
     for role, optimizer in optimizers.items():
-        yield _count(f"{role}: optimizer states", _states(optimizer))
+        split = strategy.split_of(role)
+        if split.kind == "whole":
+            yield _count(f"{role}: optimizer states", _states(optimizer))
+        else:
+            yield from _nonempty(_share(f"{role}: stepped weights", split, split.master(_shapes(roles, role))))
+            yield from _nonempty(_share(f"{role}: optimizer states", split, split.moments(_shapes(roles, role))))
+        if split.kind == "zero3":
+            yield _of_float32(f"{role}: bucket of gradients", split.buckets())
     for name, part in _parts(module).items():
         yield _count(name, _tensors(part))
     if _frees_encoders(module):
         yield Component("text encoders (freed)", (), 0, 0)
     if reward is not None and module.memory.reward == "accelerator":
         yield _count("reward", _tensors(reward))
+    if strategy.ddp:
+        gradients = sum(p.numel() * p.element_size() for role in optimizers for p in roles.parameters_of(role))
+        yield _of_float32("ddp: buckets of gradients", gradients)
+
+
+def _on_host(module: DistillationModule, strategy: Strategy) -> Iterator[Component]:
+    """What the strategy keeps in the memory of the host for one GPU."""
+    for name in (TEACHER, *(spec.name for spec in module.roles.specs)):
+        split = strategy.split_of(name)
+        if split.offload_optimizer or split.offload_weights:
+            yield _of_float32(f"{name} (1/{split.ranks})", split.on_host(_shapes(module.roles, name)))
+
+
+def _add_communication(phases: dict[str, int], roles: Roles, strategy: Strategy) -> None:
+    """Add what is gathered while networks are evaluated, and the buckets that exist in a backward pass."""
+    networks = [name for name, split in strategy.splits.items() if split.weights_in_shards]
+    gathered = [strategy.split_of(n).gathered(roles.standalone(n), learned=n in roles.trained) for n in networks]
+    for name in phases.keys() - {"optimizer step", "decoding"}:
+        phases[name] += max(gathered, default=0)
+    for role in roles.trained:
+        split = strategy.split_of(role)
+        if split.kind in ("zero1", "zero2"):
+            phases[f"{role} backward"] += split.buckets()
+
+
+def _shapes(roles: Roles, role: str) -> list[Shape]:
+    parameters = roles.standalone(role).parameters() if role == TEACHER else roles.parameters_of(role)
+    return shapes_of(parameters)
+
+
+def _weights(name: str, tensors: list[Tensor], split: Split) -> Component:
+    """A role's parameters and buffers on one GPU."""
+    whole = _count(name, tensors)
+    if split.kind == "whole":
+        return whole
+    parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+    shapes = shapes_of(parameters)
+    size = split.weights(shapes) + _count("", (t for t in tensors if not isinstance(t, nn.Parameter))).size
+    if not split.weights_in_shards:
+        return replace(whole, size=size)
+    return Component(f"{name} (1/{split.ranks})", whole.dtypes, split.shard(shapes), size)
+
+
+def _share(name: str, split: Split, size: int) -> Component:
+    return _of_float32(f"{name} (1/{split.ranks})", size)
+
+
+def _of_float32(name: str, size: int) -> Component:
+    return Component(name, ("float32",), size // 4, size)
 
 
 def _nonempty(component: Component) -> list[Component]:

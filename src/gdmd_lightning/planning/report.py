@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gdmd_lightning.configuration.restore import build_module
+from jsonargparse import Namespace
+
+from gdmd_lightning.configuration.restore import module_parser
 from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.planning.footprint import Component, Plan, plan
+from gdmd_lightning.planning.strategy import Strategy, read_strategy
 
 GIB = 2**30
 SPARE = GIB
@@ -48,27 +53,35 @@ def plan_of(arguments: Sequence[str]) -> Plan:
     Raises:
         UserError: If the arguments are wrong, or name something that cannot be planned.
     """
-    settings = parse(arguments, "plan")
-    strategy = str(settings.trainer.strategy)
-    if strategy != "auto" and not strategy.startswith(("ddp", "single")):
-        raise UserError(f"{strategy!r} is not planned yet", where="trainer.strategy", remedy="plan it with ddp")
-    module = build_module(settings.model)
+    return plan_of_settings(parse(arguments, "plan"))[0]
+
+
+def plan_of_settings(settings: Any) -> tuple[Plan, Strategy]:
+    """The plan of a parsed configuration, including the reserve, and the strategy that it is for.
+
+    Raises:
+        UserError: If it names something that cannot be planned.
+    """
+    module: DistillationModule = module_parser().instantiate_classes(Namespace(model=settings.model)).model
+    strategy = read_strategy(settings.trainer, module)
     module.check_batch(settings.data.batch_size, settings.data.group_size)
     found = plan(
         module,
         settings.data.batch_size,
         settings.trainer.precision,
         accelerator="cpu" if settings.trainer.accelerator == "cpu" else "cuda",
+        strategy=strategy,
     )
-    more = [Component("context, workspaces, gaps (assumed)", (), 0, SPARE)]
-    if strategy.startswith("ddp") or _several(settings.trainer.devices):
-        more.insert(0, _buckets(found))
-    return replace(found, components=(*found.components, *more))
+    spare = Component("context, workspaces, gaps (assumed)", (), 0, SPARE)
+    return replace(found, components=(*found.components, spare)), strategy
 
 
-def batch_line(arguments: Sequence[str]) -> str:
-    """The batch of an update in words: samples, groups, and micro-batches if there are any."""
-    settings = parse(arguments, "plan")
+def batch_line(settings: Any) -> str:
+    """The batch of an update in words: samples, groups, and micro-batches if there are any.
+
+    Args:
+        settings: The parsed configuration.
+    """
     model, batch, group = settings.model.init_args, settings.data.batch_size, settings.data.group_size
     size = batch * model.accumulate
     micro = model.micro_batch_size if model.accumulate == 1 else min(batch, model.micro_batch_size or batch)
@@ -76,33 +89,34 @@ def batch_line(arguments: Sequence[str]) -> str:
     return f"{size} samples per update on each GPU, {group} per prompt, {at_once}"
 
 
-def savings(arguments: Sequence[str], now: int, limit: int) -> list[Saving]:
-    """What each option that is not in effect yet would save, the largest saving first.
+def savings(arguments: Sequence[str], settings: Any, now: int, limit: int) -> Iterator[Saving]:
+    """What each option that is not in effect yet would save, each as soon as it is known.
 
     Args:
         arguments: As for ``fit``.
+        settings: What they say, parsed.
         now: Bytes needed without any of them.
         limit: Bytes of the GPU, for the size of micro-batches.
     """
-    found = [*_options(arguments), *_micro_batches(arguments, limit)]
-    return sorted((saving for saving in found if saving.total < now), key=lambda saving: saving.total)
+    found = itertools.chain(_micro_batches(arguments, settings, limit), _options(arguments, settings))
+    return (saving for saving in found if saving.total < now)
 
 
-def _options(arguments: Sequence[str]) -> Iterator[Saving]:
-    settings = parse(arguments, "plan")
+def _options(arguments: Sequence[str], settings: Any) -> Iterator[Saving]:
     size, group = settings.data.batch_size, settings.data.group_size
     smaller = max(size // 2 // group, 1) * group
     for switch in (*SWITCHES, (f"--data.batch_size={smaller}",)):
         try:
-            if parse([*arguments, *switch], "plan") != settings:
-                yield Saving(switch, plan_of([*arguments, *switch]).total)
+            other = parse([*arguments, *switch], "plan")
+            saving = Saving(switch, plan_of_settings(other)[0].total) if other != settings else None
         except UserError:
             continue  # this configuration does not take the option
+        if saving is not None:
+            yield saving
 
 
-def _micro_batches(arguments: Sequence[str], limit: int) -> Iterator[Saving]:
+def _micro_batches(arguments: Sequence[str], settings: Any, limit: int) -> Iterator[Saving]:
     """The largest micro-batch, by halving, with which the plan fits; else the smallest."""
-    settings = parse(arguments, "plan")
     micro = settings.model.init_args.micro_batch_size or settings.data.batch_size
     best: Saving | None = None
     while micro > 1 and (best is None or best.total > limit):
@@ -122,7 +136,11 @@ def table(found: Plan) -> str:
     rows.append(f"{'total that stays in memory':<66}{found.resident / GIB:>9.2f}")
     rows += ["", f"{'peak in addition, by part of an update':<66}{'GiB':>9}"]
     rows += [f"{name:<66}{size / GIB:>9.2f}" for name, size in found.phases.items()]
-    return "\n".join([head, *rows, "", f"{'peak in total':<66}{found.total / GIB:>9.2f}"])
+    rows += ["", f"{'peak in total':<66}{found.total / GIB:>9.2f}"]
+    if found.host:
+        rows += ["", f"{'in the memory of the host, for each GPU':<66}{'GiB':>9}"]
+        rows += [f"{c.name:<66}{c.size / GIB:>9.2f}" for c in found.host]
+    return "\n".join([head, *rows])
 
 
 def _short(count: int) -> str:
@@ -130,14 +148,3 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return str(count) if count else ""
-
-
-def _several(devices: Any) -> bool:
-    return len(devices) > 1 if isinstance(devices, list) else str(devices).isdigit() and int(devices) > 1
-
-
-def _buckets(found: Plan) -> Component:
-    """DDP's own copies of all gradients, in which they are averaged."""
-    gradients = [c for c in found.components if c.name.endswith("gradients")]
-    numbers, size = sum(c.numbers for c in gradients), sum(c.size for c in gradients)
-    return Component("ddp: buckets of gradients", ("float32",), numbers, size)

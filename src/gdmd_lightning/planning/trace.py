@@ -18,6 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 
+class Watch:
+    """Most bytes alive since it began.
+
+    Args:
+        peak: Bytes alive at its beginning.
+    """
+
+    def __init__(self, peak: int) -> None:
+        self.peak = peak
+
+
 class Trace(TorchDispatchMode):
     """Inside, counts every tensor that an operation returns until its storage is freed.
 
@@ -41,6 +52,8 @@ class Trace(TorchDispatchMode):
         self._open: list[str] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._shapes = MetaShapes()
+        self._watches: list[Watch] = []
+        self._unseen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._shapes(func, args, kwargs or {})
@@ -76,10 +89,38 @@ class Trace(TorchDispatchMode):
         finally:
             self._open.remove(name)
 
-    def _look(self) -> None:
-        self.peak = max(self.peak, self.current)
+    @contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """Inside, the peak is also recorded in the object that this gives; watches need not be nested."""
+        watch = Watch(self.current)
+        self._watches.append(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.remove(watch)
+
+    def bump(self, size: int) -> None:
+        """Record a peak of ``size`` bytes in addition to those alive."""
+        self._look(size)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Inside, bytes are counted and peaks are not recorded; what is alive at the end is."""
+        self._unseen += 1
+        try:
+            yield
+        finally:
+            self._unseen -= 1
+
+    def _look(self, more: int = 0) -> None:
+        if self._unseen:
+            return
+        size = self.current + more
+        self.peak = max(self.peak, size)
+        for watch in self._watches:
+            watch.peak = max(watch.peak, size)
         for name in self._open:
-            self.phases[name] = max(self.phases.get(name, 0), self.current)
+            self.phases[name] = max(self.phases.get(name, 0), size)
 
     def _forgetting(self, key: int, size: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
@@ -90,6 +131,10 @@ class Trace(TorchDispatchMode):
 
 
 _NOT_KNOWN = object()
+_VALUES = frozenset(
+    {"add_", "addcdiv_", "addcmul_", "copy_", "div_", "fill_", "lerp_", "mul_", "normal_", "sub_", "uniform_", "zero_"}
+)
+"""Operations that change the values of their first argument."""
 
 
 class MetaShapes:
@@ -101,13 +146,31 @@ class MetaShapes:
     """
 
     _known: ClassVar[dict[Any, Any]] = {}  # for all plans of a process, which differ in few operations
+    _in_place: ClassVar[set[Any]] = set()
+    _other: ClassVar[set[Any]] = set()
+
+    def _changes_values_only(self, func: Any) -> bool:
+        """Whether an operation changes its first argument, a tensor or a list of them, and no tensor's shape."""
+        if func in self._other:
+            return False
+        name = func._schema.name.removeprefix("aten::")
+        in_place = name in _VALUES or (name.startswith("_foreach_") and name.endswith("_"))
+        (self._in_place if in_place else self._other).add(func)
+        return bool(in_place)
 
     def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of ``func(*args, **kwargs)``."""
+        if func in self._in_place or self._changes_values_only(func):
+            first = args[0]
+            if isinstance(first, list):
+                if all(each.device.type == "meta" for each in first):
+                    return None
+            elif first.device.type == "meta":
+                return first
         try:
-            key = (func, _signature(args), _signature(tuple(kwargs.items())))
+            key = (func, signature(args), signature(tuple(kwargs.items())))
             known = self._known.get(key, _NOT_KNOWN)
-        except _NotRepeatable:
+        except NotRepeatable:
             return func(*args, **kwargs)
         if known is _NOT_KNOWN:
             result = func(*args, **kwargs)
@@ -119,23 +182,34 @@ class MetaShapes:
         return made[0] if isinstance(known, list) else tuple(made)
 
 
-class _NotRepeatable(Exception):
+class Shapes(TorchDispatchMode):
+    """Inside, operations on the meta device are repeated as :class:`MetaShapes` does, and nothing is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes = MetaShapes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._shapes(func, args, kwargs or {})
+
+
+class NotRepeatable(Exception):
     """An argument does not say what the result will be like."""
 
 
-def _signature(value: Any) -> Any:
+def signature(value: Any) -> Any:
     """What the shape of a result can depend on."""
     if isinstance(value, Tensor):
         if value.device.type != "meta":
-            raise _NotRepeatable
+            raise NotRepeatable
         return value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
-        return tuple(_signature(each) for each in value)
+        return tuple(signature(each) for each in value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.layout):
         return type(value), value  # 1, 1.0 and True are equal, but not as arguments
     if isinstance(value, torch.memory_format):
         return value
-    raise _NotRepeatable
+    raise NotRepeatable
 
 
 def _recipe(result: Any, inputs: Any) -> list[Any] | tuple[Any, ...] | None:

@@ -1,0 +1,200 @@
+"""Bytes of a network under every strategy follow from the numbers of its parameters."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from torch import nn
+
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.planning.footprint import plan
+from gdmd_lightning.planning.report import table
+from gdmd_lightning.planning.sharding import Shape, Split, shapes_of
+from gdmd_lightning.planning.strategy import read_strategy
+from gdmd_lightning.roles import LoRA, Optimization
+
+RANKS = [1, 2, 3, 8, 64]
+SHAPES = [Shape(100, 100 * 30, 4), Shape(7, 7, 4), Shape(1, 1, 4)]
+NUMBERS = 3008
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("kind", ["zero1", "zero2"])
+def test_zero_1_and_2_hold_whole_weights_and_shares_of_what_the_optimizer_has(kind, ranks):
+    split = Split(kind, ranks)
+    share = -(-NUMBERS // (2 * ranks)) * 2
+    assert split.weights(SHAPES) == 4 * share * ranks
+    assert split.master(SHAPES) == 4 * share
+    assert split.moments(SHAPES) == 8 * share
+    assert split.gradients(SHAPES) == (4 * share if kind == "zero2" else 0)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_zero_3_holds_a_share_of_every_parameter(ranks):
+    split, share = Split("zero3", ranks), -(-3000 // ranks) + -(-7 // ranks) + 1
+    assert split.weights(SHAPES) == split.gradients(SHAPES) == 4 * share
+    assert split.moments(SHAPES) == 8 * share
+    assert split.master(SHAPES) == 0
+    assert Split("zero3", ranks, stays_whole=7).weights(SHAPES) == 4 * share + 4 * 8
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_fsdp2_holds_rows_of_every_parameter(ranks):
+    split, share = Split("fsdp2", ranks), 30 * -(-100 // ranks) + -(-7 // ranks) + 1
+    assert split.weights(SHAPES) == split.gradients(SHAPES) == 4 * share
+    assert split.moments(SHAPES) == 8 * share
+    assert split.master(SHAPES) == split.buckets() == 0
+
+
+def test_shares_of_half_precision_are_half():
+    half = [Shape(s.first, s.numel, 2) for s in SHAPES]
+    for kind in ("whole", "zero3", "fsdp2"):
+        assert 2 * Split(kind, 4).weights(half) == Split(kind, 4).weights(SHAPES)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_offload_moves_what_the_optimizer_has_to_the_host(kind):
+    here, away = Split(kind, 4), Split(kind, 4, offload_optimizer=True)
+    assert away.moments(SHAPES) == away.gradients(SHAPES) == away.master(SHAPES) == away.stepping(SHAPES) == 0
+    assert away.weights(SHAPES) == here.weights(SHAPES)
+    assert here.on_host(SHAPES) == 0
+    assert away.on_host(SHAPES) == 4 * here.shard(SHAPES) * (5 if kind == "zero3" else 6)
+    weights = Split("zero3", 4, offload_weights=True)
+    assert weights.weights(SHAPES) == 0
+    assert weights.on_host(SHAPES) == 4 * weights.shard(SHAPES)
+
+
+def network() -> nn.Module:
+    """Numbers: a first layer of 12, three blocks of 20, 20 and 42."""
+    net = nn.Module()
+    net.first = nn.Linear(3, 3)
+    net.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 6))])
+    return net
+
+
+def test_gathered_weights_are_a_module_or_two_blocks():
+    net = network()
+    assert Split("zero2", 4).gathered(net, learned=True) == 0
+    assert Split("zero3", 4).gathered(net, learned=True) == 4 * 30
+    assert Split("zero3", 4, prefetch=5).gathered(net, learned=True) == 4 * 35
+    assert Split("zero3", 4, prefetch=10**6).gathered(net, learned=True) == 4 * 94
+    assert Split("fsdp2", 4).gathered(net, learned=False) == 4 * (12 + 2 * 42)
+    assert Split("fsdp2", 4).gathered(net, learned=True) == 4 * (12 + 3 * 42)
+    assert Split("fsdp2", 4).gathered(nn.Linear(3, 3), learned=True) == 4 * 24
+
+
+def trainer(strategy="auto", devices="auto", nodes=1):
+    return SimpleNamespace(strategy=strategy, devices=devices, num_nodes=nodes)
+
+
+def deepspeed(**settings):
+    pytest.importorskip("deepspeed")
+    path = "gdmd_lightning.strategies.MultiEngineDeepSpeedStrategy"
+    return SimpleNamespace(class_path=path, init_args=settings)
+
+
+def fsdp2(**settings):
+    path = "lightning.pytorch.strategies.ModelParallelStrategy"
+    return SimpleNamespace(class_path=path, init_args={"tensor_parallel_size": 1, **settings})
+
+
+def test_ddp_and_one_gpu_are_told_apart(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, DMD)
+    assert not read_strategy(trainer(), module).ddp
+    assert not read_strategy(trainer(devices=1), module).ddp
+    for settings in ({"devices": 2}, {"devices": "2"}, {"devices": [0, 3]}, {"nodes": 2}, {"strategy": "ddp"}):
+        assert read_strategy(trainer(**settings), module).ddp
+    assert read_strategy(trainer("ddp", 4, nodes=2), module).ranks == 8
+    assert "as many GPUs as there are" in read_strategy(trainer("ddp"), module).words
+
+
+def test_stages_of_roles_reach_their_averages_and_the_teacher(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, GDMD)
+    given = deepspeed(stage=1, stages={"generator": 3}, config={"zero_optimization": {"reduce_bucket_size": 10}})
+    found = read_strategy(trainer(given, 4, nodes=2), module)
+    assert (found.ranks, found.per_host) == (8, 4)
+    assert {name: split.kind for name, split in found.splits.items()} == {
+        "teacher": "zero3", "generator": "zero3", "ema": "zero3", "old": "zero3", "fake_score": "zero1",
+    }  # fmt: skip
+    assert found.split_of("generator").stays_whole == 100_000
+    assert found.split_of("ema").stays_whole == 0
+    assert found.split_of("generator").bucket == found.split_of("fake_score").bucket == 10
+    whole = read_strategy(trainer(deepspeed(stage=2, shard_frozen=False), 2), module)
+    assert whole.split_of("teacher").kind == whole.split_of("ema").kind == "whole"
+
+
+def test_adapters_leave_the_teacher_whole(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, DMD, lora=LoRA(2, 4))
+    found = read_strategy(trainer(deepspeed(stage=2), 2), module)
+    assert {name: split.kind for name, split in found.splits.items()} == {"generator": "zero2", "fake_score": "zero2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (lambda: trainer(deepspeed(stage=3)), r"trainer\.devices: it is 'auto', and the share of a GPU depends on"),
+        (lambda: trainer("fsdp", 2), "'fsdp' is not planned yet"),
+        (lambda: trainer(deepspeed(stage=4), 2), "ZeRO stage 4"),
+        (lambda: trainer(deepspeed(stages={"teacher": 1}), 2), "no role 'teacher' is trained"),
+        (lambda: trainer(fsdp2(data_parallel_size=2), 4), "data_parallel_size is 2, the number of GPUs is 4"),
+        (lambda: trainer(fsdp2(tensor_parallel_size="auto"), 4), "tensor_parallel_size is 'auto'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(tiny_pipeline, settings, said):
+    with pytest.raises(UserError, match=said):
+        read_strategy(settings(), tiny.module(tiny_pipeline, DMD))
+
+
+def test_adapters_in_shards_are_refused(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, DMD, lora=LoRA(2, 4))
+    with pytest.raises(UserError, match="ZeRO 3 cannot shard the adapter"):
+        read_strategy(trainer(deepspeed(stage=3), 2), module)
+    with pytest.raises(UserError, match="adapters under FSDP2 are not planned"):
+        read_strategy(trainer(fsdp2(data_parallel_size=2), 2), module)
+    eight = tiny.module(tiny_pipeline, DMD, generator=Optimization(algorithm="adamw_8bit"))
+    with pytest.raises(UserError, match="moments of adamw_8bit cannot be split"):
+        read_strategy(trainer(deepspeed(stage=1), 2), eight)
+
+
+def planned(pipeline, strategy, ranks: int, **options):
+    module = tiny.module(pipeline, DMD, **options)
+    return plan(module, 4, strategy=read_strategy(trainer(strategy, ranks), module))
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_plan_of_fsdp2_holds_shares_and_gathers(tiny_pipeline, ranks):
+    alone = plan(tiny.module(tiny_pipeline, DMD), 4)
+    split = planned(tiny_pipeline, fsdp2(data_parallel_size=ranks), ranks)
+    before = {c.name: c.size for c in alone.components}
+    after = {c.name.removesuffix(f" (1/{ranks})"): c.size for c in split.components}
+    assert before.keys() == after.keys()
+    for name in ("teacher", "generator", "ema", "fake_score", "generator: gradients", "generator: optimizer states"):
+        assert before[name] / ranks <= after[name] <= before[name] / ranks * 1.1 + 4096, name
+    assert after["vae"] == before["vae"]
+    assert split.phases["decoding" if "decoding" in split.phases else "rollout"] > 0
+
+
+def test_plan_of_ddp_adds_a_copy_of_all_gradients(tiny_pipeline):
+    found = {c.name: c.size for c in planned(tiny_pipeline, "ddp", 2).components}
+    assert found["ddp: buckets of gradients"] == found["generator: gradients"] + found["fake_score: gradients"]
+
+
+def test_plan_of_offload_reports_the_host(tiny_pipeline):
+    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    found = planned(tiny_pipeline, deepspeed(stage=2, config=config), 2)
+    assert not [c.name for c in found.components if "optimizer states" in c.name or "gradients (1" in c.name]
+    shapes = shapes_of(tiny.family(tiny_pipeline).sketch().parameters())
+    assert [(c.name, c.size) for c in found.host] == [
+        (f"{role} (1/2)", Split("zero2", 2, offload_optimizer=True).on_host(shapes))
+        for role in ("generator", "fake_score")
+    ]
+    assert "in the memory of the host, for each GPU" in table(found)
+
+
+def test_gradients_in_zero_1_are_whole_until_the_step(tiny_pipeline):
+    bucket = {"zero_optimization": {"reduce_bucket_size": 2}}
+    one, two = (planned(tiny_pipeline, deepspeed(stage=stage, config=bucket), 2) for stage in (1, 2))
+    whole = sum(s.numel * 4 for s in shapes_of(tiny.family(tiny_pipeline).sketch().parameters()))
+    assert one.phases["optimizer step"] - two.phases["optimizer step"] == whole
