@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from gdmd_lightning.engines.lightning import LightningEngine
@@ -55,12 +56,21 @@ class FSDPPlacement:
         return fingerprint(self.strategy.full_weights(network))
 
 
-def check_sharding(specs: tuple[RoleSpec, ...], *, adapters: bool) -> None:
-    """Fail before anything is loaded if FSDP2 cannot train a role.
+def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...], *, adapters: bool) -> None:
+    """Fail before anything is loaded if a strategy of PyTorch's shards cannot train a role; others pass.
 
     Raises:
-        UserError: If roles are adapters, or an optimizer keeps its moments in a form that cannot be split.
+        UserError: If the strategy is Lightning's own, roles are adapters, or an optimizer keeps its moments in a form
+            that cannot be split.
     """
+    if not isinstance(strategy, FSDP2Strategy):
+        if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+            raise UserError(
+                f"{type(strategy).__name__} would not shard these networks, nor check checkpoints before loading them",
+                where="trainer.strategy",
+                remedy="use FSDP2Strategy, or --config fsdp2.yaml",
+            )
+        return
     if adapters:
         raise UserError(
             "FSDP2 cannot shard adapters: their network is shared by all roles",

@@ -245,8 +245,7 @@ class RoleModule(pl.LightningModule):
                     role.optimizer.check(role.name, self.trainer.max_steps)
             if self.multi_engine is not None:
                 check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
-            if self.fully_sharded is not None:
-                check_sharding(self.role_specs(), adapters=self.lora is not None)
+            check_sharding(self.trainer.strategy, self.role_specs(), adapters=self.lora is not None)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.batch_size * self.accumulate, data.group_size)
