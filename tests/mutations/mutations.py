@@ -2239,7 +2239,7 @@ MUTATIONS = [
         "strategies/fully_sharded.py",
         FSDP2,
         ("fsdp2: weights not filled", "fill(network, weights, rounded)", "pass"),
-        ("fsdp2: blocks whole on every rank", "        fully_shard(network, mesh=mesh, reshard_after_forward=True)\n", ""),
+        ("fsdp2: blocks whole on every rank", "fully_shard(network, mesh=mesh, reshard_after_forward=True)", "pass"),
     ),
     *errors(
         "engines/fsdp.py",
