@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from cases import DATA, METHODS, build
-from test_deepspeed import FAMILIES, LOSS, OTHERS, UPDATES, WEIGHT, alone, assert_same_run, pipeline, run_cases
+from test_deepspeed import FAMILIES, LOSS, OTHERS, UPDATES, alone, assert_same_run, pipeline, run_cases
 from together import train_together
 
 from gdmd_lightning.methods.checkpointing import read_checkpoint
@@ -66,7 +66,7 @@ def test_other_methods_train_as_one_process(pipeline):
 
 
 @pytest.mark.slow
-def test_runs_resume_to_the_bit_and_on_another_number_of_ranks(pipeline):
+def test_runs_resume_to_the_bit_on_as_many_ranks(pipeline):
     path, shared = pipeline.parent / "fsdp2.ckpt", {"method": "GDMD", "strategy": "fsdp2", "updates": 4}
     found = run_cases(
         pipeline,
@@ -85,14 +85,9 @@ def test_runs_resume_to_the_bit_and_on_another_number_of_ranks(pipeline):
     for name, value in content["state_dict"].items():
         assert type(value) is torch.Tensor
         assert torch.equal(found["first"][0]["weights"][name.removeprefix("roles.")], value)
-    alone = {**shared, "resume": str(path)}
-    one = run_cases(pipeline, ranks=1, sharded=alone, plain={**alone, "strategy": "auto"})
-    (sharded,), (plain,) = one["sharded"], one["plain"]
-    assert sharded["updates"] == plain["updates"] == 4
-    for name, value in plain["weights"].items():
-        assert (sharded["weights"][name] - value).abs().max() <= WEIGHT, name
-        frozen = name.startswith("teacher.")
-        assert frozen or not torch.equal(value, content["state_dict"][f"roles.{name}"]), name
+    # The data module counts prompts per rank.
+    one = run_cases(pipeline, ranks=1, refused={**shared, "resume": str(path)})
+    assert "world_size 2 (now 1)" in one["refused"][0]["error"]
 
 
 @pytest.mark.slow

@@ -31,8 +31,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2: every network that :meth:`build` builds is in shards, each rank holding rows of every weight.
 
     Checkpoints are plain files, gathered to rank 0 one tensor at a time and written by the trainer's checkpoint IO.
-    They are those that a single process would write, so any number of ranks resumes from them. The module's
-    ``state_dict`` decides what they hold.
+    They have the form that a single process would write. The module's ``state_dict`` decides what they hold.
 
     Args:
         process_group_backend: ``nccl`` or ``gloo``; null for the device's usual one.
