@@ -192,8 +192,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:
     """A moment in shards as its parameter is; other values as they are."""
-    moment = isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape
-    return part_of(value, parameter) if moment and value.ndim else value
+    if isinstance(value, Tensor) and value.ndim and isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return part_of(value, parameter)
+    return value
 
 
 @contextmanager
@@ -206,7 +207,7 @@ def _parameters_on_meta() -> Iterator[None]:
             return None  # as it is
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(drop)
+    hook = register_module_parameter_registration_hook(drop)  # type: ignore[arg-type]
     try:
         yield
     finally:

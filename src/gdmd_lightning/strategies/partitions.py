@@ -67,7 +67,7 @@ def shape_of(parameter: nn.Parameter) -> torch.Size:
 def shard_of(parameter: nn.Parameter) -> Tensor:
     """This rank's own part of a partitioned parameter: rows (FSDP2), or a flat range with padding (ZeRO-3)."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().to_local()
+        return parameter.to_local().detach()
     shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
     return shard
 
