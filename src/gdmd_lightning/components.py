@@ -38,7 +38,7 @@ from gdmd_lightning.rewards.ocr import OCRReward
 from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.samplers import CPS, ODE, SDE, Renoise
 from gdmd_lightning.schedules import LogitNormal, Uniform, UniformTimestep
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
+from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy
 
 __all__ = [
     "ACDMD",
@@ -60,6 +60,7 @@ __all__ = [
     "ContrastiveReward",
     "DiffusionNFT",
     "EvaluationBudget",
+    "FSDP2Strategy",
     "FlowGRPO",
     "Flux2Family",
     "Flux2KleinFamily",

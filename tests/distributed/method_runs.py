@@ -12,7 +12,7 @@ import torch
 from cases import DATA, build
 
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions
+from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, partitions
 
 torch.set_num_threads(1)
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -35,7 +35,10 @@ class Observe(pl.Callback):
 def run(case: dict) -> dict:
     module, observe = build(case["pipeline"], case["method"], **case.get("module", {})), Observe(case.get("save"))
     strategy = case.get("strategy", {})
-    if not isinstance(strategy, str):
+    if strategy == "fsdp2":
+        strategy = FSDP2Strategy()
+        strategy.checkpoint_io = WholeCheckpoints()
+    elif not isinstance(strategy, str):
         strategy = MultiEngineDeepSpeedStrategy(**strategy)
         strategy.checkpoint_io = WholeCheckpoints()
     trainer = tiny.trainer(
@@ -44,7 +47,7 @@ def run(case: dict) -> dict:
     data = tiny.PromptDataModule("shapes", **{**DATA, **case.get("data", {})})
     trainer.fit(module, datamodule=data, ckpt_path=case.get("resume"))
     found = {"logs": observe.logs, "updates": trainer.global_step, "teacher": module.teacher_digest}
-    if isinstance(strategy, MultiEngineDeepSpeedStrategy) and module.lora is None:
+    if isinstance(strategy, MultiEngineDeepSpeedStrategy | FSDP2Strategy) and module.lora is None:
         names = [name for name, _ in module.roles.named_children()]
         found["bytes"] = {name: partitions.bytes_held(module.roles.get_submodule(name)) for name in names}
         found["weights"] = {

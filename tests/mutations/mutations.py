@@ -13,6 +13,7 @@ ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.
 
 PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
 ENGINES, SHARDED = ("strategies/test_multi_engine.py",), ("distributed/test_deepspeed.py",)
+FSDP2 = ("distributed/test_fsdp2.py",)
 ACCUMULATE, JUDGE = ("methods/test_accumulate.py",), ("rewards/test_judge.py", "rewards/test_rewards.py")
 
 
@@ -2362,5 +2363,19 @@ MUTATIONS = [
         ("samples of all ranks on each", "self.samples, rest = divmod(whole, ranks)", "self.samples, rest = whole, 0"),
         ("groups split", "rest or self.samples % self.group_size", "rest"),
         ("global batch ignored", "        whole = self.global_batch_size\n", "        whole = None\n"),
+    ),
+    *errors(
+        "strategies/fully_sharded.py",
+        FSDP2,
+        ("fsdp2: weights not filled", "fill(network, weights, rounded)", "pass"),
+        ("fsdp2: blocks whole on every rank", "fully_shard(network, mesh=mesh, reshard_after_forward=True)", "pass"),
+    ),
+    *errors(
+        "engines/fsdp.py",
+        FSDP2,
+        ("fsdp2: adapters accepted", "    if adapters:", "    if False:"),
+        ("fsdp2: moments that cannot be split accepted", '.algorithm != "adamw":', '.algorithm == "":'),
+        ("fsdp2: Lightning's own strategy accepted", "ModelParallelStrategy | FSDPStrategy):", "str):"),
+        ("fsdp2: norms of one rank", "return whole_of(super()._clip(role))", "return super()._clip(role).to_local()"),
     ),
 ]

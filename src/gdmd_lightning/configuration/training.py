@@ -35,6 +35,7 @@ from gdmd_lightning.configuration.seeds import share_seed
 from gdmd_lightning.configuration.suggestions import arguments_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.deepspeed import check_stages
+from gdmd_lightning.engines.fsdp import check_sharding
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.methods.base import DistillationModule
@@ -150,6 +151,7 @@ class DistillationCLI(LightningCLI):
             )
         if isinstance(self.trainer.strategy, MultiEngineDeepSpeedStrategy):
             check_stages(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)
+        check_sharding(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)
         self._choose_directory()
 
     def _choose_directory(self) -> None:

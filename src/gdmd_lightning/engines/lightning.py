@@ -62,7 +62,7 @@ class LightningEngine(Engine):
         optimizer = self.optimizers[role].optimizer
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        norm = clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
+        norm = self._clip(role)
         self.norms.setdefault(role, []).append(norm)
         attempt = Attempt(role, self.update, self.prompts, self._loss, norm)
         taken = not self._only_scaled_too_high(attempt) and self.guard.allows(attempt)
@@ -89,6 +89,10 @@ class LightningEngine(Engine):
         if self.scaler is not None or self.guard.settings.policy == "skip":
             found["skipped_steps"] = torch.tensor(float(self.skipped))
         return found
+
+    def _clip(self, role: str) -> Tensor:
+        """Clip the role's gradient; its norm before."""
+        return clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
 
     def _apply(self, optimizer: torch.optim.Optimizer) -> None:
         if self.scaler is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.deepspeed import DeepSpeedEngine, Placement, check_stages, trained_networks
+from gdmd_lightning.engines.fsdp import FSDPEngine, FSDPPlacement, check_sharding
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
 from gdmd_lightning.engines.precision import check_precision
@@ -40,7 +41,7 @@ from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
 from gdmd_lightning.ranks import mean_over_ranks
 from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec, ShardedRoles
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained
+from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, Trained
 from gdmd_lightning.streams import BatchStream, stream
 
 Logs = dict[str, Tensor]
@@ -121,7 +122,7 @@ class RoleModule(pl.LightningModule):
         self.teacher_digest = ""
         self._random_states: Any = None
         self._only: str | None = None
-        self._placement: Placement | None = None
+        self._placement: Placement | FSDPPlacement | None = None
 
     # What a method defines.
 
@@ -158,9 +159,12 @@ class RoleModule(pl.LightningModule):
         if hasattr(self, "roles"):
             return
         self.family.check_resolution(self.height, self.width)
-        strategy = self.multi_engine
-        if strategy is not None and self.lora is None:
-            self._placement = Placement(strategy)
+        if self.lora is None:
+            if self.multi_engine is not None:
+                self._placement = Placement(self.multi_engine)
+            elif self.fully_sharded is not None:
+                self._placement = FSDPPlacement(self.fully_sharded)
+        if self._placement is not None:
             self.family.build_network = self._placement.build_teacher
         network = self.family.load()
         placement = self._placement
@@ -177,6 +181,12 @@ class RoleModule(pl.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         return strategy if isinstance(strategy, MultiEngineDeepSpeedStrategy) else None
 
+    @property
+    def fully_sharded(self) -> FSDP2Strategy | None:
+        """The trainer's strategy, if it is FSDP2."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, FSDP2Strategy) else None
+
     def trained_networks(self) -> dict[str, Trained]:
         """The trained roles, for a strategy that has an engine for each."""
         return trained_networks(self.roles)
@@ -191,6 +201,9 @@ class RoleModule(pl.LightningModule):
         if self._placement is not None:
             self.roles = ShardedRoles(self.family, network, specs, self.micro_batch_size, self._placement.copy_for)
             self.roles.latent_shape = self.latent_shape
+            if isinstance(self._placement, FSDPPlacement):
+                for head in self.roles.heads:
+                    self._placement.place_head(self.roles.get_submodule(head))
         elif self.lora is None:
             self.roles = CopiedRoles(self.family, network, specs, self.micro_batch_size)
         else:
@@ -243,6 +256,7 @@ class RoleModule(pl.LightningModule):
                     role.optimizer.check(role.name, self.trainer.max_steps)
             if self.multi_engine is not None:
                 check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
+            check_sharding(self.trainer.strategy, self.role_specs(), adapters=self.lora is not None)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.samples * self.world_size, data.group_size)
@@ -314,8 +328,7 @@ class RoleModule(pl.LightningModule):
         with listening(watch), watch("rest"):
             conditioning = self.embeddings(texts)
             optimizers = dict(zip(self.roles.trained, _listed(self.optimizers()), strict=True))
-            kind = LightningEngine if self.multi_engine is None else DeepSpeedEngine
-            engine = kind(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
+            engine = self._engine_kind()(self, self.roles, optimizers, self.guard, self.updates + 1, tuple(texts))
             done = self.update(Batch(batch.prompts, batch.groups, conditioning, self.real_x0(batch.prompts)), engine)
             engine.finish()
         self.updates += 1
@@ -333,6 +346,11 @@ class RoleModule(pl.LightningModule):
         seconds = {f"train/seconds/{name.replace(' ', '_')}": torch.tensor(s) for name, s in watch.seconds.items()}
         self.log_dict(seconds | {"train/seconds": sum(seconds.values())}, batch_size=len(batch))
         return {"record": done.record, "logs": logs}
+
+    def _engine_kind(self) -> type[LightningEngine]:
+        if self.multi_engine is not None:
+            return DeepSpeedEngine
+        return LightningEngine if self.fully_sharded is None else FSDPEngine
 
     def reward_logs(self) -> dict[str, Tensor]:
         """What the rewards of the last update say about themselves."""
@@ -362,7 +380,7 @@ class RoleModule(pl.LightningModule):
         self.guard.settle()
         when = f"after update {self.updates}"
         remedy = "earlier checkpoints are unchanged; lower the learning rates and resume from one of them"
-        check_finite(learned(checkpoint), when, remedy)
+        self._check_learned(checkpoint, when, remedy)
         if self.multi_engine is not None:
             self._check_shards(self.multi_engine, when, remedy)
         here: dict[str, Any] = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
@@ -370,12 +388,23 @@ class RoleModule(pl.LightningModule):
         checkpoint["provenance"] = asdict(replace(self.provenance, **here))
         checkpoint["random_states"] = global_states(self.device)
 
+    def _check_learned(self, checkpoint: dict[str, Any], when: str, remedy: str) -> None:
+        """Fail if a weight or moment in the checkpoint is not finite, on all ranks if only rank 0 has it (FSDP2)."""
+        if self.fully_sharded is None:
+            check_finite(learned(checkpoint), when, remedy)
+        else:
+            self._check_together([learned(checkpoint)], when, remedy)
+
     def _check_shards(self, strategy: MultiEngineDeepSpeedStrategy, when: str, remedy: str) -> None:
         """Fail on all ranks if a weight or moment in the shards of one is not finite."""
+        pieces = (piece for own in strategy.pieces().values() for piece in own)
+        self._check_together(({piece.name: dict(piece.tensors)} for piece in pieces), when, remedy)
+
+    def _check_together(self, parts: Iterable[dict[str, Any]], when: str, remedy: str) -> None:
         found: UserError | None = None
         try:
-            for pieces in strategy.pieces().values():
-                check_finite({piece.name: dict(piece.tensors) for piece in pieces}, when, remedy)
+            for part in parts:
+                check_finite(part, when, remedy)
         except UserError as error:
             found = error
         if not self._all_ranks(found is None):

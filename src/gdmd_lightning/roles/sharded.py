@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gdmd_lightning.latents import NoisyLatents
 from gdmd_lightning.roles.copies import CopiedRoles
 from gdmd_lightning.strategies.partitions import forget_gathered, is_sharded, shape_of, shard_of
 from gdmd_lightning.strategies.sharding import fill
@@ -30,6 +32,18 @@ class ShardedRoles(CopiedRoles):
 
     def fill(self, role: str, weights: Mapping[str, Tensor]) -> None:
         fill(self.standalone(role), {name.removeprefix(f"{role}."): value for name, value in weights.items()})
+
+    def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
+        found, network = super().features(role, latents, through=through), self.standalone(role)
+        if isinstance(network, FSDPModule) and found.requires_grad:
+
+            def gather(_: Tensor) -> None:
+                # FSDP2 gathers what is outside of blocks when the backward enters by the network's output. That of
+                # features does not.
+                network.unshard()
+
+            found.register_hook(gather)
+        return found
 
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:

@@ -1,4 +1,4 @@
-"""What a rank holds of a network under DeepSpeed, in one form for all ZeRO stages.
+"""What a rank holds of a network under DeepSpeed, in one form for all ZeRO stages, or under FSDP2.
 
 This is the only module that reads DeepSpeed's own attributes, those of version 0.19.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gdmd_lightning.strategies.shards import WEIGHT, Piece
 
@@ -53,18 +54,20 @@ class Flat:
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is partitioned over the ranks (ZeRO-3)."""
-    return hasattr(parameter, "ds_id")
+    """Whether a parameter is partitioned over the ranks (ZeRO-3 or FSDP2)."""
+    return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """Shape of a parameter, also of one that is partitioned."""
-    shape: torch.Size = parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined]
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # type: ignore[attr-defined]
     return shape
 
 
 def shard_of(parameter: nn.Parameter) -> Tensor:
-    """This rank's own range of a partitioned parameter, with padding at the end, ``[N]``."""
+    """This rank's own part of a partitioned parameter: rows (FSDP2), or a flat range with padding (ZeRO-3)."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
     shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
     return shard
 
@@ -73,7 +76,9 @@ def bytes_held(network: nn.Module) -> int:
     """Bytes of a network's parameters that this rank holds now, gathered ones included."""
     held = 0
     for parameter in network.parameters():
-        held += parameter.numel() * parameter.element_size()
+        # The number of elements of a DTensor is that of the whole.
+        gathered = 0 if isinstance(parameter, DTensor) else parameter.numel()
+        held += gathered * parameter.element_size()
         held += shard_of(parameter).numel() * parameter.element_size() if is_sharded(parameter) else 0
     return held
 
@@ -99,7 +104,8 @@ def load_frozen(network: nn.Module, names: Mapping[int, str], rank: int, read: R
 def forget_gathered(network: nn.Module) -> None:
     """After shards were changed: drop what is gathered of them, so that the next forward gathers again."""
     for parameter in network.parameters():
-        if is_sharded(parameter) and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+        # FSDP2 keeps nothing gathered between forwards.
+        if hasattr(parameter, "ds_id") and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
             parameter.partition()  # type: ignore[attr-defined]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Weights = Mapping[str, Tensor] | Path | str | list[Path]
 """A state dict, or one or more ``.safetensors`` files, or a directory of them."""
@@ -32,8 +33,8 @@ def constructed_in_shards(config: Mapping[str, Any]) -> Iterator[None]:
 def fill(network: nn.Module, weights: Weights, rounded: torch.dtype | None = None) -> None:
     """Load all weights of a network, module by module; only one module's parameters are whole at a time.
 
-    Rank 0 reads the parameters of sharded networks and gives the others their parts. Every rank reads buffers, and
-    the parameters of networks that are not sharded.
+    Under ZeRO-3, rank 0 reads the parameters and gives the others their parts. Under FSDP2, every rank reads each
+    parameter and keeps its part. Every rank reads buffers, and the parameters of networks that are not sharded.
 
     Args:
         network: The network, sharded or not; values are converted to its dtype.
@@ -55,10 +56,29 @@ def fill(network: nn.Module, weights: Weights, rounded: torch.dtype | None = Non
         with _whole(module, modifier=0):
             for name, parameter in module.named_parameters(recurse=False):
                 if not hasattr(parameter, "ds_id") or torch.distributed.get_rank() == 0:
-                    parameter.data.copy_(read(at + name))
+                    write(parameter, read(at + name))
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 buffer.copy_(read(at + name))
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Set a tensor to a whole value; of a tensor in shards (FSDP2), this rank's part. Ranks need not agree on when."""
+    if isinstance(target, DTensor):
+        target.to_local().copy_(part_of(value, target).to_local())
+    else:
+        target.data.copy_(value)
+
+
+def part_of(value: Tensor, like: DTensor) -> DTensor:
+    """A whole tensor in shards as another one of its shape is; every rank has the value, so nothing is exchanged."""
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """A tensor that may be in shards (FSDP2), whole; all ranks must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()
@@ -68,7 +88,7 @@ def gathered(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         at = f"{prefix}." if prefix else ""
         with _whole(module):
             for name, parameter in module.named_parameters(recurse=False):
-                yield at + name, parameter.data
+                yield at + name, whole_of(parameter.detach())
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield at + name, buffer

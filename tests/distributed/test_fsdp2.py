@@ -1,0 +1,116 @@
+"""Our methods under FSDP2Strategy: two gloo processes against one process with all their samples."""
+
+import pytest
+import tiny
+import torch
+from cases import DATA, METHODS, build
+from test_deepspeed import FAMILIES, LOSS, OTHERS, UPDATES, alone, assert_same_run, pipeline, run_cases
+from together import train_together
+
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+
+__all__ = ["alone", "pipeline"]  # fixtures
+
+
+def test_gdmd_under_fsdp2_trains_as_one_process(pipeline, alone):
+    (found,) = run_cases(pipeline, fsdp2={"method": "GDMD", "strategy": "fsdp2"}).values()
+    assert_same_run(found, alone("GDMD"))
+    assert_shards_of(found, alone("GDMD")[1])
+
+
+def assert_shards_of(found, module) -> None:
+    whole = sum(p.numel() * 4 for p in module.roles.get_submodule("teacher").parameters())
+    for own in found:
+        assert own["bytes"].keys() == {"teacher", "generator", "ema", "fake_score", "old", "fake_score@1"}
+        assert all(size <= (1 / len(found) + 0.05) * whole for size in own["bytes"].values()), own["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_and_recomputed_activations_train_as_one_process(method, pipeline, alone):
+    parts, recomputed = {"micro_batch_size": 3}, {"memory": {"gradient_checkpointing": True}}
+    shared = {"method": method, "strategy": "fsdp2"}
+    found = run_cases(
+        pipeline, whole=shared, parts={**shared, "module": parts}, recomputed={**shared, "module": recomputed}
+    )
+    assert_same_run(found["whole"], alone(method))
+    assert_same_run(found["parts"], alone(method, **parts))
+    assert_same_run(found["recomputed"], alone(method))
+
+
+@pytest.mark.slow
+def test_four_ranks_hold_a_quarter_of_every_role(pipeline, alone):
+    (found,) = run_cases(pipeline, ranks=4, four={"method": "GDMD", "strategy": "fsdp2", "updates": 1}).values()
+    assert not [own["error"] for own in found if "error" in own]
+    assert_shards_of(found, alone("GDMD")[1])
+
+
+@pytest.mark.slow
+def test_other_families_train_as_one_process(pipeline):
+    for family, save in FAMILIES.items():
+        path = save(pipeline.parent / f"fsdp2_{family}")
+        own = {"method": "gdmd", "module": {"family": family}, "pipeline": str(path), "strategy": "fsdp2"}
+        (found,) = run_cases(pipeline, **{family: own}).values()
+        expected = train_together(lambda own=own: build(own["pipeline"], "gdmd", **own["module"]), UPDATES, **DATA)
+        assert_same_run(found, expected)
+
+
+@pytest.mark.slow
+def test_other_methods_train_as_one_process(pipeline):
+    own = {"module": {"family": "sd3"}, "strategy": "fsdp2"}
+    found = run_cases(pipeline, **{method.replace(" ", "_"): {**own, "method": method} for method in OTHERS})
+    for method, each in zip(OTHERS, found.values(), strict=True):
+        expected = train_together(lambda method=method: build(pipeline, method, family="sd3"), UPDATES, **DATA)
+        # Ratios of probabilities amplify the last digits.
+        assert_same_run(each, expected, 1e-5 if method in ("flow_grpo", "rtdmd") else LOSS)
+
+
+@pytest.mark.slow
+def test_runs_resume_to_the_bit_on_as_many_ranks(pipeline):
+    path, shared = pipeline.parent / "fsdp2.ckpt", {"method": "GDMD", "strategy": "fsdp2", "updates": 4}
+    found = run_cases(
+        pipeline,
+        whole=shared,
+        first={**shared, "updates": 2, "save": str(path)},
+        resumed={**shared, "resume": str(path)},
+        started={**shared, "updates": 1, "module": {"start_from": str(path)}},
+    )
+    assert not [own[0]["error"] for own in found.values() if "error" in own[0]]
+    for one, other in zip(found["whole"], found["resumed"]):
+        assert one["logs"][2:] == other["logs"]
+        assert not tiny.differing(one["weights"], other["weights"])
+    content = read_checkpoint(str(path))
+    assert content["state_dict"]
+    assert not [name for name in content["state_dict"] if "teacher" in name]
+    for name, value in content["state_dict"].items():
+        assert type(value) is torch.Tensor
+        assert torch.equal(found["first"][0]["weights"][name.removeprefix("roles.")], value)
+    # The data module counts prompts per rank.
+    one = run_cases(pipeline, ranks=1, refused={**shared, "resume": str(path)})
+    assert "world_size 2 (now 1)" in one["refused"][0]["error"]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_on_one_rank_stops_or_is_skipped_on_all(pipeline):
+    shared = {"method": "NaNOnOneRank", "strategy": "fsdp2"}
+    skip = {"non_finite": {"policy": "skip", "limit": 1}}
+    found = run_cases(pipeline, stopped=shared, skipped={**shared, "module": skip})
+    for own in found["stopped"]:
+        assert "UserError: role 'generator': loss" in own["error"]
+    for own in found["skipped"]:
+        assert [logs["skipped_steps"] for logs in own["logs"]] == [0, 1, 0]
+        assert all(torch.isfinite(value).all() for value in own["weights"].values())
+    assert not tiny.differing(found["skipped"][0]["weights"], found["skipped"][1]["weights"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.lora.rank=2"], "FSDP2 cannot shard adapters"),
+        (["--model.generator.algorithm=adamw_8bit"], "the moments of adamw_8bit cannot be split"),
+        (["--trainer.precision=16-mixed"], "16-mixed"),
+        (["--trainer.strategy.class_path=ModelParallelStrategy"], "use FSDP2Strategy"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line_before_training(complaint, fast_fit, arguments, message):
+    assert message in complaint("fit", *fast_fit, "--config", "fsdp2.yaml", "--trainer.devices=1", *arguments)
