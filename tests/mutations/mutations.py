@@ -2252,7 +2252,11 @@ MUTATIONS = [
             'offload_optimizer=_is_cpu(zero, "offload_optimizer"),',
             "offload_optimizer=False,",
         ),
-        ("strategies: tensors split by columns", 'if settings.get("tensor_parallel_size") != 1:', "if False:"),
+        (
+            "strategies: what FSDP2 refuses is planned",
+            "    check_sharding(FSDP2Strategy(), module.role_specs(), adapters=module.lora is not None)\n",
+            "",
+        ),
     ),
     *errors(
         "strategies/partitions.py",
@@ -2360,9 +2364,13 @@ MUTATIONS = [
     *errors(
         "data/prompt_data.py",
         ("data/test_prompt_data.py",),
-        ("samples of all ranks on each", "self.samples, rest = divmod(whole, ranks)", "self.samples, rest = whole, 0"),
-        ("groups split", "rest or self.samples % self.group_size", "rest"),
-        ("global batch ignored", "        whole = self.global_batch_size\n", "        whole = None\n"),
+        (
+            "samples of all ranks on each",
+            "samples, rest = divmod(global_batch_size, ranks)",
+            "samples, rest = global_batch_size, 0",
+        ),
+        ("groups split", "rest or samples % group_size", "rest"),
+        ("global batch ignored", "self.global_batch_size, ranks, accumulate)", "None, ranks, accumulate)"),
     ),
     *errors(
         "strategies/fully_sharded.py",

@@ -95,9 +95,8 @@ def deepspeed(**settings):
     return SimpleNamespace(class_path=path, init_args=settings)
 
 
-def fsdp2(**settings):
-    path = "lightning.pytorch.strategies.ModelParallelStrategy"
-    return SimpleNamespace(class_path=path, init_args={"tensor_parallel_size": 1, **settings})
+def fsdp2():
+    return SimpleNamespace(class_path="gdmd_lightning.strategies.FSDP2Strategy", init_args={})
 
 
 def test_ddp_and_one_gpu_are_told_apart(tiny_pipeline):
@@ -138,8 +137,7 @@ def test_adapters_leave_the_teacher_whole(tiny_pipeline):
         (lambda: trainer("fsdp", 2), "'fsdp' is not planned yet"),
         (lambda: trainer(deepspeed(stage=4), 2), "ZeRO stage 4"),
         (lambda: trainer(deepspeed(stages={"teacher": 1}), 2), "no role 'teacher' is trained"),
-        (lambda: trainer(fsdp2(data_parallel_size=2), 4), "data_parallel_size is 2, the number of GPUs is 4"),
-        (lambda: trainer(fsdp2(tensor_parallel_size="auto"), 4), "tensor_parallel_size is 'auto'"),
+        (lambda: trainer(fsdp2()), r"trainer\.devices: it is 'auto', and the share of a GPU depends on"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(tiny_pipeline, settings, said):
@@ -151,8 +149,8 @@ def test_adapters_in_shards_are_refused(tiny_pipeline):
     module = tiny.module(tiny_pipeline, DMD, lora=LoRA(2, 4))
     with pytest.raises(UserError, match="ZeRO 3 cannot shard the adapter"):
         read_strategy(trainer(deepspeed(stage=3), 2), module)
-    with pytest.raises(UserError, match="adapters under FSDP2 are not planned"):
-        read_strategy(trainer(fsdp2(data_parallel_size=2), 2), module)
+    with pytest.raises(UserError, match="FSDP2 cannot shard adapters"):
+        read_strategy(trainer(fsdp2(), 2), module)
     eight = tiny.module(tiny_pipeline, DMD, generator=Optimization(algorithm="adamw_8bit"))
     with pytest.raises(UserError, match="moments of adamw_8bit cannot be split"):
         read_strategy(trainer(deepspeed(stage=1), 2), eight)
@@ -166,7 +164,7 @@ def planned(pipeline, strategy, ranks: int, **options):
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_plan_of_fsdp2_holds_shares_and_gathers(tiny_pipeline, ranks):
     alone = plan(tiny.module(tiny_pipeline, DMD), 4)
-    split = planned(tiny_pipeline, fsdp2(data_parallel_size=ranks), ranks)
+    split = planned(tiny_pipeline, fsdp2(), ranks)
     before = {c.name: c.size for c in alone.components}
     after = {c.name.removesuffix(f" (1/{ranks})"): c.size for c in split.components}
     assert before.keys() == after.keys()

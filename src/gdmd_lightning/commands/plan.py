@@ -32,7 +32,11 @@ def main(arguments: list[str]) -> int:
 
     settings = parse(rest, "plan")
     found, strategy = plan_of_settings(settings)
-    print("\n".join([batch_line(settings), *([strategy.words] if strategy.words else []), "", table(found)]))
+    print(
+        "\n".join(
+            [batch_line(settings, strategy.ranks), *([strategy.words] if strategy.words else []), "", table(found)]
+        )
+    )
     left = options.gpu_memory - found.total / GIB
     if left >= 0:
         print(f"\nfits in {options.gpu_memory:g} GiB: yes, with {left:.2f} GiB to spare")

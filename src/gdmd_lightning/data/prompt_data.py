@@ -71,6 +71,33 @@ class InTransitLoader:
         return map(InTransit, self.loader)
 
 
+def samples_of_rank(
+    batch_size: int, group_size: int, global_batch_size: int | None, ranks: int, accumulate: int = 1
+) -> int:
+    """Samples of an update on one rank; arguments as of :class:`PromptDataModule` and :meth:`PromptDataModule.divide`.
+
+    Raises:
+        UserError: If ``global_batch_size`` cannot be divided into whole groups, or ``accumulate`` is not 1 with it.
+    """
+    if global_batch_size is None:
+        return batch_size * accumulate
+    if accumulate != 1:
+        raise UserError(
+            f"it is {accumulate}, but data.global_batch_size says how many samples an update has",
+            where="model.accumulate",
+            remedy="set it to 1: each rank has at most data.batch_size samples in memory anyway",
+        )
+    samples, rest = divmod(global_batch_size, ranks)
+    if rest or samples % group_size:
+        unit = ranks * group_size
+        raise UserError(
+            f"{global_batch_size} samples cannot be divided over {ranks} ranks in groups of {group_size}",
+            where="data.global_batch_size",
+            remedy=f"use a multiple of {unit}, such as {-(-global_batch_size // unit) * unit}",
+        )
+    return samples
+
+
 @ranged
 class PromptDataModule(LightningDataModule):
     """Training prompts from a file, a data set or the Shapes world, repeated endlessly in a fixed order.
@@ -143,24 +170,7 @@ class PromptDataModule(LightningDataModule):
         Raises:
             UserError: If ``global_batch_size`` cannot be divided into whole groups, or ``accumulate`` is not 1 with it.
         """
-        whole = self.global_batch_size
-        if whole is None:
-            self.samples = self.batch_size * accumulate
-            return
-        if accumulate != 1:
-            raise UserError(
-                f"it is {accumulate}, but data.global_batch_size says how many samples an update has",
-                where="model.accumulate",
-                remedy="set it to 1: each rank has at most data.batch_size samples in memory anyway",
-            )
-        self.samples, rest = divmod(whole, ranks)
-        if rest or self.samples % self.group_size:
-            unit = ranks * self.group_size
-            raise UserError(
-                f"{whole} samples cannot be divided over {ranks} ranks in groups of {self.group_size}",
-                where="data.global_batch_size",
-                remedy=f"use a multiple of {unit}, such as {-(-whole // unit) * unit}",
-            )
+        self.samples = samples_of_rank(self.batch_size, self.group_size, self.global_batch_size, ranks, accumulate)
 
     def train_dataloader(self) -> PromptLoader | InTransitLoader:
         """Batches from the current position: ``PromptBatch``, or ``InTransit`` if there is a trainer."""

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from gdmd_lightning.configuration.restore import module_parser
 from gdmd_lightning.configuration.training import parse
+from gdmd_lightning.data.prompt_data import samples_of_rank
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.planning.footprint import Component, Plan, plan
@@ -64,10 +65,13 @@ def plan_of_settings(settings: Any) -> tuple[Plan, Strategy]:
     """
     module: DistillationModule = module_parser().instantiate_classes(Namespace(model=settings.model)).model
     strategy = read_strategy(settings.trainer, module)
-    module.check_batch(settings.data.batch_size, settings.data.group_size)
+    data, samples = settings.data, _samples(settings, strategy.ranks)
+    module.check_batch(samples * strategy.ranks, data.group_size)
+    if samples > data.batch_size:
+        module.limit_micro_batches(data.batch_size)
     found = plan(
         module,
-        settings.data.batch_size,
+        samples // module.accumulate,
         settings.trainer.precision,
         accelerator="cpu" if settings.trainer.accelerator == "cpu" else "cuda",
         strategy=strategy,
@@ -76,17 +80,24 @@ def plan_of_settings(settings: Any) -> tuple[Plan, Strategy]:
     return replace(found, components=(*found.components, spare)), strategy
 
 
-def batch_line(settings: Any) -> str:
+def batch_line(settings: Any, ranks: int = 1) -> str:
     """The batch of an update in words: samples, groups, and micro-batches if there are any.
 
     Args:
         settings: The parsed configuration.
+        ranks: Number of GPUs.
     """
-    model, batch, group = settings.model.init_args, settings.data.batch_size, settings.data.group_size
-    size = batch * model.accumulate
-    micro = model.micro_batch_size if model.accumulate == 1 else min(batch, model.micro_batch_size or batch)
+    batch, size, micro = settings.data.batch_size, _samples(settings, ranks), settings.model.init_args.micro_batch_size
+    if size > batch:
+        micro = min(batch, micro or batch)
     at_once = "all at once" if micro is None or micro >= size else f"in micro-batches of {micro}"
-    return f"{size} samples per update on each GPU, {group} per prompt, {at_once}"
+    return f"{size} samples per update on each GPU, {settings.data.group_size} per prompt, {at_once}"
+
+
+def _samples(settings: Any, ranks: int) -> int:
+    data = settings.data
+    accumulate = settings.model.init_args.accumulate
+    return samples_of_rank(data.batch_size, data.group_size, data.global_batch_size, ranks, accumulate)
 
 
 def savings(arguments: Sequence[str], settings: Any, now: int, limit: int) -> Iterator[Saving]:

@@ -9,11 +9,12 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gdmd_lightning.engines.deepspeed import check_stages
+from gdmd_lightning.engines.fsdp import check_sharding
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.planning.sharding import Split
 from gdmd_lightning.roles import TEACHER
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
+from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy
 
 BUCKET, PREFETCH, STAYS_WHOLE = 500_000_000, 50_000_000, 100_000
 """DeepSpeed's own settings, where a configuration has none."""
@@ -59,21 +60,21 @@ def read_strategy(trainer: Any, module: DistillationModule) -> Strategy:
     name, settings = (given, {}) if isinstance(given, str) else (str(given.class_path), dict(given.init_args or {}))
     short, nodes = name.rpartition(".")[2], int(trainer.num_nodes)
     count = _count(trainer.devices)
-    if short in ("MultiEngineDeepSpeedStrategy", "ModelParallelStrategy"):
+    if short in ("MultiEngineDeepSpeedStrategy", "FSDP2Strategy"):
         if count is None:
             raise UserError(
                 f"it is {trainer.devices!r}, and the share of a GPU depends on their number",
                 where="trainer.devices",
                 remedy="give the number per node, such as --trainer.devices 8",
             )
-        if short == "ModelParallelStrategy":
-            return _fsdp2(settings, count, nodes, module)
+        if short == "FSDP2Strategy":
+            return _fsdp2(count, nodes, module)
         return _deepspeed(settings, count, nodes, module)
     if name != "auto" and not short.lower().startswith(("ddp", "single")):
         raise UserError(
             f"{name!r} is not planned yet",
             where="trainer.strategy",
-            remedy="use ddp, MultiEngineDeepSpeedStrategy or ModelParallelStrategy",
+            remedy="use ddp, MultiEngineDeepSpeedStrategy or FSDP2Strategy",
         )
     ranks = (count or 1) * nodes
     ddp = short.lower().startswith("ddp") or ranks > 1
@@ -133,26 +134,9 @@ def _is_cpu(zero: dict[str, Any], what: str) -> bool:
     return (zero.get(what) or {}).get("device", "none") == "cpu"
 
 
-def _fsdp2(settings: dict[str, Any], count: int, nodes: int, module: DistillationModule) -> Strategy:
-    where = "trainer.strategy"
+def _fsdp2(count: int, nodes: int, module: DistillationModule) -> Strategy:
     ranks = count * nodes
-    if settings.get("tensor_parallel_size") != 1:
-        raise UserError(
-            f"tensor_parallel_size is {settings.get('tensor_parallel_size')!r}: tensors are not split by their columns",
-            where=where,
-            remedy=f"use tensor_parallel_size 1 and data_parallel_size {ranks}",
-        )
-    size = settings.get("data_parallel_size")
-    if size != ranks:
-        raise UserError(
-            f"data_parallel_size is {size!r}, the number of GPUs is {ranks}",
-            where=where,
-            remedy=f"use data_parallel_size {ranks}",
-        )
-    if module.lora is not None:
-        raise UserError(
-            "adapters under FSDP2 are not planned", where=where, remedy="use ddp for adapters, or leave out model.lora"
-        )
+    check_sharding(FSDP2Strategy(), module.role_specs(), adapters=module.lora is not None)
     names = (TEACHER, *(spec.name for spec in module.role_specs()))
     splits = {name: Split("fsdp2", ranks) for name in names}
     return Strategy(ranks, count, splits, words=f"FSDP2 on {ranks} GPUs: largest share of a GPU")
