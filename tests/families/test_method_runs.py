@@ -20,7 +20,7 @@ from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.rtdmd import RTDMD
-from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.methods.settings import Matching, Memory
 from gdmd_lightning.roles import LoRA
 from gdmd_lightning.schedules import UniformTimestep
 
@@ -104,3 +104,16 @@ def test_three_updates_equal_two_and_a_resumed_third(method, family, lora, pipel
     for spec in resumed.roles.specs:
         names = [name for name in state if f".{spec.name}." in name]
         assert any(not torch.equal(before[name], state[name]) for name in names), spec.name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["copies", "adapters"])
+def test_dmd2_with_recomputed_activations_trains_as_without(pipelines, lora):
+    # The generator's loss passes through the fake score, whose weights must be as frozen when it is computed again.
+    weights = []
+    for memory in (Memory(), Memory(gradient_checkpointing=True)):
+        module = build("dmd2", "sd3", pipelines("sd3"), lora)
+        module.memory = memory
+        tiny.train(module, 2)
+        weights.append(module.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-5, rtol=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -139,7 +139,7 @@ class Roles(nn.Module, ABC):
 
     @contextmanager
     def _frozen(self, role: str) -> Iterator[None]:
-        """Inside, the role's weights do not require gradient; only the forward pass reads that flag."""
+        """Inside, the role's weights do not require gradient."""
         weights = [] if role == TEACHER else [p for p in self.parameters_of(role) if p.requires_grad]
         for weight in weights:
             weight.requires_grad_(False)
@@ -153,6 +153,9 @@ class Roles(nn.Module, ABC):
     def learning(self, role: str) -> Iterator[None]:
         """Inside, only this role's weights carry gradient; its own network, if it has one, is in training mode.
 
+        The others are frozen until the backward passes are over: with gradient checkpointing, these compute forwards
+        again, and must find what the first ones found.
+
         Raises:
             KeyError: If the role is not trained.
         """
@@ -161,7 +164,11 @@ class Roles(nn.Module, ABC):
         self.learner = role
         self._set_training(role, True)
         try:
-            yield
+            with ExitStack() as others:
+                for other in self.trained:
+                    if other != role:
+                        others.enter_context(self._frozen(other))
+                yield
         finally:
             self.learner = None
             self._set_training(role, False)
