@@ -2384,7 +2384,7 @@ MUTATIONS = [
         ("fsdp2: adapters accepted", "    if adapters:", "    if False:"),
         ("fsdp2: moments that cannot be split accepted", '.algorithm != "adamw":', '.algorithm == "":'),
         ("fsdp2: Lightning's own strategy accepted", "ModelParallelStrategy | FSDPStrategy):", "str):"),
-        ("fsdp2: norms of one rank", "return whole_of(super()._clip(role))", "return super()._clip(role).to_local()"),
+        ("fsdp2: norms stay in shards", "return whole_of(super()._clip(role))", "return super()._clip(role)"),
     ),
     *errors(
         "roles/base.py",
