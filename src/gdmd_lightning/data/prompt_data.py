@@ -142,9 +142,9 @@ class PromptDataModule(LightningDataModule):
         global_batch_size: Count | None = None,
     ) -> None:
         super().__init__()
-        name, samples = ("batch_size", batch_size)
+        name, samples = "batch_size", batch_size
         if global_batch_size is not None:
-            name, samples = ("global_batch_size", global_batch_size)
+            name, samples = "global_batch_size", global_batch_size
         if samples % group_size:
             raise UserError(
                 f"group_size {group_size} does not divide {name} {samples}",
