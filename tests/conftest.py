@@ -27,6 +27,22 @@ PICTURES = ["--trainer.callbacks.columns=3", "--trainer.callbacks.teacher_steps=
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
+LAUNCH = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher of ranks leaves in the environment."""
+
+
+@pytest.fixture(autouse=True)
+def launch_variables() -> Iterator[None]:
+    """A Trainer in this process may leave these behind; a later ``fit`` would wait for ranks that nobody starts."""
+    before = {name: os.environ.get(name) for name in LAUNCH}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def cli_command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "gdmd_lightning", *map(str, arguments)]
 
