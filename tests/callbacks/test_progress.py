@@ -10,7 +10,7 @@ import tiny
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from gdmd_lightning.callbacks.progress import Progress, clock
-from gdmd_lightning.configuration.noise import is_noise
+from gdmd_lightning.configuration.noise import is_noise, quiet
 from gdmd_lightning.configuration.training import use_progress
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
@@ -98,8 +98,14 @@ def test_clock(seconds, shown):
         ("GPU available: False, used: False", True),
         ("💡 Tip: For seamless cloud logging", True),
         ("Seed set to 3", True),
+        ("[rank: 1] Seed set to 3", True),
+        ("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.", True),
         ("SIGINT: stopping after this update, with a checkpoint", False),
     ],
 )
 def test_only_listed_messages_are_noise(message, silent):
-    assert is_noise(logging.LogRecord("lightning", logging.INFO, "", 0, message, (), None)) == silent
+    record = logging.LogRecord("lightning", logging.INFO, "", 0, message, (), None)
+    assert is_noise(record) == silent
+    quiet()
+    for source in ("lightning.fabric.utilities.seed", "DeepSpeed"):
+        assert bool(logging.getLogger(source).filter(record)) != silent

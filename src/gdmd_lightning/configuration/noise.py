@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -24,22 +25,24 @@ STATUS = {
     "Tip:": "advertises other products",
     "GPU available: ": "the first lines of a run say which device it uses",
     "TPU available: ": "the first lines of a run say which device it uses",
+    "Setting accelerator to CPU": "DeepSpeed, of a run that may not use it; the first lines of a run say the device",
     "Seed set to ": "the seed is in config.yaml",
     "`Trainer.fit` stopped: `max_steps=": "the last lines of a run say how many updates it made",
     "Restoring states from the checkpoint path": "the first lines of a run say from which update it continues",
     "Restored all states from the checkpoint": "the first lines of a run say from which update it continues",
 }
-"""Log messages of Lightning by how they begin, except "Tip:", which follows a symbol."""
+"""Log messages of Lightning and DeepSpeed by how they begin, except "Tip:", which follows a symbol."""
 SOURCES = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
     "lightning.fabric.utilities.seed",
+    "DeepSpeed",
 )
 
 
 def is_noise(record: logging.LogRecord) -> bool:
     """Whether a log record is in :data:`STATUS`."""
-    message = record.getMessage()
+    message = re.sub(r"^\[rank: \d+\] ", "", record.getMessage())
     return "Tip:" in message or message.startswith(tuple(STATUS))
 
 
