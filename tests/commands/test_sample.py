@@ -77,7 +77,7 @@ def listed(directory: Path) -> list[dict]:
 # A picture depends on seed, row and number.
 
 
-@pytest.mark.parametrize("kind", ["ode", "renoise"])
+@pytest.mark.parametrize("kind", [pytest.param("ode", marks=pytest.mark.slow), "renoise"])
 def test_sample_picture_does_not_depend_on_batch_or_count(checkpoint, stochastic, prompts, tmp_path, kind):
     path = stochastic if kind == "renoise" else checkpoint
     run(path, prompts, tmp_path / "one", "--batch_size", 1, "--per_prompt", 2)

@@ -189,6 +189,7 @@ def test_interrupted_write_keeps_earlier_shards_and_leaves_no_file(tmp_path, mon
     assert same(PromptEmbeddings(family, store=again)(TEXTS), Words().encode(TEXTS))
 
 
+@pytest.mark.slow
 def test_killed_write_leaves_a_usable_cache(tmp_path):
     killed = run_here(
         "store = filled(sys.argv[1], TEXTS[:4], Words())\n"
@@ -288,6 +289,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_full_disk_is_a_one_line_error_and_keeps_earlier_shards(tmp_path):
     """A limit on file sizes makes the kernel refuse a write halfway, as on a full disk."""
     process = run_here(FULL, tmp_path)

@@ -239,6 +239,7 @@ def test_typo_in_a_name_does_not_reach_the_network(source: str, monkeypatch: pyt
 
 # The csv parser is slow under tracemalloc, so its file has fewer lines.
 @pytest.mark.parametrize(("write", "thousands"), [(write_txt, 400), (write_jsonl, 300), (write_csv, 100)])
+@pytest.mark.slow
 def test_large_file_is_read_in_little_memory(
     tmp_path: Path, write: Callable[[Path, list[str]], None], thousands: int
 ) -> None:

@@ -124,7 +124,8 @@ def test_family_refuses_a_pipeline_of_another_family(saved, tiny_pipeline):
         tiny.family(saved)
 
 
-@pytest.mark.parametrize("method", ["DMD", pytest.param("GDMD", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["DMD", "GDMD"])
 def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fast_fit, tmp_path, noise):
     from diffusers import StableDiffusionXLPipeline
 

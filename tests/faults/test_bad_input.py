@@ -171,7 +171,7 @@ def test_fit_reports_a_corrupt_pipeline_with_its_path(complaint, fast_fit, pipel
         ("p.parquet", "not parquet", "p.parquet: not a readable parquet file"),
     ],
 )
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_fit_reports_bad_prompts_with_file_and_line(complaint, fast_fit, tmp_path, name, content, expected, workers):
     source = written(tmp_path / name, content)
     assert expected in complaint("fit", *fast_fit, "--data.source", source, "--data.num_workers", workers)
@@ -222,7 +222,9 @@ def test_fit_and_export_report_a_missing_checkpoint(complaint, fast_fit, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 and garbage"])
+@pytest.mark.parametrize(
+    "content", [*(pytest.param(c, marks=pytest.mark.slow) for c in (b"", b"garbage")), b"PK\x03\x04 and garbage"]
+)
 def test_fit_and_export_report_a_file_that_is_not_a_checkpoint(complaint, fast_fit, tmp_path, content):
     path = written(tmp_path / "bad.ckpt", content)
     for arguments in (["fit", *fast_fit, "--ckpt_path", path], ["export", path, "out"]):
@@ -266,7 +268,7 @@ def test_fit_reports_a_file_of_plain_weights(complaint, fast_fit, tmp_path):
     assert "is not a Lightning checkpoint" in complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "weights.ckpt")
 
 
-@pytest.mark.parametrize("size", [{"layers": 2}, {"heads": 2}])
+@pytest.mark.parametrize("size", [pytest.param({"layers": 2}, marks=pytest.mark.slow), {"heads": 2}])
 def test_fit_reports_a_checkpoint_of_another_network(complaint, fast_fit, checkpoint, tmp_path, size):
     import tiny
 
@@ -306,6 +308,7 @@ def test_every_command_reports_an_unknown_option(complaint):
 # As a separate process.
 
 
+@pytest.mark.slow
 def test_fit_as_a_process_prints_one_line(run_cli, fast_fit):
     plain = run_cli("fit", *fast_fit, "--model.reward", "bad_rewards.NotANumber")
     assert plain.returncode == 2

@@ -57,7 +57,7 @@ def test_fresh_fake_score_samples_cost_a_rollout_each(tiny_pipeline):
     assert found == {"generator": ROLLOUT + C * ROLLOUT, "teacher": 2 * B, "fake_score": B + C * B}
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("policy", "generator", "old"),
     [

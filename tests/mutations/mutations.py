@@ -13,7 +13,7 @@ ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.
 
 PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
 ENGINES, SHARDED = ("strategies/test_multi_engine.py",), ("distributed/test_deepspeed.py",)
-FSDP2 = ("distributed/test_fsdp2.py",)
+FSDP2 = (*SHARDED, "distributed/test_fsdp2.py")
 ACCUMULATE, JUDGE = ("methods/test_accumulate.py",), ("rewards/test_judge.py", "rewards/test_rewards.py")
 
 

@@ -27,7 +27,7 @@ SPECS = (
 FEW = SPECS[:3]
 
 
-@pytest.fixture(scope="module", params=["sd3", "sdxl", "flux2"])
+@pytest.fixture(scope="module", params=["sd3", pytest.param("sdxl", marks=pytest.mark.slow), "flux2"])
 def family(request, tmp_path_factory) -> ModelFamily:
     path = tmp_path_factory.mktemp(request.param) / "pipeline"
     match request.param:
@@ -214,6 +214,7 @@ def test_adapters_share_one_base_in_memory(family):
     assert storage_bytes([*roles.parameters(), *roles.buffers()]) <= 1.1 * (base + adapters)
 
 
+@pytest.mark.slow
 def test_adapters_share_one_base_in_memory_at_half_a_billion_parameters():
     from diffusers import SD3Transformer2DModel
 
