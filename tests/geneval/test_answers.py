@@ -104,6 +104,23 @@ def test_score_does_not_depend_on_the_batch_or_the_order(place, answers, mean):
     torch.testing.assert_close(shuffled, whole[order], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+def test_a_picture_is_encoded_once_for_all_of_its_questions(place, answers, batch_size):
+    """Its questions may be in several batches."""
+    mine, grids = QwenVLAnswers(place, "float32", batch_size=batch_size), []
+    tower = mine._model().model.visual
+    encode = tower.patch_embed.register_forward_hook(lambda module, args, out: grids.append(len(out)))
+    questions = [questions_of(each) for each in PROMPTS]
+    found = mine.log_probabilities(pictures(), questions)
+    encode.remove()
+    patches_of_a_picture = 8 * 6
+    assert sum(grids) == len(PROMPTS) * patches_of_a_picture
+    assert len(grids) <= -(-6 // batch_size)
+    for one, other in zip(found, answers.log_probabilities(pictures(), questions), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert "forward" not in vars(tower)
+
+
 def test_gradient_is_that_of_finite_differences(answers):
     reward, images = GenEval2Reward(answers), pictures(16, 16, 1).requires_grad_()
     checked_score(reward, images, PROMPTS[:1]).sum().backward()

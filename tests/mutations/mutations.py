@@ -1651,8 +1651,10 @@ MUTATIONS = [
         "geneval/answers.py",
         ("geneval/test_answers.py",),
         ("answer in more words", "} Answer in one word.", "}"),
-        ("padding on the right", 'high, "left"', 'high, "right"'),
-        ("answers of another picture", "pixels[[row for row, _ in part]]", "pixels[[0 for row, _ in part]]"),
+        ("padding on the right", 'grids, "left"', 'grids, "right"'),
+        ("answers of another picture", "pixels[new]", "pixels[[0 for _ in new]]"),
+        ("features of another picture", "[pictures[row] for row, _ in part]", "[pictures[part[0][0]] for _ in part]"),
+        ("a picture encoded for every batch", "for row in known.keys() & set(rows)", "for row in set()"),
     ),
     *errors(
         "families/qwen_vl.py",
@@ -1661,6 +1663,8 @@ MUTATIONS = [
         ("mean and deviation of CLIP", ", tuple(processor.image_mean), tuple(processor.image_std))", ")"),
         ("no place for the picture", "places.to(torch.int)", "places.to(torch.int) * 0"),
         ("tokens of pictures in prompts accepted", "if bool((places.sum(1) != count).any()):", "if False:"),
+        ("intermediate layers of pictures lost", "out.deepstack_features = layers", "out.deepstack_features = []"),
+        ("features left in the tower", "del tower.forward", "pass"),
     ),
     *errors(
         "rewards/hpsv3.py",
