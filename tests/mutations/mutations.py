@@ -612,7 +612,11 @@ MUTATIONS = [
     *errors(
         "metrics/scores.py",
         ("metrics/test_scores.py",),
-        ("rank without values", "self.values.append(torch.zeros(0, device=self.device))", "pass"),
+        (
+            "rank without values",
+            "getattr(self, state).append(torch.zeros(0, dtype=dtype, device=self.device))",
+            "pass",
+        ),
         ("prompts of a reward's score unchecked", "self.reward.check(prompts)", "pass"),
     ),
     *errors(
@@ -1689,8 +1693,13 @@ MUTATIONS = [
     *errors(
         "metrics/geneval2.py",
         ("geneval/test_answers.py",),
-        ("atoms of all skills", "atoms[skills == number]", "atoms"),
-        ("logarithms of atoms", "torch.cat(found).exp()", "torch.cat(found)"),
+        ("logarithms of atoms", "[each.exp() for each in found]", "found"),
+        ("one skill for all questions", "skill/{question.skill}", "skill/object"),
+        (
+            "GenEval 2 scores unchecked",
+            "return checked_score(self.reward, images, prompts, score),",
+            "return score(images, prompts),",
+        ),
     ),
     *errors(
         "data/hub.py",
@@ -1701,6 +1710,13 @@ MUTATIONS = [
         "metrics/evaluation.py",
         ("callbacks/test_generation_evaluation.py",),
         ("networks of scores stay on the device", 'score.place(torch.device("cpu"))', "pass"),
+    ),
+    *errors(
+        "callbacks/variety.py",
+        ("callbacks/test_generation_variety.py",),
+        ("column of prompts ignored", "column=column, ", ""),
+        ("split of prompts ignored", "split=split, ", ""),
+        ("tag of prompts ignored", ", tag=tag)", ")"),
     ),
     *errors(
         "callbacks/evaluation.py",
@@ -1729,11 +1745,17 @@ MUTATIONS = [
         ("pictures scored again", "set(names) - known.get(key, {}).keys()", "True"),
         ("values of other pictures", "mine = [absent[row] for row in rows]", "mine = rows"),
         ("record of other scores continued", "if there != settings:", "if False:"),
+        ("values without their parts kept", "len(known[score.name].parts) == len(score.part_names(prompt))", "True"),
+        ("parts of all names", "if other == name]", "]"),
+        ("pictures of a prompt counted as prompts", "np.mean([np.sum(each)", "np.sum([np.sum(each)"),
     ),
     *errors(
         "metrics/scores.py",
         ("metrics/test_scores.py",),
         ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
+        ("means over the parts of all names", "exact_mean(parts[numbers == i])", "exact_mean(parts)"),
+        ("parts of other pictures drawn", "share, paired=True", "share, paired=False"),
+        ("pictures without parts counted", "sums[sizes > 0].numpy(), sizes[sizes > 0]", "sums.numpy(), sizes"),
     ),
     *errors(
         "rewards/network.py",
