@@ -74,6 +74,11 @@ def test_probabilities_are_those_of_the_original_procedure(place, answers):
         torch.testing.assert_close(mine.exp(), torch.tensor(theirs), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("no_network")
+def test_loading_from_a_path_opens_no_socket(place):
+    QwenVLAnswers(place, "float32").log_probabilities(pictures(count=1), [questions_of(PROMPTS[0])])
+
+
 def test_large_and_small_pictures_are_resized_as_by_the_processor(place):
     """The processor rounds resized pictures to 8 bits; here nothing is rounded."""
     from transformers import AutoProcessor
@@ -162,6 +167,19 @@ def test_score_reports_atom_counts_and_skills():
     score.begin(PROMPTS[1:2])
     score.update(images[1:2], PROMPTS[1:2])
     assert set(score.compute()) == {"overall", "1", "skill/object"}
+
+
+def test_score_checks_what_the_model_answers():
+    class Broken(Answers):
+        def log_probabilities(self, images, questions):
+            return [torch.full((len(mine),), torch.nan) for mine in questions]
+
+    score = GenEval2Score(Broken())
+    score.begin(PROMPTS)
+    with pytest.raises(
+        UserError, match=r"^reward 'geneval2': returned nan for 3 of 3 pictures, the first with prompt "
+    ):
+        score.update(pictures(), PROMPTS)
 
 
 def test_score_and_reward_refuse_other_prompts_before_any_picture():

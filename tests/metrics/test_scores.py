@@ -250,6 +250,11 @@ def test_scores_refuse_prompts_that_they_cannot_judge_before_any_picture():
     RewardScore(Brightness()).check(bare)
 
 
+def test_score_refuses_an_empty_test_set():
+    with pytest.raises(UserError, match=r"^score 'brightness': there are no prompts$"):
+        RewardScore(Brightness()).begin([])
+
+
 def test_geneval_score_is_strict():
     class Half(Detector):
         def detect(self, images, prompts):

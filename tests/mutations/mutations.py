@@ -1753,6 +1753,7 @@ MUTATIONS = [
         "metrics/scores.py",
         ("metrics/test_scores.py",),
         ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
+        ("empty test sets accepted", "if not prompts:", "if False:"),
         ("means over the parts of all names", "exact_mean(parts[numbers == i])", "exact_mean(parts)"),
         ("parts of other pictures drawn", "share, paired=True", "share, paired=False"),
         ("pictures without parts counted", "sums[sizes > 0].numpy(), sizes[sizes > 0]", "sums.numpy(), sizes"),
@@ -1764,6 +1765,28 @@ MUTATIONS = [
         ("dropout in a reward", ".requires_grad_(False).eval()", ".requires_grad_(False).train()"),
         ("precision of a reward ignored", "return network.to(self.dtype)", "return network"),
         ("pictures not checked", "check_pictures(images, texts, self.where)", "pass"),
+    ),
+    *errors(
+        "rewards/geneval.py",
+        ("rewards/test_published_rewards.py",),
+        (
+            "pictures for GenEval not checked",
+            """check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")""",
+            "pass",
+        ),
+    ),
+    *errors(
+        "rewards/shapes.py",
+        ("rewards/test_published_rewards.py",),
+        (
+            "pictures of Shapes not checked",
+            """check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")""",
+            "pass",
+        ),
+    ),
+    *errors(
+        "rewards/network.py",
+        ("rewards/test_published_rewards.py",),
         ("pictures out of range scored", "if bool(outside.any()):", "if False:"),
         (
             "texts of the first part for all",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.metrics.settings import described
@@ -105,8 +106,10 @@ class TaskScore(Metric):
         """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers.
 
         Raises:
-            UserError: If a prompt lacks what the score needs.
+            UserError: If there is no prompt, or one lacks what the score needs.
         """
+        if not prompts:
+            raise UserError("there are no prompts", where=f"score {self.name!r}")
         self.check(prompts)
         self.reset()
         # A rank without prompts has values too, if none: ranks would otherwise not gather the same number of tensors.
