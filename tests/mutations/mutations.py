@@ -1741,8 +1741,12 @@ MUTATIONS = [
     *errors(
         "studies/folders.py",
         ("studies/test_folders.py",),
-        ("intervals over pictures", "setdefault(prompt.text, [])", "setdefault(str(value), [])"),
-        ("pictures scored again", "set(names) - known.get(key, {}).keys()", "True"),
+        (
+            "intervals over pictures",
+            "task_of(prompt), {}).setdefault(prompt.text, [])",
+            "task_of(prompt), {}).setdefault(str(value), [])",
+        ),
+        ("pictures scored again", "if not _is_complete(known.get(key, {}), scores, prompts[i])", "if True"),
         ("values of other pictures", "mine = [absent[row] for row in rows]", "mine = rows"),
         ("record of other scores continued", "if there != settings:", "if False:"),
         ("values without their parts kept", "len(known[score.name].parts) == len(score.part_names(prompt))", "True"),

@@ -141,7 +141,7 @@ def score_folder(
                 known[keys[i]] = {**known.get(keys[i], {}), **{score: values[score][number] for score in values}}
             _write_record(record, settings, known)
             bar.update(len(mine))
-    found = {}
+    found: dict[str, Interval] = {}
     for score in scores:
         mine_of = [known[key][score.name] for key in keys]
         names = [score.part_names(prompt) for prompt in prompts]
