@@ -1,6 +1,6 @@
 """Pictures per second of a reward of CLIP's size with random weights: in batches against one by one, in pairs.
 
-Usage: ``python benchmarks/reward_throughput.py [--pictures 32] [--per_prompt 8] [--pairs 3]``
+Usage: ``python benchmarks/reward_throughput.py [--network vit-b-32] [--threads 1] [--pictures 32] [--per_prompt 8]``
 """
 
 from __future__ import annotations
@@ -17,41 +17,76 @@ from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import CLIPScore
 
+LARGE = str(ARCHITECTURES / "openai/clip-vit-large-patch14")
+PARTS = ("text", "vision", "rest")
+
 
 class RandomCLIP(CLIPScore):
-    """CLIP ViT-L/14 with random weights and the tokenizer of Shapes."""
+    """CLIP with random weights and the tokenizer of Shapes; ViT-B/32 is what ``CLIPConfig`` describes by default."""
+
+    def __init__(self, network: str) -> None:
+        super().__init__(LARGE)
+        self.size = network
 
     def load(self) -> Any:
         from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
         self._tokenizer = CLIPTokenizer.from_pretrained(resolve("package:assets/shapes/tokenizer"), model_max_length=77)
-        return CLIPModel(CLIPConfig.from_pretrained(self.path))
+        return CLIPModel(CLIPConfig() if self.size == "vit-b-32" else CLIPConfig.from_pretrained(self.path))
+
+
+class Clock:
+    """Seconds in the two towers of a CLIP."""
+
+    def __init__(self, network: Any) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        for name, tower in (("text", network.text_model), ("vision", network.vision_model)):
+            tower.register_forward_pre_hook(lambda *_, name=name: self._add(name, -time.perf_counter()))
+            tower.register_forward_hook(lambda *_, name=name: self._add(name, time.perf_counter()))
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] += seconds
+
+    def time(self, reward: CLIPScore, images: torch.Tensor, prompts: list[Prompt], size: int) -> dict[str, float]:
+        """Milliseconds per picture by part, ``size`` pictures at once."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        began = time.perf_counter()
+        for start in range(0, len(images), size):
+            reward.score(images[start : start + size], prompts[start : start + size])
+        self.seconds["rest"] = time.perf_counter() - began - sum(self.seconds.values())
+        return {name: 1000 * seconds / len(images) for name, seconds in self.seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=("vit-b-32", "vit-l-14"), default="vit-l-14")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--per_prompt", type=int, default=8, help="pictures of one prompt, as samples and targets")
+    parser.add_argument("--side", type=int, default=512, help="height and width of the pictures, in pixels")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    reward = RandomCLIP(str(ARCHITECTURES / "openai/clip-vit-large-patch14"))
-    images = torch.rand(options.pictures, 3, 512, 512)
+    reward = RandomCLIP(options.network)
+    images = torch.rand(options.pictures, 3, options.side, options.side)
     prompts = [Prompt(f"a red circle {i // options.per_prompt}") for i in range(options.pictures)]
     reward.score(images[:1], prompts[:1])  # loads it
-
-    def seconds(size: int) -> float:
-        began = time.perf_counter()
-        for start in range(0, len(images), size):
-            reward.score(images[start : start + size], prompts[start : start + size])
-        return time.perf_counter() - began
-
-    pairs = [(seconds(1), seconds(len(images))) for _ in range(options.pairs)]
-    one, batch = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratio = statistics.median(alone / together for alone, together in pairs)
-    print(f"one by one: {len(images) / one:.2f} pictures/s; in a batch: {len(images) / batch:.2f}; ratio {ratio:.2f}")
+    clock, sizes = Clock(reward.network), (1, options.pictures)
+    pairs = [[clock.time(reward, images, prompts, size) for size in sizes] for _ in range(options.pairs)]
+    totals = [[sum(times.values()) for times in pair] for pair in pairs]
+    for how, number in (("one by one", 0), ("in a batch", 1)):
+        parts = {name: statistics.median(pair[number][name] for pair in pairs) for name in PARTS}
+        total = statistics.median(pair[number] for pair in totals)
+        print(
+            f"{how}: {1000 / total:.2f} pictures/s; ms/picture: {total:.0f}",
+            *(f"{n} {s:.0f}" for n, s in parts.items()),
+        )
+    ratios = [one / batch for one, batch in totals]
+    print(f"ratio: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
     print(
-        f"({options.pictures} pictures of 512x512, {options.per_prompt} per prompt, {torch.get_num_threads()} threads)"
+        f"({options.network}, {options.pictures} pictures of {options.side}x{options.side}, {options.per_prompt} per "
+        f"prompt, {options.threads} threads, {options.pairs} pairs)"
     )
 
 

@@ -1,6 +1,7 @@
 """What the tests share: a tiny pipeline, a cheap ``fit``, one recorded run, and the command line as a process."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -90,6 +91,19 @@ def complaint(capsys, tmp_path, monkeypatch):
         return lines[0].removeprefix(REFUSAL)
 
     return refused
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    """Opening a socket fails; the libraries may, unlike in other tests."""
+    import huggingface_hub
+
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("a socket was opened")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, opened)
 
 
 @pytest.fixture

@@ -74,6 +74,11 @@ def test_probabilities_are_those_of_the_original_procedure(place, answers):
         torch.testing.assert_close(mine.exp(), torch.tensor(theirs), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("no_network")
+def test_loading_from_a_path_opens_no_socket(place):
+    QwenVLAnswers(place, "float32").log_probabilities(pictures(count=1), [questions_of(PROMPTS[0])])
+
+
 def test_large_and_small_pictures_are_resized_as_by_the_processor(place):
     """The processor rounds resized pictures to 8 bits; here nothing is rounded."""
     from transformers import AutoProcessor
@@ -102,6 +107,23 @@ def test_score_does_not_depend_on_the_batch_or_the_order(place, answers, mean):
     order = [2, 0, 1]
     shuffled = parts.score(pictures()[order], [PROMPTS[i] for i in order])
     torch.testing.assert_close(shuffled, whole[order], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+def test_a_picture_is_encoded_once_for_all_of_its_questions(place, answers, batch_size):
+    """Its questions may be in several batches."""
+    mine, grids = QwenVLAnswers(place, "float32", batch_size=batch_size), []
+    tower = mine._model().model.visual
+    encode = tower.patch_embed.register_forward_hook(lambda module, args, out: grids.append(len(out)))
+    questions = [questions_of(each) for each in PROMPTS]
+    found = mine.log_probabilities(pictures(), questions)
+    encode.remove()
+    patches_of_a_picture = 8 * 6
+    assert sum(grids) == len(PROMPTS) * patches_of_a_picture
+    assert len(grids) <= -(-6 // batch_size)
+    for one, other in zip(found, answers.log_probabilities(pictures(), questions), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert "forward" not in vars(tower)
 
 
 def test_gradient_is_that_of_finite_differences(answers):
@@ -145,6 +167,19 @@ def test_score_reports_atom_counts_and_skills():
     score.begin(PROMPTS[1:2])
     score.update(images[1:2], PROMPTS[1:2])
     assert set(score.compute()) == {"overall", "1", "skill/object"}
+
+
+def test_score_checks_what_the_model_answers():
+    class Broken(Answers):
+        def log_probabilities(self, images, questions):
+            return [torch.full((len(mine),), torch.nan) for mine in questions]
+
+    score = GenEval2Score(Broken())
+    score.begin(PROMPTS)
+    with pytest.raises(
+        UserError, match=r"^reward 'geneval2': returned nan for 3 of 3 pictures, the first with prompt "
+    ):
+        score.update(pictures(), PROMPTS)
 
 
 def test_score_and_reward_refuse_other_prompts_before_any_picture():

@@ -145,6 +145,11 @@ def test_names_that_published_models_use_are_accepted():
     check_classes({i: names.get(name, name) for i, name in enumerate(CLASSES)}, "path", "where")
 
 
+@pytest.mark.usefixtures("no_network")
+def test_loading_from_a_path_opens_no_socket(places):
+    detector(places).detect(PICTURES, PROMPTS)
+
+
 def test_directories_of_other_models_are_refused_at_once(places, tmp_path):
     with pytest.raises(UserError, match=r"^GenEval's detector: '.*clip' is a model of type 'clip'; give a Mask2Former"):
         Mask2FormerDetector(places[1], places[1])

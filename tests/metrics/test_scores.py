@@ -14,7 +14,15 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.rules import Detection, Rules
 from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
-from gdmd_lightning.metrics.scores import GenEvalScore, Interval, RewardScore, TaskScore, exact_mean
+from gdmd_lightning.metrics.scores import (
+    STATES,
+    GenEvalScore,
+    Interval,
+    RewardScore,
+    TaskScore,
+    bootstrap_share,
+    exact_mean,
+)
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.shapes import ShapesReward
@@ -52,7 +60,7 @@ def test_score_overall_is_the_mean_of_task_means():
 def test_rank_without_prompts_has_values_to_gather_too():
     score = RewardScore(Brightness())
     score.begin([with_task("a")])
-    assert [part.shape for part in (*score.values, *score.tasks)] == [(0,), (0,)]
+    assert [part.shape for state in STATES for part in getattr(score, state)] == [(0,)] * len(STATES)
     assert score.compute()["overall"].isnan()
 
 
@@ -77,6 +85,53 @@ def test_interval_covers_the_mean_at_its_stated_rate():
     for _ in range(60):
         values = (rng.random(80) < 0.7).astype(float)
         interval = filled(values.tolist(), ["a"] * 40 + ["b"] * 40).intervals()["overall"]
+        covered += interval.low <= 0.7 <= interval.high
+    assert 50 <= covered <= 60
+
+
+class Parted(RewardScore):
+    """Brightness, whose parts are the first pixels, by the names that a prompt gives."""
+
+    def __init__(self):
+        super().__init__(Brightness())
+
+    def part_names(self, prompt):
+        return prompt.metadata.get("parts", [])
+
+    def judge_parts(self, images, prompts):
+        parts = [i.flatten()[: len(self.part_names(p))] for i, p in zip(images, prompts, strict=True)]
+        return self.judge(images, prompts), parts
+
+
+def test_parts_of_values_are_averaged_by_name_over_all_pictures():
+    prompts = [Prompt("p", {"parts": each}) for each in (["x", "y", "x"], [], ["x"])]
+    images = torch.zeros(3, 3, 2, 2)
+    images.view(3, -1)[0, :3] = torch.tensor([0.5, 0.25, 1.0])
+    images.view(3, -1)[2, :1] = 0.75
+    score = Parted()
+    score.begin(prompts)
+    score.update(images[:2], prompts[:2])
+    score.update(images[2:], prompts[2:])
+    found = score.compute()
+    assert list(found) == ["overall", "x", "y"]
+    assert (found["x"], found["y"]) == ((0.5 + 1 + 0.75) / 3, 0.25)
+    intervals = score.intervals()
+    assert intervals["y"] == Interval(0.25, 0.25, 0.25)
+    assert intervals["x"] == Interval(0.75, 0.75, 0.75)
+    images[2] = 0.0
+    score.begin(prompts)
+    score.update(images, prompts)
+    # Both pictures with an x are drawn together or one of them twice; the empty one never.
+    assert score.intervals()["x"] == Interval(0.5, 0.0, 0.75)
+
+
+def test_interval_of_parts_covers_their_mean_at_its_stated_rate():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(60):
+        sizes = rng.integers(1, 5, 80)
+        sums = np.array([(rng.random(size) < rng.beta(7, 3)).sum() for size in sizes])
+        interval = bootstrap_share(sums, sizes)
+        assert interval.mean == pytest.approx(sums.sum() / sizes.sum())
         covered += interval.low <= 0.7 <= interval.high
     assert 50 <= covered <= 60
 
@@ -177,8 +232,8 @@ def test_a_rank_without_prompts_gathers_as_many_tensors_as_the_others():
 
         score.sync(dist_sync_fn=note, distributed_available=lambda: True)
         score.unsync()
-    assert [len(tensor) for tensor in sent["busy"]] == [1, 1]
-    assert [len(tensor) for tensor in sent["idle"]] == [0, 0]
+    assert [len(tensor) for tensor in sent["busy"]] == [1, 1, 0, 0, 1]
+    assert [len(tensor) for tensor in sent["idle"]] == [0] * len(STATES)
     assert [t.dtype for t in sent["idle"]] == [t.dtype for t in sent["busy"]]
     others = iter(sent["busy"])
     idle.sync(dist_sync_fn=lambda tensor, group: [tensor, next(others)], distributed_available=lambda: True)
@@ -193,6 +248,11 @@ def test_scores_refuse_prompts_that_they_cannot_judge_before_any_picture():
             with pytest.raises(UserError, match=f"^{where}: prompt 'a red circle' has no GenEval metadata; "):
                 ask(bare)
     RewardScore(Brightness()).check(bare)
+
+
+def test_score_refuses_an_empty_test_set():
+    with pytest.raises(UserError, match=r"^score 'brightness': there are no prompts$"):
+        RewardScore(Brightness()).begin([])
 
 
 def test_geneval_score_is_strict():
@@ -225,10 +285,12 @@ def score_seven(rank: int = 0, world_size: int = 1, batch_size: int = 7) -> dict
     def generate(noise, texts):
         return (noise.mean((1, 2, 3), keepdim=True).abs() / 3).expand(-1, 3, 2, 2)
 
-    prompts = [Prompt(str(i), {"tag": tag}) for i, tag in enumerate(TASKS_OF_SEVEN)]
-    score = RewardScore(Brightness())
+    named = [["x"] * (i % 3) + ["y"] for i in range(7)]
+    prompts = [Prompt(str(i), {"tag": tag, "parts": named[i]}) for i, tag in enumerate(TASKS_OF_SEVEN)]
+    score = Parted()
     evaluate(generate, prompts, [score], (1, 2, 2), batch_size=batch_size, rank=rank, world_size=world_size)
-    return {name: value.item().hex() for name, value in score.compute().items()}
+    found = {name: value.item() for name, value in score.compute().items()}
+    return {name: value.hex() for name, value in found.items()}
 
 
 def score_on_a_rank(rank: int, directory: Path) -> None:
@@ -242,7 +304,7 @@ def test_two_processes_give_the_scores_of_one_to_the_bit(tmp_path):
     torch.multiprocessing.start_processes(score_on_a_rank, (tmp_path,), nprocs=2, start_method="fork")
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one == other == score_seven() == score_seven(batch_size=2)
-    assert set(one) == {"overall", "a", "b"}
+    assert set(one) == {"overall", "a", "b", "x", "y"}
 
 
 def test_settings_of_a_score_are_those_of_its_reward(tmp_path):

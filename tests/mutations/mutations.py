@@ -612,7 +612,11 @@ MUTATIONS = [
     *errors(
         "metrics/scores.py",
         ("metrics/test_scores.py",),
-        ("rank without values", "self.values.append(torch.zeros(0, device=self.device))", "pass"),
+        (
+            "rank without values",
+            "getattr(self, state).append(torch.zeros(0, dtype=dtype, device=self.device))",
+            "pass",
+        ),
         ("prompts of a reward's score unchecked", "self.reward.check(prompts)", "pass"),
     ),
     *errors(
@@ -1651,8 +1655,10 @@ MUTATIONS = [
         "geneval/answers.py",
         ("geneval/test_answers.py",),
         ("answer in more words", "} Answer in one word.", "}"),
-        ("padding on the right", 'high, "left"', 'high, "right"'),
-        ("answers of another picture", "pixels[[row for row, _ in part]]", "pixels[[0 for row, _ in part]]"),
+        ("padding on the right", 'grids, "left"', 'grids, "right"'),
+        ("answers of another picture", "pixels[new]", "pixels[[0 for _ in new]]"),
+        ("features of another picture", "[pictures[row] for row, _ in part]", "[pictures[part[0][0]] for _ in part]"),
+        ("a picture encoded for every batch", "for row in known.keys() & set(rows)", "for row in set()"),
     ),
     *errors(
         "families/qwen_vl.py",
@@ -1661,6 +1667,8 @@ MUTATIONS = [
         ("mean and deviation of CLIP", ", tuple(processor.image_mean), tuple(processor.image_std))", ")"),
         ("no place for the picture", "places.to(torch.int)", "places.to(torch.int) * 0"),
         ("tokens of pictures in prompts accepted", "if bool((places.sum(1) != count).any()):", "if False:"),
+        ("intermediate layers of pictures lost", "out.deepstack_features = layers", "out.deepstack_features = []"),
+        ("features left in the tower", "del tower.forward", "pass"),
     ),
     *errors(
         "rewards/hpsv3.py",
@@ -1685,8 +1693,13 @@ MUTATIONS = [
     *errors(
         "metrics/geneval2.py",
         ("geneval/test_answers.py",),
-        ("atoms of all skills", "atoms[skills == number]", "atoms"),
-        ("logarithms of atoms", "torch.cat(found).exp()", "torch.cat(found)"),
+        ("logarithms of atoms", "[each.exp() for each in found]", "found"),
+        ("one skill for all questions", "skill/{question.skill}", "skill/object"),
+        (
+            "GenEval 2 scores unchecked",
+            "return checked_score(self.reward, images, prompts, score),",
+            "return score(images, prompts),",
+        ),
     ),
     *errors(
         "data/hub.py",
@@ -1697,6 +1710,13 @@ MUTATIONS = [
         "metrics/evaluation.py",
         ("callbacks/test_generation_evaluation.py",),
         ("networks of scores stay on the device", 'score.place(torch.device("cpu"))', "pass"),
+    ),
+    *errors(
+        "callbacks/variety.py",
+        ("callbacks/test_generation_variety.py",),
+        ("column of prompts ignored", "column=column, ", ""),
+        ("split of prompts ignored", "split=split, ", ""),
+        ("tag of prompts ignored", ", tag=tag)", ")"),
     ),
     *errors(
         "callbacks/evaluation.py",
@@ -1721,15 +1741,26 @@ MUTATIONS = [
     *errors(
         "studies/folders.py",
         ("studies/test_folders.py",),
-        ("intervals over pictures", "setdefault(prompt.text, [])", "setdefault(str(value), [])"),
-        ("pictures scored again", "set(names) - known.get(key, {}).keys()", "True"),
+        (
+            "intervals over pictures",
+            "task_of(prompt), {}).setdefault(prompt.text, [])",
+            "task_of(prompt), {}).setdefault(str(value), [])",
+        ),
+        ("pictures scored again", "if not _is_complete(known.get(key, {}), scores, prompts[i])", "if True"),
         ("values of other pictures", "mine = [absent[row] for row in rows]", "mine = rows"),
         ("record of other scores continued", "if there != settings:", "if False:"),
+        ("values without their parts kept", "len(known[score.name].parts) == len(score.part_names(prompt))", "True"),
+        ("parts of all names", "if other == name]", "]"),
+        ("pictures of a prompt counted as prompts", "np.mean([np.sum(each)", "np.sum([np.sum(each)"),
     ),
     *errors(
         "metrics/scores.py",
         ("metrics/test_scores.py",),
         ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
+        ("empty test sets accepted", "if not prompts:", "if False:"),
+        ("means over the parts of all names", "exact_mean(parts[numbers == i])", "exact_mean(parts)"),
+        ("parts of other pictures drawn", "share, paired=True", "share, paired=False"),
+        ("pictures without parts counted", "sums[sizes > 0].numpy(), sizes[sizes > 0]", "sums.numpy(), sizes"),
     ),
     *errors(
         "rewards/network.py",
@@ -1738,6 +1769,28 @@ MUTATIONS = [
         ("dropout in a reward", ".requires_grad_(False).eval()", ".requires_grad_(False).train()"),
         ("precision of a reward ignored", "return network.to(self.dtype)", "return network"),
         ("pictures not checked", "check_pictures(images, texts, self.where)", "pass"),
+    ),
+    *errors(
+        "rewards/geneval.py",
+        ("rewards/test_published_rewards.py",),
+        (
+            "pictures for GenEval not checked",
+            """check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")""",
+            "pass",
+        ),
+    ),
+    *errors(
+        "rewards/shapes.py",
+        ("rewards/test_published_rewards.py",),
+        (
+            "pictures of Shapes not checked",
+            """check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")""",
+            "pass",
+        ),
+    ),
+    *errors(
+        "rewards/network.py",
+        ("rewards/test_published_rewards.py",),
         ("pictures out of range scored", "if bool(outside.any()):", "if False:"),
         (
             "texts of the first part for all",

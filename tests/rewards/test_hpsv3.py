@@ -1,7 +1,5 @@
 """HPSv3 on a tiny Qwen2-VL against its formula, computed straight from transformers as the original does."""
 
-import socket
-
 import published_qwen
 import pytest
 import torch
@@ -139,8 +137,8 @@ def test_gradient_reaches_the_pictures_and_plain_pictures_keep_no_graph(reward):
     assert not reward.score(pictures(), PROMPTS).requires_grad
 
 
-def test_names_of_later_versions_load_too_and_nothing_touches_the_network(place, make, reward, tmp_path, monkeypatch):
-    monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("a socket was opened"))
+@pytest.mark.usefixtures("no_network")
+def test_names_of_later_versions_load_too_and_nothing_touches_the_network(place, make, reward, tmp_path):
     later = {
         f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model."): value
         for key, value in published_qwen.hpsv3_weights(place).items()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 
 import numpy as np
 import published
@@ -19,10 +18,13 @@ from gdmd_lightning.rewards import weights
 from gdmd_lightning.rewards.aesthetic import AestheticScore
 from gdmd_lightning.rewards.base import checked_score
 from gdmd_lightning.rewards.clip import CLIPScore, ContrastiveReward, PickScore
+from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.rewards.hpsv2 import HPSv2
 from gdmd_lightning.rewards.image_reward import ImageReward, build, published_sizes, renamed
 from gdmd_lightning.rewards.network import distinct
 from gdmd_lightning.rewards.ocr import OCRReward, similarity
+from gdmd_lightning.rewards.shapes import ShapesReward
+from gdmd_lightning.shapes.detector import ShapesDetector
 
 TEXTS = ["a red circle", "two blue circle", "a red circle", "a square of circle", "two square"]
 PROMPTS = [Prompt(text) for text in TEXTS]
@@ -229,8 +231,8 @@ def test_weights_in_bfloat16_score_nearly_the_same_in_float32(places, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loading_from_a_path_opens_no_socket(places, name, monkeypatch):
-    monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("a socket was opened"))
+@pytest.mark.usefixtures("no_network")
+def test_loading_from_a_path_opens_no_socket(places, name):
     MADE[name](places).score(pictures(48, 48), PROMPTS)
 
 
@@ -397,8 +399,8 @@ def ocr():
     return OCRReward()
 
 
-def test_ocr_reads_rendered_text(ocr, monkeypatch):
-    monkeypatch.setattr(socket, "socket", lambda *_: pytest.fail("a socket was opened"))
+@pytest.mark.usefixtures("no_network")
+def test_ocr_reads_rendered_text(ocr):
     prompts = [
         Prompt('a sign that says "Open 24 hours"'),
         Prompt('a sign that says "Help"'),
@@ -448,8 +450,9 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_pictures_that_are_none_are_refused_in_one_line(places, ocr, kind):
     change, expected = WRONG[kind]
-    quoted = [Prompt(prompt.text, {"text": "a"}) for prompt in PROMPTS]
-    for reward in (CLIPScore(places["clip"]), ocr):
+    include = [{"class": "circle", "count": 1}]
+    quoted = [Prompt(prompt.text, {"text": "a", "include": include}) for prompt in PROMPTS]
+    for reward in (CLIPScore(places["clip"]), ocr, ShapesReward(), GenEvalReward(ShapesDetector())):
         with pytest.raises(UserError) as refused:
             reward.score(change(pictures(48, 48)), quoted)
         assert str(refused.value).startswith(f"reward '{reward.name}': {expected}")

@@ -11,6 +11,8 @@ from PIL import Image
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.geneval.answers import Answers
+from gdmd_lightning.metrics.geneval2 import GenEval2Score
 from gdmd_lightning.metrics.scores import Interval, RewardScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
@@ -34,6 +36,33 @@ class Brightness(Reward):
     def score(self, images, prompts):
         self.asked.append(tuple(images.shape))
         return images.mean((1, 2, 3))
+
+
+class PixelAnswers(Answers):
+    """Answers whose probabilities are the brightness of a picture, and half of it."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def log_probabilities(self, images, questions):
+        self.asked += len(images)
+        chances = torch.tensor([1.0, 0.5, 1.0])
+        return [(image.mean() * chances[: len(mine)]).log() for image, mine in zip(images, questions, strict=True)]
+
+
+@pytest.fixture
+def asked_folder(folder):
+    """The same pictures, without the black one, with questions of GenEval 2: two on dark prompts, three on bright."""
+    questions = {
+        "dark": ([["Is it dark?", "Yes"], ["Is it red?", "Yes"]], ["object", "attribute"]),
+        "bright": ([["Is it bright?", "Yes"], ["Is it red?", "Yes"], ["Is it?", "Yes"]], ["object"] * 3),
+    }
+    rows = []
+    for name in ("1.png", "2.png", "3.png"):
+        pairs, skills = questions[TEXTS[name]]
+        rows.append({"file_name": name, "text": TEXTS[name], "vqa_list": pairs, "skills": skills})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.fixture
@@ -94,6 +123,58 @@ def test_record_of_other_scores_is_refused(folder, tmp_path):
     record.write_text("{}\n")
     with pytest.raises(UserError, match=r"x\.jsonl: not a record of scores; "):
         scored(folder, record)
+
+
+def test_skills_of_pictures_are_means_over_questions(asked_folder, tmp_path):
+    """Those of the torchmetric, with intervals; the record keeps the parts, and one without them is continued."""
+    record, answers = tmp_path / "x.jsonl", PixelAnswers()
+    score = GenEval2Score(answers, "arithmetic")
+    found = score_folder("x", read_folder(asked_folder), [score], record, "s", batch_size=2)
+    dark, bright = 51 / 255, (102 / 255, 1.0)
+    expected = {
+        "geneval2/overall": (0.75 * dark + 5 / 6 * sum(bright) / 2) / 2,
+        "geneval2/skill/attribute": 0.5 * dark,
+        # Pictures of a prompt are averaged first.
+        "geneval2/skill/object": (dark + 2.5 * sum(bright) / 2) / 4,
+    }
+    assert {name: each.mean for name, each in found.scores.items()} == pytest.approx(expected, abs=1e-6)
+    assert found.scores["geneval2/skill/object"].low < expected["geneval2/skill/object"] - 0.1
+    assert answers.asked == 3
+    assert score_folder("x", read_folder(asked_folder), [score], record, "s") == found
+    assert answers.asked == 3
+    first, *rows = record.read_text().splitlines()
+    assert [len(json.loads(row)["parts"]["geneval2"]) for row in rows] == [2, 3, 3]
+    older = [json.loads(row) for row in rows]
+    del older[1]["parts"]
+    record.write_text("\n".join([first, *map(json.dumps, older)]) + "\n")
+    assert score_folder("x", read_folder(asked_folder), [score], record, "s") == found
+    assert answers.asked == 4
+
+
+def test_skills_of_one_picture_per_prompt_are_those_of_the_metric(asked_folder, tmp_path):
+    shots = read_folder(asked_folder)[:2]
+    score = GenEval2Score(PixelAnswers())
+    folder = score_folder("x", shots, [score], tmp_path / "x.jsonl", "s").scores
+    images = torch.stack([torch.full((3, 4, 4), GRAYS[shot.file.name] / 255) for shot in shots])
+    prompts = [shot.prompt for shot in shots]
+    score.begin(prompts)
+    score.update(images, prompts)
+    metric = {f"geneval2/{name}": float(value) for name, value in score.compute().items()}
+    assert {name: each.mean for name, each in folder.items()} == pytest.approx(metric, abs=1e-7)
+    assert folder["geneval2/skill/object"] == score.intervals()["skill/object"]
+
+
+def test_table_of_evaluate_has_the_skills(asked_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    answers = {"class_path": "test_folders.PixelAnswers"}
+    scores = json.dumps([{"class_path": "GenEval2Score", "init_args": {"answers": answers, "mean": "arithmetic"}}])
+    main(["evaluate", "--pictures", "x=pictures", "--scores", scores, "--out", "out"])
+    header, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
+    assert cells["geneval2/skill/attribute"] == "0.100"
+    assert cells["geneval2/skill/object"] == "0.487"
+    (written,) = json.loads(Path("out/scores.json").read_text())
+    assert set(written["scores"]["geneval2/skill/object"]) == {"mean", "low", "high"}
 
 
 def test_intervals_are_over_prompts_not_pictures():

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from gdmd_lightning.callbacks.evaluation import log_figures
-from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
+from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.metrics.evaluation import fixed_noise
 from gdmd_lightning.metrics.variety import pairwise_distance
@@ -29,6 +29,7 @@ class GenerationVariety(pl.Callback):
         samples: Samples of each prompt, made at once.
         every_n_updates: Updates between two measurements.
         seed: Seed of the noise.
+        column, split, tag: As of :class:`GenerationEvaluation`; with a tag, the prompts are spread over the whole set.
     """
 
     def __init__(
@@ -38,8 +39,11 @@ class GenerationVariety(pl.Callback):
         samples: Annotated[int, Range(2)] = 8,
         every_n_updates: Count = 100,
         seed: Seed = 1,
+        column: str = COLUMN,
+        split: str = SPLIT,
+        tag: str | None = None,
     ) -> None:
-        self.prompts = read_evaluation_prompts(prompts, count)
+        self.prompts = read_evaluation_prompts(prompts, count, column=column, split=split, tag=tag)
         self.samples, self.every_n_updates, self.seed = samples, every_n_updates, seed
 
     def on_train_batch_end(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,10 +82,26 @@ def model_inputs(
         UserError: If a text has further places for pictures, which only a token in a prompt can be.
     """
     pixels, grid = patches(images, processor.image_processor, low, high)
+    return {"pixel_values": pixels, **text_inputs(processor, texts, grid, padding, where)}
+
+
+def text_inputs(processor: Any, texts: Sequence[str], grid: Tensor, padding: str, where: str) -> dict[str, Tensor]:
+    """What the model's ``forward`` takes besides the pictures' patches.
+
+    Args:
+        processor: The model's processor.
+        texts: Chats of :func:`chats`, each with one place for a picture.
+        grid: Grids of the pictures, all equal, ``[B, 3]``; see :func:`patches`.
+        padding: ``left`` or ``right``.
+        where: What needs them, for the message.
+
+    Raises:
+        UserError: If a text has further places for pictures, which only a token in a prompt can be.
+    """
     count = int(grid[0].prod()) // processor.image_processor.merge_size**2
     whole = [text.replace(processor.image_token, processor.image_token * count, 1) for text in texts]
     options = {"padding": True, "padding_side": padding, "return_tensors": "pt", "add_special_tokens": False}
-    tokens = processor.tokenizer(whole, **options).to(images.device)
+    tokens = processor.tokenizer(whole, **options).to(grid.device)
     places = tokens.input_ids == processor.image_token_id
     if bool((places.sum(1) != count).any()):
         first = int((places.sum(1) != count).nonzero()[0])
@@ -97,9 +114,44 @@ def model_inputs(
         "input_ids": tokens.input_ids,
         "attention_mask": tokens.attention_mask,
         "mm_token_type_ids": places.to(torch.int),
-        "pixel_values": pixels,
         "image_grid_thw": grid,
     }
+
+
+def picture_features(tower: Any, pixels: Tensor, grid: Tensor) -> Tensor:
+    """What the language model is given of pictures of one size, ``[B, 1 + layers, tokens, width]``.
+
+    Args:
+        tower: The model's visual tower.
+        pixels, grid: See :func:`patches`.
+
+    Returns:
+        The embeddings of its last layer, then those of the intermediate layers that Qwen3-VL adds to hidden states.
+    """
+    out = tower(pixels.type(tower.dtype), grid_thw=grid, return_dict=True)
+    parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    return torch.stack([part.unflatten(0, (len(grid), -1)) for part in parts], dim=1)
+
+
+@contextmanager
+def encoded(tower: Any, features: Tensor) -> Iterator[None]:
+    """Let a visual tower give these features instead of encoding pictures.
+
+    Args:
+        tower: The model's visual tower.
+        features: Of :func:`picture_features`, in the order of the pictures.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    last, *layers = (features[:, layer].flatten(0, 1) for layer in range(features.shape[1]))
+    out = BaseModelOutputWithPooling(pooler_output=last)
+    out.deepstack_features = layers
+    # Releases of transformers differ in how features get from the tower into the embeddings, but all of them ask it.
+    tower.forward = lambda *_, **__: out
+    try:
+        yield
+    finally:
+        del tower.forward
 
 
 def check_texts(texts: Sequence[str], tokens: Sequence[str], where: str) -> None:

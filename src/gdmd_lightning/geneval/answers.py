@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.pretrained import DTYPES, Precision, check_directory, is_local, load_pretrained
-from gdmd_lightning.families.qwen_vl import chats, load_processor, model_inputs
+from gdmd_lightning.families.qwen_vl import chats, encoded, load_processor, patches, picture_features, text_inputs
 from gdmd_lightning.families.sketch import sketch_auto
 from gdmd_lightning.geneval.questions import Question
 from gdmd_lightning.geneval.soft_tifa import answer_log_probability
@@ -20,6 +20,8 @@ from gdmd_lightning.ranges import Count, ranged
 
 TYPES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
 """Types of models in ``config.json``."""
+Picture = tuple[Tensor, Tensor]
+"""Features of a picture and its grid, see :func:`picture_features`."""
 
 
 class Answers(ABC):
@@ -62,7 +64,8 @@ class Answers(ABC):
 class QwenVLAnswers(Answers):
     """Answers of a Qwen vision-language model, from the logits of its first token.
 
-    Each question is a chat of its own: the picture, then ``QUESTION Answer in one word.``
+    Each question is a chat of its own: the picture, then ``QUESTION Answer in one word.`` A picture is encoded once for
+    all of its questions.
 
     Source: facebookresearch/GenEval2, ``evaluation.py``.
 
@@ -105,9 +108,11 @@ class QwenVLAnswers(Answers):
         pixels = images.to(self._device, torch.float32)
         asked = [(row, question) for row, mine in enumerate(questions) for question in mine]
         found: list[list[Tensor]] = [[] for _ in questions]
+        pictures: dict[int, Picture] = {}
         for start in range(0, len(asked), self.batch_size):
             part = asked[start : start + self.batch_size]
-            logits = self._logits(network, pixels[[row for row, _ in part]], [question.text for _, question in part])
+            pictures = self._encode(network, pixels, [row for row, _ in part], pictures)
+            logits = self._logits(network, [pictures[row] for row, _ in part], [question.text for _, question in part])
             for (row, question), mine in zip(part, logits, strict=True):
                 found[row].append(answer_log_probability(mine, self.first_tokens(question)))
         return [torch.stack(each) for each in found]
@@ -117,13 +122,28 @@ class QwenVLAnswers(Answers):
         tokenizer = self._processor.tokenizer
         return [tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in question.spellings]
 
-    def _logits(self, network: Any, images: Tensor, questions: list[str]) -> Tensor:
+    def _encode(
+        self, network: Any, pixels: Tensor, rows: Sequence[int], known: Mapping[int, Picture]
+    ) -> dict[int, Picture]:
+        """The pictures in these rows, encoded; the known ones are those of the batch before."""
+        new = sorted(set(rows) - known.keys())
+        out = {row: known[row] for row in known.keys() & set(rows)}
+        if new:
+            size = self._processor.image_processor.size
+            low, high = size["shortest_edge"], size["longest_edge"]
+            films, grid = patches(pixels[new], self._processor.image_processor, low, high)
+            out |= zip(new, zip(picture_features(network.model.visual, films, grid), grid, strict=True), strict=True)
+        return out
+
+    def _logits(self, network: Any, pictures: Sequence[Picture], questions: Sequence[str]) -> Tensor:
         """Logits of the answers' first tokens, ``[B, vocabulary]``."""
         texts = chats(self._processor, [f"{question} Answer in one word." for question in questions])
-        size = self._processor.image_processor.size
-        low, high = size["shortest_edge"], size["longest_edge"]
-        inputs = model_inputs(self._processor, texts, images, low, high, "left", self.where)
-        logits: Tensor = network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        features, grids = (torch.stack(each) for each in zip(*pictures, strict=True))
+        inputs = text_inputs(self._processor, texts, grids, "left", self.where)
+        with encoded(network.model.visual, features):
+            # Without patches the tower would not be asked.
+            out = network(**inputs, pixel_values=features.new_zeros(0), use_cache=False, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1]
         return logits
 
     def _model(self) -> Any:

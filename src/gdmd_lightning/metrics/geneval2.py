@@ -1,4 +1,4 @@
-"""GenEval 2's scores: Soft-TIFA by prompt, and the mean of the atoms of each skill."""
+"""GenEval 2's scores: Soft-TIFA by prompt, and the mean over the questions of each skill."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from gdmd_lightning.geneval.answers import Answers
-from gdmd_lightning.geneval.questions import SKILLS, questions_of
+from gdmd_lightning.geneval.questions import questions_of
 from gdmd_lightning.geneval.soft_tifa import Mean, soft_tifa
-from gdmd_lightning.metrics.scores import RewardScore, exact_mean
+from gdmd_lightning.metrics.scores import RewardScore
 from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import checked_score
 from gdmd_lightning.rewards.geneval2 import GenEval2Reward
 
 
@@ -30,29 +30,19 @@ class GenEval2Score(RewardScore):
     """
 
     reward: GenEval2Reward
-    atoms: list[Tensor]
-    skills: list[Tensor]
 
     def __init__(self, answers: Answers, mean: Mean = "geometric", name: str = "geneval2") -> None:
         super().__init__(GenEval2Reward(answers, mean, name))
-        self.add_state("atoms", default=[], dist_reduce_fx="cat")
-        self.add_state("skills", default=[], dist_reduce_fx="cat")
 
-    def begin(self, prompts: Sequence[Prompt]) -> None:
-        super().begin(prompts)
-        # See the base class: ranks must gather the same number of tensors.
-        self.atoms.append(torch.zeros(0, device=self.device))
-        self.skills.append(torch.zeros(0, dtype=torch.long, device=self.device))
+    def part_names(self, prompt: Prompt) -> list[str]:
+        return [f"skill/{question.skill}" for question in questions_of(prompt)]
 
     @torch.no_grad()
-    def update(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        found = self.reward.log_probabilities(images, prompts)
-        self.add(torch.stack([soft_tifa(each, self.reward.mean) for each in found]), prompts)
-        numbers = [SKILLS.index(question.skill) for prompt in prompts for question in questions_of(prompt)]
-        self.atoms.append(torch.cat(found).exp().to(self.device, torch.float32))
-        self.skills.append(torch.tensor(numbers, device=self.device))
+    def judge_parts(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, list[Tensor]]:
+        found: list[Tensor] = []
 
-    def compute(self) -> dict[str, Tensor]:
-        atoms, skills = dim_zero_cat(self.atoms), dim_zero_cat(self.skills)
-        parts = {skill: atoms[skills == number] for number, skill in enumerate(SKILLS)}
-        return {**super().compute(), **{f"skill/{name}": exact_mean(part) for name, part in parts.items() if len(part)}}
+        def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            found.extend(self.reward.log_probabilities(images, prompts))
+            return torch.stack([soft_tifa(each, self.reward.mean) for each in found])
+
+        return checked_score(self.reward, images, prompts, score), [each.exp() for each in found]

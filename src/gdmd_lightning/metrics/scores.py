@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.metrics.settings import described
@@ -22,6 +23,14 @@ from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.shapes.detector import ShapesDetector
 
 NO_TASK = "all"
+STATES = {
+    "values": torch.float32,
+    "tasks": torch.long,
+    "parts": torch.float32,
+    "part_numbers": torch.long,
+    "part_counts": torch.long,
+}
+"""What a score keeps: values and task of each picture, value and name of each part, parts of each picture."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Interval:
 class TaskScore(Metric):
     """One value per picture, averaged within each task and then over the tasks, as GenEval does.
 
+    A value may have named parts, such as the answers to a prompt's questions; the mean of each name is reported too.
+
     Source: djghosh13/geneval, ``summary_scores``.
     """
 
@@ -47,16 +58,28 @@ class TaskScore(Metric):
 
     values: list[Tensor]
     tasks: list[Tensor]
+    parts: list[Tensor]
+    part_numbers: list[Tensor]
+    part_counts: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.task_names: list[str] = []
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.add_state("tasks", default=[], dist_reduce_fx="cat")
+        self.names_of_parts: list[str] = []
+        for state in STATES:
+            self.add_state(state, default=[], dist_reduce_fx="cat")
 
     @abstractmethod
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """One value per picture, ``[B]``."""
+
+    def part_names(self, prompt: Prompt) -> Sequence[str]:
+        """Names of the parts of a picture's value; by default there are none."""
+        return ()
+
+    def judge_parts(self, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Tensor, list[Tensor]]:
+        """One value per picture, ``[B]``, and its parts, ``[n]`` for each picture of ``n`` names."""
+        return self.judge(images, prompts), [torch.zeros(0)] * len(prompts)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Check that the prompts contain what the score needs.
@@ -83,38 +106,56 @@ class TaskScore(Metric):
         """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers.
 
         Raises:
-            UserError: If a prompt lacks what the score needs.
+            UserError: If there is no prompt, or one lacks what the score needs.
         """
+        if not prompts:
+            raise UserError("there are no prompts", where=f"score {self.name!r}")
         self.check(prompts)
         self.reset()
         # A rank without prompts has values too, if none: ranks would otherwise not gather the same number of tensors.
-        self.values.append(torch.zeros(0, device=self.device))
-        self.tasks.append(torch.zeros(0, dtype=torch.long, device=self.device))
+        for state, dtype in STATES.items():
+            getattr(self, state).append(torch.zeros(0, dtype=dtype, device=self.device))
         self.task_names = list(dict.fromkeys(task_of(prompt) for prompt in prompts))
+        self.names_of_parts = list(dict.fromkeys(name for prompt in prompts for name in self.part_names(prompt)))
 
+    @torch.no_grad()
     def update(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
         """Judge pictures ``[B, 3, H, W]`` in [0, 1] and add their values."""
-        self.add(self.judge(images, prompts), prompts)
-
-    def add(self, values: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Add one value for each picture, ``[B]``."""
-        self.values.append(values.to(self.device, torch.float32))
-        self.tasks.append(torch.tensor([self.task_names.index(task_of(p)) for p in prompts], device=self.device))
+        values, parts = self.judge_parts(images, prompts)
+        names = [self.part_names(prompt) for prompt in prompts]
+        added: dict[str, Any] = {
+            "values": values,
+            "tasks": [self.task_names.index(task_of(prompt)) for prompt in prompts],
+            "parts": torch.cat(parts),
+            "part_numbers": [self.names_of_parts.index(name) for each in names for name in each],
+            "part_counts": [len(each) for each in names],
+        }
+        for state, dtype in STATES.items():
+            getattr(self, state).append(torch.as_tensor(added[state], dtype=dtype, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``overall`` and, if the prompts have tasks, the mean of each task, in float64 on the CPU."""
+        """``overall``, if the prompts have tasks their means, and the means of parts; in float64 on the CPU."""
         values, tasks = dim_zero_cat(self.values), dim_zero_cat(self.tasks)
         means = {name: exact_mean(values[tasks == i]) for i, name in enumerate(self.task_names)}
-        overall = exact_mean(torch.stack(list(means.values())))
-        return {"overall": overall} if self.task_names == [NO_TASK] else {"overall": overall, **means}
+        out = {"overall": exact_mean(torch.stack(list(means.values())))}
+        if self.task_names != [NO_TASK]:
+            out |= means
+        parts, numbers = dim_zero_cat(self.parts), dim_zero_cat(self.part_numbers)
+        return out | {name: exact_mean(parts[numbers == i]) for i, name in enumerate(self.names_of_parts)}
 
     def intervals(self) -> dict[str, Interval]:
-        """Like ``compute``, with 95% bootstrap intervals: pictures are resampled within their tasks."""
-        values, tasks = dim_zero_cat(self.values).double(), dim_zero_cat(self.tasks)
-        by_task = [values[tasks == i].numpy() for i in range(len(self.task_names))]
+        """Like ``compute``, with 95% bootstrap intervals: pictures are resampled, within their tasks."""
+        values, tasks, parts, numbers, counts = (dim_zero_cat(getattr(self, state)).cpu() for state in STATES)
+        by_task = [values[tasks == i].double().numpy() for i in range(len(self.task_names))]
         out = {"overall": bootstrap_mean(by_task)}
         if self.task_names != [NO_TASK]:
             out |= {name: bootstrap_mean([part]) for name, part in zip(self.task_names, by_task, strict=True)}
+        owners = torch.arange(len(counts)).repeat_interleave(counts)
+        for i, name in enumerate(self.names_of_parts):
+            mine = numbers == i
+            sizes = owners[mine].bincount()
+            sums = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, owners[mine], parts[mine].double())
+            out[name] = bootstrap_share(sums[sizes > 0].numpy(), sizes[sizes > 0].numpy())
         return out
 
 
@@ -139,6 +180,25 @@ def bootstrap_mean(parts: list[Any]) -> Interval:
         return Interval(mean, mean, mean)
     # Percentile method: bias correction is undefined if all pictures of a task have the same value.
     result = bootstrap(parts, mean_of_means, n_resamples=2000, method="percentile", rng=0)
+    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def bootstrap_share(sums: Any, sizes: Any) -> Interval:
+    """``sum(sums) / sum(sizes)``, a mean over parts of pictures, with the 95% interval of resampling the pictures.
+
+    Args:
+        sums: Of the parts of each picture, ``[N]``.
+        sizes: Number of its parts, positive, ``[N]``.
+    """
+    from scipy.stats import bootstrap
+
+    def share(sums: Any, sizes: Any, axis: int = -1) -> Any:
+        return sums.sum(axis=axis) / sizes.sum(axis=axis)
+
+    mean, each = float(share(sums, sizes)), sums / sizes
+    if each.min() == each.max():
+        return Interval(mean, mean, mean)
+    result = bootstrap((sums, sizes), share, paired=True, n_resamples=2000, method="percentile", rng=0)
     return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 

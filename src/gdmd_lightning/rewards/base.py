@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,19 @@ class Reward(ABC):
         return None
 
 
-def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def checked_score(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    score: Callable[[Tensor, Sequence[Prompt]], Tensor] | None = None,
+) -> Tensor:
     """``reward.score``, checked: ``[B]`` finite float32 on the pictures' device.
+
+    Args:
+        reward: The reward.
+        images: ``[B, 3, H, W]`` in [0, 1].
+        prompts: Those of the pictures.
+        score: What to call instead, for a caller that keeps more than the scores.
 
     Raises:
         NonFinitePictures: If a picture is not finite, whatever the reward makes of it.
@@ -67,7 +78,7 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> 
     broken = not_finite(images)
     texts = [prompt.text for prompt in prompts]
     try:
-        scores = reward.score(images, prompts)
+        scores = (score or reward.score)(images, prompts)
     except Exception as error:  # a user's reward may raise anything
         if bool(broken.any()):
             raise NonFinitePictures(broken, texts) from error

@@ -63,7 +63,8 @@ class ContrastiveReward(NetworkReward):
         pixels = normalized(center_crop(images, size), self.mean, self.std).to(network.dtype)
         pictures = network.get_image_features(pixels).pooler_output.float()
         each, numbers = distinct(texts)
-        tokens = self._tokenizer(each, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        # No longer than the longest: the text is read from left to right up to its end, and padding changes nothing.
+        tokens = self._tokenizer(each, padding=True, truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
             words = network.get_text_features(tokens.to(pixels.device)).pooler_output.float()
         return F.cosine_similarity(pictures, words[numbers], dim=-1)

@@ -15,6 +15,7 @@ from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.geneval.rules import verdict
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.network import check_pictures
 
 Grading = Literal["strict", "graded"]
 
@@ -37,6 +38,7 @@ class GenEvalReward(Reward):
         self.detector, self.grading, self.name = detector, grading, name
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")
         found = self.detector.detect(images, prompts)
         rules = self.detector.rules
         if self.grading == "graded":

@@ -10,6 +10,7 @@ from torch import Tensor
 from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
+from gdmd_lightning.rewards.network import check_pictures
 from gdmd_lightning.shapes.captions import COLORS, SHAPES
 from gdmd_lightning.shapes.detector import grade
 
@@ -20,6 +21,7 @@ class ShapesReward(Reward):
     name = "shapes"
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")
         return torch.from_numpy(grade(images, prompts))
 
     def check(self, prompts: Sequence[Prompt]) -> None:

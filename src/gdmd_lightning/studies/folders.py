@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gdmd_lightning.data.rows import numbered_rows, parsed
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
-from gdmd_lightning.metrics.scores import NO_TASK, Interval, TaskScore, bootstrap_mean, task_of
+from gdmd_lightning.metrics.scores import NO_TASK, Interval, TaskScore, bootstrap_mean, bootstrap_share, task_of
 from gdmd_lightning.prompts import Prompt
 
 LISTS = ("pictures.jsonl", "metadata.jsonl")
@@ -37,6 +37,19 @@ class Shot:
 
     file: Path
     prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Value:
+    """A picture's value of a score.
+
+    Args:
+        value: The value.
+        parts: Its parts, see :class:`TaskScore`.
+    """
+
+    value: float
+    parts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,8 @@ def score_folder(
         name: Name of the directory in tables.
         shots: The pictures.
         scores: What to compute.
-        record: JSON lines: the scores' settings, then for each picture its digest, prompt, and value by score.
+        record: JSON lines: the scores' settings, then for each picture its digest and prompt, and its value and the
+            parts of the value by score.
         settings: Names what the scores are; a record of others is not continued.
         device: Where the scores' networks are.
         batch_size: Pictures scored at once.
@@ -117,35 +131,46 @@ def score_folder(
     digests = [hashlib.sha256(shot.file.read_bytes()).hexdigest() for shot in shots]
     known = _read_record(record, settings)
     keys = [(digest, shot.prompt.text) for digest, shot in zip(digests, shots, strict=True)]
-    names = [score.name for score in scores]
-    absent = [i for i, key in enumerate(keys) if set(names) - known.get(key, {}).keys()]
+    prompts = [shot.prompt for shot in shots]
+    absent = [i for i, key in enumerate(keys) if not _is_complete(known.get(key, {}), scores, prompts[i])]
     with tqdm(desc=f"scoring {name}", unit="picture", total=len(shots), initial=len(shots) - len(absent)) as bar:
         for rows, images in _batches([shots[i].file for i in absent], batch_size):
             mine = [absent[row] for row in rows]
-            values = judged(scores, images, [shots[i].prompt for i in mine], torch.device(device))
+            values = judged(scores, images, [prompts[i] for i in mine], torch.device(device))
             for number, i in enumerate(mine):
-                known[keys[i]] = {**known.get(keys[i], {}), **{score: float(values[score][number]) for score in names}}
+                known[keys[i]] = {**known.get(keys[i], {}), **{score: values[score][number] for score in values}}
             _write_record(record, settings, known)
             bar.update(len(mine))
-    each = [known[key] for key in keys]
-    prompts = [shot.prompt for shot in shots]
-    found = {
-        f"{score}/{task}": interval
-        for score in names
-        for task, interval in intervals([values[score] for values in each], prompts).items()
-    }
+    found: dict[str, Interval] = {}
+    for score in scores:
+        mine_of = [known[key][score.name] for key in keys]
+        names = [score.part_names(prompt) for prompt in prompts]
+        by_name = {
+            **intervals([each.value for each in mine_of], prompts),
+            **part_intervals([each.parts for each in mine_of], names, prompts),
+        }
+        found |= {f"{score.name}/{task}": interval for task, interval in by_name.items()}
     return FolderScores(name, len(shots), len({prompt.text for prompt in prompts}), found)
+
+
+def _is_complete(known: Mapping[str, Value], scores: Sequence[TaskScore], prompt: Prompt) -> bool:
+    """Whether a picture has a value of every score, with its parts."""
+    return all(
+        score.name in known and len(known[score.name].parts) == len(score.part_names(prompt)) for score in scores
+    )
 
 
 @torch.no_grad()
 def judged(
     scores: Sequence[TaskScore], images: Tensor, prompts: Sequence[Prompt], device: torch.device
-) -> dict[str, Tensor]:
-    """One value per picture, ``[B]``, by score."""
+) -> dict[str, list[Value]]:
+    """One value per picture by score."""
     found = {}
     for score in scores:
         score.place(device)
-        found[score.name] = score.judge(images.to(device), prompts).float().cpu()
+        values, parts = score.judge_parts(images.to(device), prompts)
+        each = zip(values.float().tolist(), parts, strict=True)
+        found[score.name] = [Value(value, tuple(mine.float().tolist())) for value, mine in each]
     return found
 
 
@@ -164,6 +189,29 @@ def intervals(values: Sequence[float], prompts: Sequence[Prompt]) -> dict[str, I
     parts = {task: np.array([np.mean(each) for each in by_text.values()]) for task, by_text in by_task.items()}
     overall = {"overall": bootstrap_mean(list(parts.values()))}
     return overall if list(parts) == [NO_TASK] else {**overall, **{t: bootstrap_mean([p]) for t, p in parts.items()}}
+
+
+def part_intervals(
+    parts: Sequence[Sequence[float]], names: Sequence[Sequence[str]], prompts: Sequence[Prompt]
+) -> dict[str, Interval]:
+    """Mean over the parts of each name, with 95% bootstrap intervals over prompts.
+
+    Args:
+        parts: Of each picture.
+        names: Of its parts.
+        prompts: The prompt of each picture.
+    """
+    by_name: dict[str, dict[str, list[list[float]]]] = {}
+    for mine, named, prompt in zip(parts, names, prompts, strict=True):
+        for name in dict.fromkeys(named):
+            chosen = [value for value, other in zip(mine, named, strict=True) if other == name]
+            by_name.setdefault(name, {}).setdefault(prompt.text, []).append(chosen)
+    found = {}
+    for name, by_text in by_name.items():
+        sums = np.array([np.mean([np.sum(each) for each in pictures]) for pictures in by_text.values()])
+        sizes = np.array([np.mean([len(each) for each in pictures]) for pictures in by_text.values()])
+        found[name] = bootstrap_share(sums, sizes)
+    return found
 
 
 def _batches(files: Sequence[Path], size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -197,14 +245,14 @@ Key = tuple[str, str]
 """Digest of a picture, and its prompt."""
 
 
-def _read_record(record: Path, settings: str) -> dict[Key, dict[str, float]]:
+def _read_record(record: Path, settings: str) -> dict[Key, dict[str, Value]]:
     if not record.is_file():
         return {}
     another = "remove it, or use another --out"
     try:
         first, *rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
         there = first["settings"]
-        known = {(row["picture"], row["prompt"]): {k: float(v) for k, v in row["scores"].items()} for row in rows}
+        known = {(row["picture"], row["prompt"]): _values(row["scores"], row.get("parts", {})) for row in rows}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("not a record of scores", where=str(record), remedy=another) from error
     if there != settings:
@@ -212,7 +260,14 @@ def _read_record(record: Path, settings: str) -> dict[Key, dict[str, float]]:
     return known
 
 
-def _write_record(record: Path, settings: str, known: dict[Key, dict[str, float]]) -> None:
+def _values(scores: dict[str, Any], parts: dict[str, Any]) -> dict[str, Value]:
+    return {name: Value(float(value), tuple(map(float, parts.get(name, ())))) for name, value in scores.items()}
+
+
+def _write_record(record: Path, settings: str, known: dict[Key, dict[str, Value]]) -> None:
     rows: list[Any] = [{"settings": settings}]
-    rows += [{"picture": digest, "prompt": text, "scores": values} for (digest, text), values in known.items()]
+    for (digest, text), values in known.items():
+        row = {"picture": digest, "prompt": text, "scores": {name: each.value for name, each in values.items()}}
+        parts = {name: each.parts for name, each in values.items() if each.parts}
+        rows.append({**row, "parts": parts} if parts else row)
     write_atomically(record, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

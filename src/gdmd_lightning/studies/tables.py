@@ -26,8 +26,8 @@ def score_table(rows: Sequence[Row]) -> str:
 
 
 def folder_table(rows: Sequence[FolderScores]) -> str:
-    """One line per directory of pictures: overall scores with 95% intervals, then tasks."""
-    names = list(rows[0].scores)
+    """One line per directory of pictures: overall scores with 95% intervals, then tasks and parts such as skills."""
+    names = list(dict.fromkeys(name for row in rows for name in row.scores))
     overall = [name for name in names if name.endswith("/overall")]
     tasks = [name for name in names if name not in overall]
     header = ["pictures of", "pictures", "prompts", *(name.removesuffix("/overall") for name in overall), *tasks]
