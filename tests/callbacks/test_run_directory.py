@@ -158,7 +158,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         choose(trainer(tmp_path / "file"))
 
 
-# --ckpt_path last and best.
+# --ckpt_path last, last_or_new and best.
 
 
 def test_last_is_the_last_checkpoint_of_the_newest_run(tmp_path):
@@ -175,6 +175,18 @@ def test_last_without_a_run_is_refused(tmp_path):
     finished(tmp_path / "other" / "version_0")
     with pytest.raises(UserError, match=r"ckpt_path last: no run in '.*x' has a last.ckpt; give the path of a .ckpt"):
         resolve_checkpoint("last", trainer(tmp_path, TensorBoardLogger(tmp_path, "x")))
+
+
+def test_last_or_new_is_the_last_checkpoint_of_its_version_or_none(tmp_path):
+    last = finished(tmp_path / "x" / "version_0")
+    assert resolve_checkpoint("last_or_new", trainer(tmp_path, TensorBoardLogger(tmp_path, "x", 0))) == last
+    assert resolve_checkpoint("last_or_new", trainer(tmp_path, TensorBoardLogger(tmp_path, "x", 1))) is None
+
+
+def test_last_or_new_without_a_version_is_refused(tmp_path):
+    finished(tmp_path / "x" / "version_0")
+    with pytest.raises(UserError, match="ckpt_path last_or_new: it continues one run.*; use .* with a version"):
+        resolve_checkpoint("last_or_new", trainer(tmp_path, TensorBoardLogger(tmp_path, "x")))
 
 
 def test_best_needs_a_monitored_score(tmp_path):

@@ -11,9 +11,11 @@ def main(arguments: list[str]) -> int:
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
     from gdmd_lightning.callbacks.interruption import interrupted_checkpoint
+    from gdmd_lightning.configuration.lost_ranks import ending_with_launcher
     from gdmd_lightning.configuration.training import run, stopped_by
 
-    cli = run(arguments)
+    with ending_with_launcher():
+        cli = run(arguments)
     stop = stopped_by(cli)
     if not stop.received:
         return 0

@@ -16,20 +16,21 @@ from gdmd_lightning.locations import shipped_configs
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.strategies.shards import is_sharded
 
-NAMED = ("last", "best")
+NAMED = ("last", "best", "last_or_new")
 PLACES = ("trainer.logger", "trainer.default_root_dir")
 
 
-def resolve_checkpoint(given: str, trainer: Trainer) -> Path:
-    """The file that ``--ckpt_path`` means.
+def resolve_checkpoint(given: str, trainer: Trainer) -> Path | None:
+    """The file that ``--ckpt_path`` means; None to start a new run.
 
     Args:
         given: A path; ``last`` for the last checkpoint of the newest run in the trainer's place; ``best`` for the
-            best one of that run.
+            best one of that run; ``last_or_new`` for the last checkpoint of the version that the logger is given,
+            or a new run if it has none.
         trainer: The trainer, before anything is directed to the new run's directory.
 
     Raises:
-        UserError: If there is no such checkpoint, or if ``best`` has no meaning.
+        UserError: If there is no such checkpoint, or if ``best`` or ``last_or_new`` has no meaning.
     """
     if given not in NAMED:
         return Path(given)
@@ -40,14 +41,29 @@ def resolve_checkpoint(given: str, trainer: Trainer) -> Path:
             "no ModelCheckpoint monitors a score, so no checkpoint is best", where="ckpt_path", remedy=remedy
         )
     found = [path for path in _last_checkpoints(trainer, keepers) if path.is_file() or is_sharded(path)]
+    if given == "last_or_new":
+        _check_version(trainer)
+        if not found:
+            return None
     if not found:
         place = _place(trainer)
         raise UserError(f"no run in {str(place)!r} has a last.ckpt", where=f"ckpt_path {given}", remedy=_REMEDY)
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    return newest if given == "last" else _best(newest)
+    return _best(newest) if given == "best" else newest
 
 
 _REMEDY = "give the path of a .ckpt file, or leave ckpt_path out to start a new run"
+
+
+def _check_version(trainer: Trainer) -> None:
+    """Refuse to guess which of several runs a new process continues."""
+    logger = versioned(trainer.loggers)
+    if logger is None or logger._version is None:
+        raise UserError(
+            "it continues one run, in a directory that is known before it starts",
+            where="ckpt_path last_or_new",
+            remedy="use a TensorBoardLogger or CSVLogger with a version, such as --trainer.logger.init_args.version first",
+        )
 
 
 def _place(trainer: Trainer) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -21,10 +22,11 @@ import gdmd_lightning.components  # noqa: F401  (registers every class under its
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.callbacks.progress import Progress
-from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory
+from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, run_directory
 from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import fit_arguments
+from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.configuration.numbers import check_configuration
@@ -159,12 +161,13 @@ class DistillationCLI(LightningCLI):
         given, resumed, updates = self.config.fit.ckpt_path, None, 0
         if given is not None:
             resumed = resolve_checkpoint(str(given), self.trainer)
-            updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
-            self.config_init.fit.ckpt_path = str(resumed)
+            if resumed is not None:
+                updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
+            self.config_init.fit.ckpt_path = None if resumed is None else str(resumed)
         _of_type(self.trainer, RunDirectory).choose(self.trainer, resumed, updates, placed=place_given(self._arguments))
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Train; report a failed write, or code that exits, as an error."""
+        """Train; report a failed write, code that exits, or a rank that has ended as an error."""
         try:
             self.trainer.fit(*args, **kwargs)
         except SystemExit as error:
@@ -183,6 +186,21 @@ class DistillationCLI(LightningCLI):
             where = str(error.filename or run_directory(self.trainer))
             remedy = "free disk space, or give the run another place"
             raise WriteError(f"cannot be written: {error.strerror}", where=where, remedy=remedy) from error
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            last = self._last_checkpoint()
+            raise UserError(
+                f"lost its connection to another rank, which has ended, after {self.model.updates} updates",
+                where=f"rank {self.trainer.global_rank}",
+                remedy="see the output of that rank" + (f"; resume with --ckpt_path {last}" if last else ""),
+            ) from error
+
+    def _last_checkpoint(self) -> Path | None:
+        """The run's ``last.ckpt``, if there is one; asks no other rank."""
+        place = _of_type(self.trainer, RunDirectory).path
+        last = None if place is None else place / CHECKPOINTS / "last.ckpt"
+        return last if last is not None and last.exists() else None
 
 
 def use_progress(trainer: Trainer) -> None:
