@@ -64,7 +64,14 @@ def method(name: str, pipeline: Path | str, targets: int = 2, fake_score_updates
     return GDMD(family, reward=Brightness(), targets=TargetGroup(targets), **options)
 
 
-def train(module: DistillationModule, updates: int, batch_size: int, group_size: int, *watching: pl.Callback) -> None:
+def train(
+    module: DistillationModule,
+    updates: int,
+    batch_size: int,
+    group_size: int,
+    *watching: pl.Callback,
+    source: str = "shapes",
+) -> None:
     """Train on the CPU with one thread and callbacks that watch; nothing is written."""
     torch.set_num_threads(1)
     quiet()
@@ -72,4 +79,4 @@ def train(module: DistillationModule, updates: int, batch_size: int, group_size:
         accelerator="cpu", devices=1, max_steps=updates, max_epochs=-1, logger=False, callbacks=list(watching),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, datamodule=PromptDataModule("shapes", batch_size=batch_size, group_size=group_size))
+    trainer.fit(module, datamodule=PromptDataModule(source, batch_size=batch_size, group_size=group_size))

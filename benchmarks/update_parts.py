@@ -182,7 +182,9 @@ def main() -> None:
                 module, measured = method(name, place), Measured(options.updates)
                 train(module, options.updates + WARM_UP + 1, options.batch_size, 4, measured)
                 size = sum(p.numel() for p in module.roles.standalone("teacher").parameters()) / 1e6
-                print(f"\n{name}, teacher {teacher} ({size:.1f} M parameters), {options.batch_size} samples per update:\n")
+                print(
+                    f"\n{name}, teacher {teacher} ({size:.1f} M parameters), {options.batch_size} samples per update:\n"
+                )
                 print("| part | ms | share | GFLOP | peak, MiB |\n|---|---|---|---|---|")
                 print("\n".join(rows(measured)), flush=True)
 

@@ -185,7 +185,7 @@ def test_last_or_new_is_the_last_checkpoint_of_its_version_or_none(tmp_path):
 
 def test_last_or_new_without_a_version_is_refused(tmp_path):
     finished(tmp_path / "x" / "version_0")
-    with pytest.raises(UserError, match="ckpt_path last_or_new: it continues one run.*; use .* with a version"):
+    with pytest.raises(UserError, match=r"ckpt_path last_or_new: it continues one run.*; use .* with a version"):
         resolve_checkpoint("last_or_new", trainer(tmp_path, TensorBoardLogger(tmp_path, "x")))
 
 

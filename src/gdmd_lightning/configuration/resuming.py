@@ -62,7 +62,7 @@ def _check_version(trainer: Trainer) -> None:
         raise UserError(
             "it continues one run, in a directory that is known before it starts",
             where="ckpt_path last_or_new",
-            remedy="use a TensorBoardLogger or CSVLogger with a version, such as --trainer.logger.init_args.version first",
+            remedy="use a TensorBoardLogger or CSVLogger with a version, such as --trainer.logger.version first",
         )
 
 
