@@ -1,8 +1,9 @@
-"""A rank that dies takes all others with it within a minute, and says so in one line."""
+"""A rank that dies takes all others with it within a minute, and says so in one line; torchrun starts them again."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from conftest import cli_command, cli_environment
 
 LIMIT = 60
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LOST = "lost its connection to another rank, which has ended, after 3 updates; see the output of that rank; resume with"
 
 
@@ -19,7 +21,7 @@ class End:
     """How a run ended.
 
     Args:
-        status: Exit status of the process that was started.
+        status: Exit status of the launching process.
         seconds: From the death of the rank to the end of the last process.
         printed: Standard output and error.
     """
@@ -30,7 +32,7 @@ class End:
 
 
 def alive(directory: Path) -> list[int]:
-    """Processes in a working directory."""
+    """Processes in a working directory; torchrun puts its ranks into sessions of their own."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
@@ -45,7 +47,7 @@ def alive(directory: Path) -> list[int]:
 def end_of(fast_fit, tmp_path):
     """A function that runs ``fit`` on two ranks, one of which dies after 3 updates, until no process is left."""
 
-    def run(*, rank: int = 1, kill: bool = True) -> End:
+    def run(launcher: list[str], *arguments: str, rank: int = 1, kill: bool = True) -> End:
         overlay = tmp_path / "dying.yaml"
         keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
         options = f"{{directory: {tmp_path}, rank: {rank}, kill: {str(kill).lower()}}}"
@@ -53,7 +55,8 @@ def end_of(fast_fit, tmp_path):
             f"trainer: {{callbacks: [{keeper}, {{class_path: dying.DyingRank, init_args: {options}}}]}}\n"
         )
         two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6"]
-        command = cli_command("fit", *fast_fit, "--config", overlay, *two)
+        fit = cli_command("fit", *fast_fit, "--config", overlay, *two, *arguments)
+        command = [*launcher, *fit[1:]] if launcher else fit
         with (tmp_path / "printed").open("w") as printed:
             began = subprocess.Popen(
                 command, cwd=tmp_path, env=cli_environment(), stdout=printed, stderr=printed, start_new_session=True
@@ -62,19 +65,21 @@ def end_of(fast_fit, tmp_path):
             limit = time.time() + 200
             while (began.poll() is None or alive(tmp_path)) and time.time() < limit:
                 time.sleep(0.2)
+            said = (tmp_path / "printed").read_text()
+            assert (tmp_path / "died").exists(), said
+            assert alive(tmp_path) == [], said
             seconds = time.time() - (tmp_path / "died").stat().st_mtime
-            assert alive(tmp_path) == [], (tmp_path / "printed").read_text()
         finally:
             for left in alive(tmp_path):
                 os.kill(left, signal.SIGKILL)
-        return End(began.wait(10), seconds, (tmp_path / "printed").read_text())
+        return End(began.wait(10), seconds, said)
 
     return run
 
 
 @pytest.mark.slow
 def test_a_rank_that_raises_ends_the_other(end_of):
-    end = end_of(kill=False)
+    end = end_of([], kill=False)
     assert end.status != 0
     assert end.seconds < LIMIT
     assert end.printed.count("ZeroDivisionError: this rank dies") == 1
@@ -85,10 +90,29 @@ def test_a_rank_that_raises_ends_the_other(end_of):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_other_with_one_line(end_of, rank):
-    end = end_of(rank=rank)
+    end = end_of([], rank=rank)
     assert end.status != 0
     assert end.seconds < LIMIT
     assert "Traceback" not in end.printed
     # Lightning looks every 5 s for processes that it started and that have ended, and may be faster.
     found = end.printed.count(LOST) + end.printed.count("terminated with code -9")
     assert found >= 1 if rank else end.printed.count(LOST) == 1, end.printed
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_other_under_torchrun(end_of):
+    end = end_of(TORCHRUN, rank=0)
+    assert end.status != 0
+    assert end.seconds < LIMIT
+    assert "[rank1]: Traceback" not in end.printed
+    assert end.printed.count(LOST) == 1, end.printed
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_from_its_last_checkpoint(end_of, tmp_path):
+    from gdmd_lightning.methods.checkpointing import read_checkpoint
+
+    end = end_of([*TORCHRUN, "--max_restarts=1"], "--ckpt_path=last_or_new")
+    assert end.status == 0, end.printed
+    assert {path.name for path in tmp_path.glob("started-*")} == {f"started-{r}-{n}" for r in (0, 1) for n in (0, 2)}
+    assert read_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))["global_step"] == 6
