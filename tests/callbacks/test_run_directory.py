@@ -95,7 +95,8 @@ def test_results_of_another_run_are_refused_without_its_checkpoint(tmp_path, lef
     file = tmp_path / "x" / "version_0" / left
     file.parent.mkdir(parents=True)
     file.write_text("theirs")
-    with pytest.raises(UserError, match="version_0: it has results of another run; continue that run with --ckpt_path"):
+    remedy = "continue that run with --ckpt_path" if left.endswith(".ckpt") else "remove it, as it has no last.ckpt"
+    with pytest.raises(UserError, match=f"version_0: it has results of another run; {remedy}"):
         choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "theirs"

@@ -76,11 +76,11 @@ class RunDirectory(pl.Callback):
         self._lock = DirectoryLock(path)
         if resumed is None and any(True for pattern in RESULTS for _ in path.glob(pattern)):
             self.release()
-            raise UserError(
-                "it has results of another run",
-                where=str(path),
-                remedy=f"continue that run with --ckpt_path {path / CHECKPOINTS / 'last.ckpt'}, or use another version",
+            last = path / CHECKPOINTS / "last.ckpt"
+            there = (
+                f"continue that run with --ckpt_path {last}" if last.exists() else "remove it, as it has no last.ckpt"
             )
+            raise UserError("it has results of another run", where=str(path), remedy=f"{there}, or use another version")
         self.path = path
         _direct(trainer, path, root, None if resumed is None else updates)
 
