@@ -1,4 +1,4 @@
-"""A rank that dies takes all others with it within a minute, and says so in one line; torchrun starts them again."""
+"""A rank that dies takes all others with it within a minute, and says so in one line."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def alive(directory: Path) -> list[int]:
 def end_of(fast_fit, tmp_path):
     """A function that runs ``fit`` on two ranks, one of which dies after 3 updates, until no process is left."""
 
-    def run(launcher: list[str], *arguments: str, rank: int = 1, kill: bool = True) -> End:
+    def run(launcher: list[str], *, rank: int = 1, kill: bool = True) -> End:
         overlay = tmp_path / "dying.yaml"
         keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
         options = f"{{directory: {tmp_path}, rank: {rank}, kill: {str(kill).lower()}}}"
@@ -55,7 +55,7 @@ def end_of(fast_fit, tmp_path):
             f"trainer: {{callbacks: [{keeper}, {{class_path: dying.DyingRank, init_args: {options}}}]}}\n"
         )
         two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6"]
-        fit = cli_command("fit", *fast_fit, "--config", overlay, *two, *arguments)
+        fit = cli_command("fit", *fast_fit, "--config", overlay, *two)
         command = [*launcher, *fit[1:]] if launcher else fit
         with (tmp_path / "printed").open("w") as printed:
             began = subprocess.Popen(
@@ -106,13 +106,3 @@ def test_a_killed_rank_ends_the_other_under_torchrun(end_of):
     assert end.seconds < LIMIT
     assert "[rank1]: Traceback" not in end.printed
     assert end.printed.count(LOST) == 1, end.printed
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_run_again_from_its_last_checkpoint(end_of, tmp_path):
-    from gdmd_lightning.methods.checkpointing import read_checkpoint
-
-    end = end_of([*TORCHRUN, "--max_restarts=1"], "--ckpt_path=last_or_new")
-    assert end.status == 0, end.printed
-    assert {path.name for path in tmp_path.glob("started-*")} == {f"started-{r}-{n}" for r in (0, 1) for n in (0, 2)}
-    assert read_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))["global_step"] == 6
