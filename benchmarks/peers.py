@@ -26,6 +26,7 @@ from unittest.mock import MagicMock
 
 import lightning.pytorch as pl
 import torch
+from random_teachers import write_pipeline
 from torch import Tensor, nn
 
 from gdmd_lightning.configuration.noise import quiet
@@ -225,34 +226,15 @@ class Turns(pl.Callback):
         self.since = time.perf_counter()
 
 
-def save_pipeline(place: Path, layers: int, heads: int) -> None:
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+def build_transformer(layers: int, heads: int) -> nn.Module:
+    """SD3's, for pictures of :data:`SIDE` pixels."""
+    from diffusers import SD3Transformer2DModel
 
-    tokenizer = parts.build_tokenizer()
-    StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=SIDE // 4,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=layers,
-            attention_head_dim=32,
-            num_attention_heads=heads,
-            caption_projection_dim=32 * heads,
-            joint_attention_dim=2 * parts.TEXT_WIDTH,
-            pooled_projection_dim=2 * parts.TEXT_WIDTH,
-            pos_embed_max_size=SIDE // 8,
-            qk_norm="rms_norm",
-        ),
-        scheduler=parts.build_scheduler(),
-        vae=parts.build_autoencoder(),
-        text_encoder=parts.build_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=parts.build_text_encoder(tokenizer),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    ).save_pretrained(place)
+    return SD3Transformer2DModel(
+        sample_size=SIDE // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=32,
+        num_attention_heads=heads, caption_projection_dim=32 * heads, joint_attention_dim=2 * parts.TEXT_WIDTH,
+        pooled_projection_dim=2 * parts.TEXT_WIDTH, pos_embed_max_size=SIDE // 8, qk_norm="rms_norm",
+    )  # fmt: skip
 
 
 def peers_in(places: list[Path]) -> dict[str, Callable[..., Any]]:
@@ -307,8 +289,7 @@ def main() -> None:
     )
     kinds = peers_in(options.peer)
     with tempfile.TemporaryDirectory() as place:
-        torch.manual_seed(0)
-        save_pipeline(Path(place), *SIZES[options.size])
+        write_pipeline(Path(place), *SIZES[options.size], build=build_transformer)
         module = DMD(
             SD3Family(place, max_sequence_length=0), steps=options.steps, height=SIDE, width=SIDE, matching=matching,
             generator=optimization, fake_score=optimization, ema_decay=DECAY,

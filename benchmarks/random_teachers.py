@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.data.prompt_data import PromptDataModule
@@ -32,8 +32,10 @@ class Brightness(Reward):
         return 10 * images.mean((1, 2, 3))
 
 
-def write_pipeline(directory: Path, layers: int, heads: int) -> Path:
-    """A ``StableDiffusion3Pipeline`` with random weights, a transformer ``32 * heads`` wide, for 32x32 pictures."""
+def write_pipeline(
+    directory: Path, layers: int, heads: int, build: Callable[[int, int], nn.Module] = parts.build_transformer
+) -> Path:
+    """A ``StableDiffusion3Pipeline`` with random weights; its transformer is ``32 * heads`` wide, for 32x32 pixels."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging
 
@@ -41,7 +43,7 @@ def write_pipeline(directory: Path, layers: int, heads: int) -> Path:
     torch.manual_seed(0)
     tokenizer = parts.build_tokenizer()
     StableDiffusion3Pipeline(
-        transformer=parts.build_transformer(layers, heads),
+        transformer=build(layers, heads),
         scheduler=parts.build_scheduler(),
         vae=parts.build_autoencoder(),
         text_encoder=parts.build_text_encoder(tokenizer),

@@ -68,7 +68,7 @@ def test_an_update_waits_only_where_a_reward_is_checked(name, monkeypatch):
     reward = Liking()
     found = waits(world_of(name, EXAMPLE, reward), monkeypatch)
     once = ["_check_clipping"] if reward.asked and "_check_clipping" in found else []
-    assert sorted(found) == sorted([*once, *["checked_score"] * len(reward.asked)])
+    assert sorted(found) == sorted([*once, *["_check_finite"] * len(reward.asked)])
 
 
 def test_a_value_that_is_read_is_found(monkeypatch):

@@ -1185,7 +1185,7 @@ MUTATIONS = [
             "        if bool(broken.any()):\n            raise NonFinitePictures(broken, texts) from error\n",
             "",
         ),
-        ("scores not checked", "if bool((broken | wrong).any()):", "if bool(broken.any()):"),
+        ("scores not checked", "if not bool((broken | wrong).any()):", "if not bool(broken.any()):"),
     ),
     *errors(
         "families/pictures.py",
@@ -2240,6 +2240,30 @@ MUTATIONS = [
             "return value.shape, value.dtype",
         ),
         ("real tensors not computed", 'if value.device.type != "meta":', "if False:"),
+    ),
+    *errors(
+        "configuration/lost_ranks.py",
+        ("configuration/test_lost_ranks.py",),
+        ("lost ranks: every error is one", "any(text in str(error) for text in GONE)", "True"),
+        ("lost ranks: nobody watches", "if launcher == str(parent):", "if False:"),
+        ("lost ranks: the watcher does not end its process", "                os._exit(2)\n", ""),
+        ("lost ranks: the variable stays", "            del os.environ[LAUNCHER]", "            pass"),
+    ),
+    *errors(
+        "configuration/resuming.py",
+        ("callbacks/test_run_directory.py",),
+        ("last_or_new guesses a run", "        _check_version(trainer)\n", ""),
+        ("last_or_new starts no run", "        if not found:\n            return None\n", ""),
+        (
+            "last_or_new starts a new run always",
+            "        if not found:\n            return None",
+            "        return None",
+        ),
+    ),
+    *errors(
+        "callbacks/run_directory.py",
+        ("callbacks/test_run_directory.py",),
+        ("remedy names a checkpoint that is not there", "if last.exists() else", "if True else"),
     ),
     *errors(
         "planning/replay.py",

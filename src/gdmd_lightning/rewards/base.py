@@ -98,19 +98,24 @@ def checked_score(
             where=where,
             remedy="compute them from the pictures with torch, or set differentiable to false",
         )
-    wrong = ~torch.isfinite(scores.detach()).to(images.device)
-    # One wait for the device for both checks.
-    if bool((broken | wrong).any()):
-        if bool(broken.any()):
-            raise NonFinitePictures(broken, texts)
-        first = int(wrong.nonzero()[0])
-        raise UserError(
-            f"returned {scores[first].item()} for {int(wrong.sum())} of {len(images)} pictures, "
-            f"the first with prompt {texts[first]!r}",
-            where=where,
-            remedy="return finite scores",
-        )
+    _check_finite(scores.detach().to(images.device), broken, texts, where)
     return scores.to(images.device, torch.float32)
+
+
+def _check_finite(scores: Tensor, broken: Tensor, texts: Sequence[str], where: str) -> None:
+    """Fail if a picture (``broken``) or a score is not finite, with one wait for the device for both."""
+    wrong = ~torch.isfinite(scores)
+    if not bool((broken | wrong).any()):
+        return
+    if bool(broken.any()):
+        raise NonFinitePictures(broken, texts)
+    first = int(wrong.nonzero()[0])
+    raise UserError(
+        f"returned {scores[first].item()} for {int(wrong.sum())} of {len(texts)} pictures, "
+        f"the first with prompt {texts[first]!r}",
+        where=where,
+        remedy="return finite scores",
+    )
 
 
 class _AbsentReward(Reward):
