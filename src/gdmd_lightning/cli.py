@@ -18,6 +18,7 @@ from types import FrameType
 
 from gdmd_lightning import __version__
 from gdmd_lightning.errors import StoppedBySignal, UserError, WriteError
+from gdmd_lightning.garbage import collect_rarely
 
 COMMANDS = {
     "fit": "train a generator: fit --config shapes.yaml [--trainer.max_steps 50 ...]",
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # diffusers warns of parts that a pipeline may lack, and of scheduler settings that its own classes wrote.
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        collect_rarely()
         with _signals_raise():
             status = importlib.import_module(f"gdmd_lightning.commands.{name}").main(arguments[1:])
     except (UserError, argparse.ArgumentError, OSError) as error:

@@ -1,5 +1,6 @@
 """The command line finds commands and configurations, answers quickly, and prefers later arguments."""
 
+import gc
 import os
 import re
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdmd_lightning import __version__
+from gdmd_lightning import __version__, garbage
 from gdmd_lightning.cli import COMMANDS, main
+from gdmd_lightning.errors import UserError
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse")
 
@@ -211,3 +213,26 @@ def test_fit_as_a_process_prints_exactly_what_a_user_needs(run_cli, fast_fit, tm
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
     assert done.stderr == ""
+
+
+def test_cycles_are_looked_for_rarely_until_training_starts(fast_fit, monkeypatch):
+    from gdmd_lightning.configuration import training
+
+    before, found = gc.get_threshold(), []
+    parse = training.DistillationCLI.parse_arguments
+    monkeypatch.setattr(
+        training.DistillationCLI, "parse_arguments", lambda *given: (found.append(gc.get_threshold()), parse(*given))[1]
+    )
+
+    def fit(*_, **__):
+        found.append(gc.get_threshold())
+        raise UserError("far enough")
+
+    monkeypatch.setattr(training.Trainer, "_fit_impl", fit)  # fit itself tells the parser its arguments
+    try:
+        with pytest.raises(SystemExit):
+            main(["fit", *fast_fit])
+    finally:
+        gc.set_threshold(*before)
+    assert found == [garbage.RARE, garbage.USUAL]
+    assert garbage.USUAL[0] < garbage.RARE[0]

@@ -33,20 +33,20 @@ METHODS = {"DMD": DMD, "GDMD": GDMD}
 DATA = {"batch_size": 8, "group_size": 4, "shuffle_buffer": 100}
 
 
-def build_any(pipeline: str | Path, method: str, family: str) -> DistillationModule:
+def build_any(pipeline: str | Path, method: str, family: str, lora: bool = False) -> DistillationModule:
     """Any method on the tiny pipeline of any family, as the tests of families build it."""
     place = str(Path(__file__).parents[1] / "families")
     if place not in sys.path:
         sys.path.append(place)
     from test_method_runs import build as build_run
 
-    return build_run(method, family, pipeline, lora=False)
+    return build_run(method, family, pipeline, lora=lora)
 
 
 def build(pipeline: str | Path, method: str, **options: Any) -> DistillationModule:
     """A tiny module; GDMD has a snapshot and an old policy too."""
     if "family" in options:
-        return build_any(pipeline, method, options["family"])
+        return build_any(pipeline, method, **options)
     if method == "GDMD":
         options["targets"] = TargetGroup(size=2, over="both", snapshots=1, snapshot_every=2)
     # Large steps, clipped: what is wrong in a step shows far above the tolerance of the comparison.

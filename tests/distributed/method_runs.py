@@ -47,7 +47,7 @@ def run(case: dict) -> dict:
     data = tiny.PromptDataModule("shapes", **{**DATA, **case.get("data", {})})
     trainer.fit(module, datamodule=data, ckpt_path=case.get("resume"))
     found = {"logs": observe.logs, "updates": trainer.global_step, "teacher": module.teacher_digest}
-    if isinstance(strategy, MultiEngineDeepSpeedStrategy | FSDP2Strategy) and module.lora is None:
+    if isinstance(strategy, FSDP2Strategy) or (isinstance(strategy, MultiEngineDeepSpeedStrategy) and not module.lora):
         names = [name for name, _ in module.roles.named_children()]
         found["bytes"] = {name: partitions.bytes_held(module.roles.get_submodule(name)) for name in names}
         found["weights"] = {

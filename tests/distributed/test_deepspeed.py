@@ -17,6 +17,7 @@ LOSS, WEIGHT = 1e-6, 2e-5
 # Tiny weights would stay gathered otherwise, and nothing would be in shards.
 IN_SHARDS = {"config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 UPDATES = 3
+LORA = {"lora": {"rank": 2, "alpha": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,10 @@ def assert_shards_of(found: list[dict], module) -> None:
 def test_gdmd_in_shards_trains_as_one_process(pipeline, alone):
     zero3, fsdp2 = {"stage": 3, **IN_SHARDS}, "fsdp2"
     cases = {"zero3": {"method": "GDMD", "strategy": zero3}, "fsdp2": {"method": "GDMD", "strategy": fsdp2}}
-    for found in run_cases(pipeline, **cases).values():
+    adapters = {"fsdp2_adapters": {"method": "DMD", "strategy": fsdp2, "module": LORA}}
+    all_found = run_cases(pipeline, **cases, **adapters)
+    assert_same_run(all_found.pop("fsdp2_adapters"), alone("DMD", **LORA))
+    for found in all_found.values():
         assert_same_run(found, alone("GDMD"))
         assert_shards_of(found, alone("GDMD")[1])
 
@@ -96,15 +100,14 @@ def test_every_stage_trains_as_one_process(method, pipeline, alone):
 
 @pytest.mark.slow
 def test_adapters_train_as_one_process_in_stages_1_and_2_and_are_refused_in_3(pipeline, alone):
-    lora = {"lora": {"rank": 2, "alpha": 4}}
-    cases = {f"zero{stage}": {"method": "DMD", "strategy": {"stage": stage}, "module": lora} for stage in (1, 2, 3)}
+    cases = {f"zero{stage}": {"method": "DMD", "strategy": {"stage": stage}, "module": LORA} for stage in (1, 2, 3)}
     path = pipeline.parent / "adapters.ckpt"
     cases["zero2"]["save"] = str(path)
     found = run_cases(pipeline, **cases)
     refusal = found.pop("zero3")[0]["error"]
     assert "UserError: trainer.strategy: ZeRO 3 cannot shard the adapter of 'generator'" in refusal
     for own in found.values():
-        assert_same_run(own, alone("DMD", **lora))
+        assert_same_run(own, alone("DMD", **LORA))
     saved = read_checkpoint(str(path))["state_dict"]
     assert saved
     for name, value in saved.items():

@@ -6,6 +6,7 @@ import torch
 from cases import DATA, METHODS, build
 from test_deepspeed import (
     FAMILIES,
+    LORA,
     LOSS,
     OTHERS,
     UPDATES,
@@ -33,6 +34,48 @@ def test_micro_batches_and_recomputed_activations_train_as_one_process(method, p
     assert_same_run(found["whole"], alone(method))
     assert_same_run(found["parts"], alone(method, **parts))
     assert_same_run(found["recomputed"], alone(method))
+
+
+@pytest.mark.slow
+def test_adapters_on_a_base_in_shards_train_as_one_process(pipeline, alone):
+    path, shared = pipeline.parent / "fsdp2_adapters.ckpt", {"method": "GDMD", "strategy": "fsdp2"}
+    parts, recomputed = {"micro_batch_size": 3}, {"memory": {"gradient_checkpointing": True}}
+    found = run_cases(
+        pipeline,
+        whole={**shared, "module": LORA, "save": str(path)},
+        dmd={**shared, "method": "DMD", "module": LORA},
+        parts={**shared, "module": LORA | parts},
+        recomputed={**shared, "module": LORA | recomputed},
+        first={**shared, "updates": 2, "module": LORA, "save": f"{path}2"},
+        resumed={**shared, "module": LORA, "resume": f"{path}2"},
+    )
+    resumed = found.pop("resumed")
+    found.pop("first")
+    for name, own in found.items():
+        expected = alone("DMD" if name == "dmd" else "GDMD", **LORA, **(parts if name == "parts" else {}))
+        assert_same_run(own, expected)
+    network = alone("GDMD", **LORA)[1].roles.network
+    adapters = sum(p.numel() * 4 for name, p in network.named_parameters() if ".lora_" in name)
+    base = sum(p.numel() * 4 for p in network.parameters()) - adapters
+    for rank, own in enumerate(found["whole"]):
+        assert own["bytes"]["network"] <= adapters + (1 / 2 + 0.05) * base
+        assert not tiny.differing(own["weights"], resumed[rank]["weights"])
+    saved = read_checkpoint(str(path))["state_dict"]
+    assert saved
+    for name, value in saved.items():
+        assert ".lora_" in name
+        assert torch.equal(found["whole"][0]["weights"][name.removeprefix("roles.")], value)
+
+
+@pytest.mark.slow
+def test_other_methods_train_adapters_as_one_process(pipeline):
+    own = {"module": {"family": "sd3", "lora": True}, "strategy": "fsdp2"}
+    methods = ("dmd2", "refl", "dmdr", "rtdmd")
+    for method, each in run_cases(pipeline, **{method: {**own, "method": method} for method in methods}).items():
+        expected = train_together(
+            lambda method=method: build(pipeline, method, family="sd3", lora=True), UPDATES, **DATA
+        )
+        assert_same_run(each, expected, 1e-5 if method == "rtdmd" else LOSS)
 
 
 @pytest.mark.slow
@@ -110,7 +153,6 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_or_is_skipped_on_all(pipeli
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.lora.rank=2"], "FSDP2 cannot shard adapters"),
         (["--model.generator.algorithm=adamw_8bit"], "the moments of adamw_8bit cannot be split"),
         (["--trainer.precision=16-mixed"], "16-mixed"),
         (["--trainer.strategy.class_path=ModelParallelStrategy"], "use FSDP2Strategy"),

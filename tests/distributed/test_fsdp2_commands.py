@@ -47,8 +47,34 @@ def test_sd3_under_fsdp2_trains_evaluates_resumes_and_exports(run_cli, runs, mon
         assert not tiny.differing(one[part], other[part])
     assert {value.dtype for value in one["state_dict"].values()} == {torch.float32}
     assert not [name for name in one["state_dict"] if "teacher" in name]
-    main(["export", str(whole), "exported", "--trust", "tiny"])
+    assert_readable_by_every_command(whole)
+
+
+@pytest.mark.slow
+def test_sd3_with_adapters_under_fsdp2_trains_evaluates_resumes_and_exports(run_cli, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    adapters = ["--model.lora.rank=2", "--model.lora.alpha=4"]
+    whole = fit(run_cli, runs, "whole", *adapters)
+    half = fit(run_cli, runs, "half", "--trainer.max_steps=1", *adapters)
+    resumed = fit(run_cli, runs, "resumed", f"--ckpt_path={half}", *adapters)
+    one, other = read_checkpoint(str(whole)), read_checkpoint(str(resumed))
+    assert not tiny.differing(one["state_dict"], other["state_dict"])
+    assert all(".lora_" in name and value.dtype == torch.float32 for name, value in one["state_dict"].items())
+    assert_readable_by_every_command(whole)
+
+
+def assert_readable_by_every_command(checkpoint: Path) -> None:
+    Path("two.txt").write_text("a red circle\na blue circle\n")
+    main(["export", str(checkpoint), "exported", "--trust", "tiny"])
     assert Path("exported/model_index.json").is_file()
+    main(["sample", str(checkpoint), "two.txt", "pictures", "--trust", "tiny"])
+    assert len(list(Path("pictures").rglob("*.png"))) == 2
+    main(["consolidate", str(checkpoint), "plain.ckpt"])
+    assert not tiny.differing(read_checkpoint("plain.ckpt"), read_checkpoint(str(checkpoint)))
+    table = ["--checkpoint", f"sharded={checkpoint}", "--trust", "tiny"]
+    main(["evaluate", *table, "--count", "6", "--teacher_steps", "1", "--out", "scores"])
+    (scores,) = Path("scores").rglob("scores.json")
+    assert "sharded" in scores.read_text()
 
 
 def test_fsdp2_overlay_turns_off_adapters():

@@ -117,6 +117,21 @@ MUTATIONS = [
         ("head taken for the teacher", ' and name.split(".")[0] not in self.heads', ""),
     ),
     *errors(
+        "roles/adapters.py",
+        ("roles/test_adapters.py",),
+        ("parameters of a role searched each time", "if role not in self._places:", "if True:"),
+    ),
+    *errors(
+        "cli.py",
+        ("cli/test_command_line.py",),
+        ("garbage: as often as usual while a command starts", "        collect_rarely()\n", ""),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("cli/test_command_line.py",),
+        ("garbage: rarely in training", "        collect_as_usual()\n", ""),
+    ),
+    *errors(
         "data/images.py",
         ("data/test_images.py",),
         ("images: first file always", "files[chosen]", "files[0]"),
@@ -2331,9 +2346,10 @@ MUTATIONS = [
         ),
         (
             "strategies: what FSDP2 refuses is planned",
-            "    check_sharding(FSDP2Strategy(), module.role_specs(), adapters=module.lora is not None)\n",
+            "    check_sharding(FSDP2Strategy(), module.role_specs())\n",
             "",
         ),
+        ("strategies: adapters planned in shards", "if module.lora is None or spec.head is not None]", "]"),
     ),
     *errors(
         "strategies/partitions.py",
@@ -2453,12 +2469,19 @@ MUTATIONS = [
         "strategies/fully_sharded.py",
         FSDP2,
         ("fsdp2: weights not filled", "fill(network, weights, rounded)", "pass"),
+        ("fsdp2: gradients of adapters summed", "parameter.grad.div_(distributed.get_world_size())", "pass"),
+        ("fsdp2: gradients of adapters of each rank", "    distributed.all_reduce(parameter.grad)\n", ""),
+        (
+            "fsdp2: a mesh that peft takes for another's",
+            'mesh_dim_names=("fsdp",)',
+            'mesh_dim_names=("data_parallel",)',
+        ),
         ("fsdp2: blocks whole on every rank", "fully_shard(network, mesh=mesh, reshard_after_forward=True)", "pass"),
     ),
     *errors(
         "engines/fsdp.py",
         FSDP2,
-        ("fsdp2: adapters accepted", "    if adapters:", "    if False:"),
+        ("fsdp2: adapters not averaged", "self.strategy.keep_whole(roles.parameters_of(role))", "pass"),
         ("fsdp2: moments that cannot be split accepted", '.algorithm != "adamw":', '.algorithm == "":'),
         ("fsdp2: Lightning's own strategy accepted", "ModelParallelStrategy | FSDPStrategy):", "str):"),
         ("fsdp2: norms stay in shards", "return whole_of(super()._clip(role))", "return super()._clip(role)"),

@@ -145,15 +145,15 @@ def test_what_cannot_be_planned_is_refused(tiny_pipeline, settings, said):
         read_strategy(settings(), tiny.module(tiny_pipeline, DMD))
 
 
-def test_adapters_in_shards_are_refused(tiny_pipeline):
+def test_what_cannot_be_in_shards_is_refused(tiny_pipeline):
     module = tiny.module(tiny_pipeline, DMD, lora=LoRA(2, 4))
     with pytest.raises(UserError, match="ZeRO 3 cannot shard the adapter"):
         read_strategy(trainer(deepspeed(stage=3), 2), module)
-    with pytest.raises(UserError, match="FSDP2 cannot shard adapters"):
-        read_strategy(trainer(fsdp2(), 2), module)
     eight = tiny.module(tiny_pipeline, DMD, generator=Optimization(algorithm="adamw_8bit"))
     with pytest.raises(UserError, match="moments of adamw_8bit cannot be split"):
         read_strategy(trainer(deepspeed(stage=1), 2), eight)
+    with pytest.raises(UserError, match="moments of adamw_8bit cannot be split"):
+        read_strategy(trainer(fsdp2(), 2), eight)
 
 
 def planned(pipeline, strategy, ranks: int, **options):
@@ -172,6 +172,17 @@ def test_plan_of_fsdp2_holds_shares_and_gathers(tiny_pipeline, ranks):
         assert before[name] / ranks <= after[name] <= before[name] / ranks * 1.1 + 4096, name
     assert after["vae"] == before["vae"]
     assert split.phases["decoding" if "decoding" in split.phases else "rollout"] > 0
+
+
+def test_plan_of_adapters_under_fsdp2_splits_only_the_network(tiny_pipeline):
+    lora = LoRA(2, 4)
+    alone = plan(tiny.module(tiny_pipeline, DMD, lora=lora), 4)
+    split = planned(tiny_pipeline, fsdp2(), 2, lora=lora)
+    before, after = ({c.name: c.size for c in found.components} for found in (alone, split))
+    teacher = before.pop("teacher")
+    assert teacher / 2 <= after.pop("teacher (1/2)") <= teacher / 2 * 1.1 + 4096
+    assert before == after
+    assert split.phases["rollout"] > alone.phases["rollout"]  # blocks are gathered
 
 
 def test_plan_of_ddp_adds_a_copy_of_all_gradients(tiny_pipeline):

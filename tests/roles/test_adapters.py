@@ -334,3 +334,14 @@ def test_velocity_of_an_undeclared_role_is_a_key_error(family):
     roles = AdapterRoles(family, network_of(family), FEW, lora=LORA)
     with pytest.raises(KeyError, match="old"):
         roles.velocity("old", inputs(family))
+
+
+def test_parameters_of_a_role_are_found_once_and_stay_those_of_the_network(family, monkeypatch):
+    roles = cast(family)
+    expected = {name: p for name, p in roles.network.named_parameters() if ".lora_" in name and ".fake_score." in name}
+    assert [id(p) for p in roles.parameters_of("fake_score")] == [id(p) for p in expected.values()]
+    monkeypatch.setattr(roles.network, "named_parameters", lambda: pytest.fail("walked over the network again"))
+    assert [id(p) for p in roles.parameters_of("fake_score")] == [id(p) for p in expected.values()]
+    layer = next(module for module in roles.network.modules() if hasattr(module, "lora_A"))
+    layer.lora_A["fake_score"].weight = nn.Parameter(torch.zeros_like(layer.lora_A["fake_score"].weight))
+    assert any(p is layer.lora_A["fake_score"].weight for p in roles.parameters_of("fake_score"))

@@ -40,6 +40,7 @@ from gdmd_lightning.engines.deepspeed import check_stages
 from gdmd_lightning.engines.fsdp import check_sharding
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError, WriteError
+from gdmd_lightning.garbage import collect_as_usual
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance
@@ -153,7 +154,7 @@ class DistillationCLI(LightningCLI):
             )
         if isinstance(self.trainer.strategy, MultiEngineDeepSpeedStrategy):
             check_stages(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)
-        check_sharding(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)
+        check_sharding(self.trainer.strategy, self.model.role_specs())
         self._choose_directory()
 
     def _choose_directory(self) -> None:
@@ -168,6 +169,7 @@ class DistillationCLI(LightningCLI):
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train; report a failed write, code that exits, or a rank that has ended as an error."""
+        collect_as_usual()
         try:
             self.trainer.fit(*args, **kwargs)
         except SystemExit as error:

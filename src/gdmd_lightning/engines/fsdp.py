@@ -9,7 +9,7 @@ from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import fingerprint
 from gdmd_lightning.families.loading import NetworkFiles
-from gdmd_lightning.roles import RoleSpec
+from gdmd_lightning.roles import AdapterRoles, Roles, RoleSpec
 from gdmd_lightning.strategies.fully_sharded import FSDP2Strategy
 from gdmd_lightning.strategies.sharding import whole_of
 
@@ -22,7 +22,7 @@ class FSDPEngine(LightningEngine):
 
 
 class FSDPPlacement:
-    """Where the networks of a module are under :class:`FSDP2Strategy`: all in shards.
+    """Where the networks of a module are under :class:`FSDP2Strategy`: all in shards, and adapters whole.
 
     Args:
         strategy: The strategy.
@@ -47,21 +47,27 @@ class FSDPPlacement:
         # As a copy of the teacher would be: rounded to its precision.
         return self.strategy.build(self.files.construct, list(self.files.weights), rounded=self.files.dtype).eval()
 
-    def place_head(self, head: nn.Module) -> None:
-        """Put a head in shards; its seed gives every rank the same values."""
-        self.strategy.shard(head.to(self.strategy.root_device))
+    def place(self, roles: Roles) -> None:
+        """Put heads in shards, whose seeds give every rank the same values, and keep trained adapters whole.
+
+        Adapters are small, and the network under them can have another precision, which a shard cannot mix.
+        """
+        for head in roles.heads:
+            self.strategy.shard(roles.get_submodule(head).to(self.strategy.root_device))
+        if isinstance(roles, AdapterRoles):
+            for role in set(roles.trained) - set(roles.heads):
+                self.strategy.keep_whole(roles.parameters_of(role))
 
     def fingerprint(self, network: nn.Module) -> str:
         """That of the whole network, as if it were on one rank."""
         return fingerprint(self.strategy.full_weights(network))
 
 
-def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...], *, adapters: bool) -> None:
+def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...]) -> None:
     """Fail before anything is loaded if a strategy of PyTorch's shards cannot train a role; others pass.
 
     Raises:
-        UserError: If the strategy is Lightning's own, roles are adapters, or an optimizer keeps its moments in a form
-            that cannot be split.
+        UserError: If the strategy is Lightning's own, or an optimizer keeps its moments in a form that cannot be split.
     """
     if not isinstance(strategy, FSDP2Strategy):
         if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
@@ -71,12 +77,6 @@ def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...], *, adapters:
                 remedy="use FSDP2Strategy, or --config fsdp2.yaml",
             )
         return
-    if adapters:
-        raise UserError(
-            "FSDP2 cannot shard adapters: their network is shared by all roles",
-            where="trainer.strategy",
-            remedy="use ddp, or MultiEngineDeepSpeedStrategy with stage 1 or 2, or leave out model.lora",
-        )
     for spec in specs:
         if spec.optimizer is not None and spec.optimizer.algorithm != "adamw":
             raise UserError(

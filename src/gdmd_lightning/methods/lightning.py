@@ -40,7 +40,16 @@ from gdmd_lightning.phases import Stopwatch, listening
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.ranges import Count, Decay, Seed, ranged
 from gdmd_lightning.ranks import mean_over_ranks
-from gdmd_lightning.roles import AdapterRoles, CopiedRoles, LoRA, Optimization, Roles, RoleSpec, ShardedRoles
+from gdmd_lightning.roles import (
+    AdapterRoles,
+    CopiedRoles,
+    LoRA,
+    Optimization,
+    Roles,
+    RoleSpec,
+    ShardedAdapterRoles,
+    ShardedRoles,
+)
 from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, Trained
 from gdmd_lightning.streams import BatchStream, stream
 
@@ -159,11 +168,10 @@ class RoleModule(pl.LightningModule):
         if hasattr(self, "roles"):
             return
         self.family.check_resolution(self.height, self.width)
-        if self.lora is None:
-            if self.multi_engine is not None:
-                self._placement = Placement(self.multi_engine)
-            elif self.fully_sharded is not None:
-                self._placement = FSDPPlacement(self.fully_sharded)
+        if self.fully_sharded is not None:
+            self._placement = FSDPPlacement(self.fully_sharded)
+        elif self.multi_engine is not None and self.lora is None:
+            self._placement = Placement(self.multi_engine)
         if self._placement is not None:
             self.family.build_network = self._placement.build_teacher
         network = self.family.load()
@@ -198,18 +206,18 @@ class RoleModule(pl.LightningModule):
         specs = self.role_specs()
         if self._only is not None:
             specs = tuple(spec.alone(self.generator) for spec in specs if spec.name == self._only)
-        if self._placement is not None:
-            self.roles = ShardedRoles(self.family, network, specs, self.micro_batch_size, self._placement.copy_for)
-            self.roles.latent_shape = self.latent_shape
-            if isinstance(self._placement, FSDPPlacement):
-                for head in self.roles.heads:
-                    self._placement.place_head(self.roles.get_submodule(head))
-        elif self.lora is None:
-            self.roles = CopiedRoles(self.family, network, specs, self.micro_batch_size)
+        placed, size = self._placement, self.micro_batch_size
+        if self.lora is not None:
+            kind = AdapterRoles if placed is None else ShardedAdapterRoles
+            self.roles = kind(self.family, network, specs, size, lora=self.lora, seed=self.seed)
+        elif placed is not None:
+            self.roles = ShardedRoles(self.family, network, specs, size, placed.copy_for)
         else:
-            self.roles = AdapterRoles(
-                self.family, network, specs, self.micro_batch_size, lora=self.lora, seed=self.seed
-            )
+            self.roles = CopiedRoles(self.family, network, specs, size)
+        if isinstance(self.roles, ShardedRoles | ShardedAdapterRoles):
+            self.roles.latent_shape = self.latent_shape
+        if isinstance(placed, FSDPPlacement):
+            placed.place(self.roles)
         if self.memory.gradient_checkpointing:
             self.roles.checkpoint_activations()
 
@@ -256,7 +264,7 @@ class RoleModule(pl.LightningModule):
                     role.optimizer.check(role.name, self.trainer.max_steps)
             if self.multi_engine is not None:
                 check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
-            check_sharding(self.trainer.strategy, self.role_specs(), adapters=self.lora is not None)
+            check_sharding(self.trainer.strategy, self.role_specs())
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.samples * self.world_size, data.group_size)

@@ -136,9 +136,10 @@ def _is_cpu(zero: dict[str, Any], what: str) -> bool:
 
 def _fsdp2(count: int, nodes: int, module: DistillationModule) -> Strategy:
     ranks = count * nodes
-    check_sharding(FSDP2Strategy(), module.role_specs(), adapters=module.lora is not None)
-    names = (TEACHER, *(spec.name for spec in module.role_specs()))
-    splits = {name: Split("fsdp2", ranks) for name in names}
+    check_sharding(FSDP2Strategy(), module.role_specs())
+    # Adapters are whole; heads and copies of the network are in shards.
+    split = [spec.name for spec in module.role_specs() if module.lora is None or spec.head is not None]
+    splits = {name: Split("fsdp2", ranks) for name in (TEACHER, *split)}
     return Strategy(ranks, count, splits, words=f"FSDP2 on {ranks} GPUs: largest share of a GPU")
 
 

@@ -56,8 +56,9 @@ class Trace(TorchDispatchMode):
         self._unseen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self._shapes(func, args, kwargs or {})
-        self.see(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
+        with torch._C.DisableTorchFunction():  # else every attribute of a tensor that is read here passes all modes
+            result = self._shapes(func, args, kwargs or {})
+            self.see(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
         return result
 
     def hold(self, module: nn.Module) -> None:

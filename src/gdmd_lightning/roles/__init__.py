@@ -7,7 +7,7 @@ a role and get its ``x0`` or velocity.
 from gdmd_lightning.roles.adapters import AdapterRoles, LoRA
 from gdmd_lightning.roles.base import Form, Roles
 from gdmd_lightning.roles.copies import CopiedRoles
-from gdmd_lightning.roles.sharded import ShardedRoles
+from gdmd_lightning.roles.sharded import ShardedAdapterRoles, ShardedRoles
 from gdmd_lightning.roles.spec import TEACHER, Head, Optimization, RoleSpec
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "Optimization",
     "RoleSpec",
     "Roles",
+    "ShardedAdapterRoles",
     "ShardedRoles",
 ]

@@ -120,6 +120,8 @@ class AdapterRoles(Roles):
         from peft.tuners.lora import LoraLayer
 
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, LoraLayer))
+        # Where the parameters of a role are: a large network has thousands of names, and every evaluation asks.
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._state: tuple[str | None, float] = (None, 1.0)
         self._activate(None)
         self.network.requires_grad_(False)
@@ -157,7 +159,10 @@ class AdapterRoles(Roles):
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         if role in self.heads:
             return list(self.get_submodule(role).parameters())
-        return [parameter for name, parameter in self.network.named_parameters() if _is_of(name, role)]
+        if role not in self._places:
+            names = [name.rpartition(".") for name, _ in self.network.named_parameters() if _is_of(name, role)]
+            self._places[role] = [(self.network.get_submodule(owner), name) for owner, _, name in names]
+        return [getattr(owner, name) for owner, name in self._places[role]]
 
     def names_of(self, role: str) -> list[str]:
         if role == TEACHER:

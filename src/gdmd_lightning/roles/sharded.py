@@ -1,4 +1,4 @@
-"""Roles as full copies of which some are in shards, each rank holding a range of every weight."""
+"""Roles whose networks are in shards, each rank holding a range of every weight: copies, or adapters on one base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import NoisyLatents
+from gdmd_lightning.roles.adapters import AdapterRoles
 from gdmd_lightning.roles.copies import CopiedRoles
 from gdmd_lightning.strategies.partitions import forget_gathered, is_sharded, shape_of, shard_of
 from gdmd_lightning.strategies.sharding import fill
@@ -34,16 +36,7 @@ class ShardedRoles(CopiedRoles):
         fill(self.standalone(role), {name.removeprefix(f"{role}."): value for name, value in weights.items()})
 
     def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
-        found, network = super().features(role, latents, through=through), self.standalone(role)
-        if isinstance(network, FSDPModule) and found.requires_grad:
-
-            def gather(_: Tensor) -> None:
-                # FSDP2 gathers what is outside of blocks when the backward enters by the network's output. That of
-                # features does not.
-                network.unshard()
-
-            found.register_hook(gather)
-        return found
+        return _gathering(super().features(role, latents, through=through), self.standalone(role))
 
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
@@ -66,33 +59,58 @@ class ShardedRoles(CopiedRoles):
 
     def lockstep(self, role: str) -> AbstractContextManager[None]:
         network = self.standalone(role)
-        return self._lockstep(network) if _in_shards(network) else nullcontext()
+        return _lockstep(network, self.family, self.latent_shape) if _in_shards(network) else nullcontext()
 
-    @contextmanager
-    def _lockstep(self, network: nn.Module) -> Iterator[None]:
-        """Gathering weights takes all ranks: a rank that is done goes on with evaluations of no consequence.
 
-        Before each evaluation all ranks exchange one number, whether anybody still has work.
-        """
-        device = next(network.parameters()).device
+class ShardedAdapterRoles(AdapterRoles):
+    """Adapters, whole on every rank, on a network in shards (FSDP2)."""
 
-        def anybody(working: bool) -> Tensor:
-            flag = torch.tensor(float(working), device=device)
-            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-            return flag
+    latent_shape: tuple[int, int, int]
+    """As in :class:`ShardedRoles`."""
 
-        hook = network.register_forward_pre_hook(lambda *_: (anybody(True), None)[1], prepend=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-        while bool(anybody(False)):
-            self._evaluate_for_others(network, device)
+    def features(self, role: str, latents: NoisyLatents, *, through: bool = False) -> Tensor:
+        return _gathering(super().features(role, latents, through=through), self.network)
 
-    @torch.no_grad()
-    def _evaluate_for_others(self, network: nn.Module, device: torch.device) -> None:
-        x, sigma = torch.zeros(1, *self.latent_shape, device=device), torch.full((1,), 0.5, device=device)
-        self.family.predict_velocity(network, x, sigma, self.family.empty.to(device))
+    def lockstep(self, role: str) -> AbstractContextManager[None]:
+        return _lockstep(self.network, self.family, self.latent_shape)
+
+
+def _gathering(features: Tensor, network: nn.Module) -> Tensor:
+    """Features whose backward gathers what FSDP2 gathers when a backward enters by the network's output.
+
+    That is what is outside of blocks; a backward from features enters elsewhere.
+    """
+    if isinstance(network, FSDPModule) and features.requires_grad:
+
+        def gather(_: Tensor) -> None:
+            network.unshard()
+
+        features.register_hook(gather)
+    return features
+
+
+@contextmanager
+def _lockstep(network: nn.Module, family: ModelFamily, latent_shape: tuple[int, int, int]) -> Iterator[None]:
+    """Gathering weights takes all ranks: a rank that is done goes on with evaluations of no consequence.
+
+    Before each evaluation all ranks exchange one number, whether anybody still has work.
+    """
+    device = next(network.parameters()).device
+
+    def anybody(working: bool) -> Tensor:
+        flag = torch.tensor(float(working), device=device)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+        return flag
+
+    hook = network.register_forward_pre_hook(lambda *_: (anybody(True), None)[1], prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+    while bool(anybody(False)):
+        with torch.no_grad():
+            x, sigma = torch.zeros(1, *latent_shape, device=device), torch.full((1,), 0.5, device=device)
+            family.predict_velocity(network, x, sigma, family.empty.to(device))
 
 
 def _in_shards(network: nn.Module) -> bool:

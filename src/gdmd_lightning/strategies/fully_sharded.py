@@ -7,8 +7,9 @@ Lightning, and nothing else of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -29,6 +31,8 @@ from gdmd_lightning.strategies.sharding import Weights, fill, gathered, part_of,
 
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2: every network that :meth:`build` builds is in shards, each rank holding rows of every weight.
+
+    A few small parameters, such as adapters on a frozen network, can stay whole on every rank: :meth:`keep_whole`.
 
     Checkpoints are plain files, gathered to rank 0 one tensor at a time and written by the trainer's checkpoint IO.
     They have the form that a single process would write. The module's ``state_dict`` decides what they hold.
@@ -42,6 +46,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
         )
+        self._kept_whole: set[nn.Parameter] = set()
 
     # Construction in shards.
 
@@ -79,7 +84,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         Every rank must have the same values.
         """
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self._mesh
         units = set(getattr(network, "_no_split_modules", None) or ())
         for module in reversed([module for module in network.modules() if type(module).__name__ in units]):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -90,6 +95,23 @@ class FSDP2Strategy(ModelParallelStrategy):
             for module, name, buffer in buffers:
                 setattr(module, name, buffer.to(self.root_device))
         return network
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        # peft takes shards on a mesh of Lightning's name, "data_parallel", for those of tensor parallelism.
+        ranks = self.device_mesh["data_parallel"]
+        return DeviceMesh.from_group(ranks.get_group(), ranks.device_type, mesh_dim_names=("fsdp",))
+
+    def keep_whole(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave parameters whole on every rank, and average their gradients over the ranks in each backward pass.
+
+        Call it in ``configure_model``, with parameters that are not in shards, require gradient and have the same
+        values on every rank. All ranks must run the same backward passes.
+        """
+        for parameter in parameters:
+            self._kept_whole.add(parameter)
+            # What earlier backward passes left is the same on all ranks, so its average is itself.
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
 
     def full_weights(self, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors of a network's state dict, one tensor at a time; all ranks must iterate."""
@@ -121,11 +143,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
-        whole = [p for p in self.lightning_module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        trained = [p for p in self.lightning_module.parameters() if p.requires_grad and p not in self._kept_whole]
+        whole = [p for p in trained if not isinstance(p, DTensor)]
         if whole and trainer.state.fn == TrainerFn.FITTING:
             raise MisconfigurationException(
                 f"{len(whole)} trained parameters are not in shards: build their networks with the strategy's build "
-                "or shard in configure_model"
+                "or shard in configure_model, or give them to keep_whole"
             )
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -188,6 +211,12 @@ class FSDP2Strategy(ModelParallelStrategy):
                 for number, own in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": parts})
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    distributed.all_reduce(parameter.grad)
+    parameter.grad.div_(distributed.get_world_size())  # gloo has no average
 
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:
