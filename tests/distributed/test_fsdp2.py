@@ -1,11 +1,14 @@
 """Our methods under FSDP2Strategy: two gloo processes against one process with all their samples."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from cases import DATA, METHODS, build
 from test_deepspeed import (
     FAMILIES,
+    IN_SHARDS,
     LORA,
     LOSS,
     OTHERS,
@@ -135,6 +138,30 @@ def test_runs_resume_to_the_bit_on_as_many_ranks(pipeline):
         for key, value in found["whole"][0]["weights"].items():
             # A tenth of a step: Adam turns the rounding error of a gradient that is almost 0 into a part of a step.
             assert (alone[name][0]["weights"][key] - value).abs().max() <= 1e-4, key
+
+
+@pytest.mark.slow
+def test_runs_go_on_between_deepspeed_and_fsdp2(pipeline):
+    pytest.importorskip("deepspeed")
+    zero3 = {"method": "GDMD", "strategy": {"stage": 3, **IN_SHARDS}, "updates": 4}
+    fsdp2 = {"method": "GDMD", "strategy": "fsdp2", "updates": 4}
+    directory, file = str(pipeline.parent / "zero3.ckpt"), str(pipeline.parent / "other_fsdp2.ckpt")
+    found = run_cases(
+        pipeline,
+        whole=fsdp2,
+        zero3={**zero3, "updates": 2, "save": directory},
+        fsdp2={**fsdp2, "updates": 2, "save": file},
+        to_fsdp2={**fsdp2, "resume": directory},
+        to_zero3={**zero3, "resume": file},
+    )
+    assert Path(directory).is_dir()
+    for name in ("to_fsdp2", "to_zero3"):
+        for rank, own in enumerate(found[name]):
+            assert "error" not in own, own
+            assert own["updates"] == 4
+            for key, value in found["whole"][rank]["weights"].items():
+                # As above: a tenth of a step.
+                assert (own["weights"][key] - value).abs().max() <= 1e-4, (name, key)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from cases import DATA, build
 
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions
+from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, partitions
 
 torch.set_num_threads(1)
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -32,14 +32,31 @@ class Held(pl.Callback):
         step = strategy.optimizer_step
 
         def watched(optimizer, *args, **kwargs):
-            role = strategy._role_of(optimizer)
-            self.found[role] = held(strategy.engines[role])
+            if isinstance(strategy, FSDP2Strategy):
+                self.found[self.role_of[id(optimizer)]] = held_by(optimizer)
+            else:
+                role = strategy._role_of(optimizer)
+                self.found[role] = held(strategy.engines[role])
             return step(optimizer, *args, **kwargs)
 
         strategy.optimizer_step = watched
 
     def on_train_start(self, trainer, pl_module):
+        self.role_of = {id(each): role for role, each in zip(pl_module.roles.trained, trainer.optimizers, strict=True)}
         self.watch(trainer.strategy)
+
+
+def held_by(optimizer) -> dict[str, int]:
+    """Bytes of weights, gradients and moments in torch's own optimizer."""
+    local = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    return {
+        "weights": size(local(p) for p in parameters),
+        "stepped": 0,
+        "gradients": size(local(p.grad) for p in parameters),
+        "moments": size(local(m) for m in moments),
+    }
 
 
 def held(engine) -> dict[str, int]:
@@ -67,7 +84,8 @@ def main() -> None:
     file = Path(sys.argv[1])
     for name, case in json.loads(file.read_text()).items():
         module, callback = build(case["pipeline"], case["method"], **case.get("module", {})), Held()
-        strategy = MultiEngineDeepSpeedStrategy(**case["strategy"])
+        fsdp2 = case["strategy"] == "fsdp2"
+        strategy = FSDP2Strategy() if fsdp2 else MultiEngineDeepSpeedStrategy(**case["strategy"])
         trainer = tiny.trainer(2, devices=RANKS, strategy=strategy, callbacks=[callback])
         trainer.fit(module, datamodule=tiny.PromptDataModule("shapes", **DATA))
         found = dict(callback.found)

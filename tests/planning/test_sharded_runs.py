@@ -1,4 +1,4 @@
-"""What a plan says two processes hold under DeepSpeed is what they hold, within a tenth."""
+"""What a plan says two processes hold under DeepSpeed and FSDP2 is what they hold, within a tenth."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,15 @@ CONFIG = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "reduce
 def test_plan_of_shares_equals_what_two_processes_hold_within_ten_percent(tmp_path):
     pytest.importorskip("deepspeed")
     pipeline = tiny.save_pipeline(tmp_path / "pipeline", layers=2)
-    strategies = {f"zero{stage}": {"stage": stage, "config": CONFIG} for stage in (1, 2, 3)}
+    strategies = {f"zero{stage}": {"stage": stage, "config": CONFIG} for stage in (1, 2, 3)} | {"fsdp2": "fsdp2"}
     shared = {"pipeline": str(pipeline), "method": "DMD"}
     (tmp_path / "cases.json").write_text(
         json.dumps({name: {**shared, "strategy": strategy} for name, strategy in strategies.items()})
     )
     run_ranks(HERE / "plan_runs.py", tmp_path / "cases.json")
     for name, settings in strategies.items():
-        given = SimpleNamespace(class_path="MultiEngineDeepSpeedStrategy", init_args=settings)
+        kind, settings = ("FSDP2Strategy", {}) if name == "fsdp2" else ("MultiEngineDeepSpeedStrategy", settings)
+        given = SimpleNamespace(class_path=kind, init_args=settings)
         module = tiny.module(pipeline, DMD)
         strategy = read_strategy(SimpleNamespace(strategy=given, devices=2, num_nodes=1), module)
         planned = plan(module, 8, strategy=strategy)
