@@ -189,3 +189,20 @@ def test_a_step_that_is_not_finite_on_one_rank_stops_or_is_skipped_on_all(stage,
         assert [logs["skipped_steps"] for logs in own["logs"]] == [0, 1, 0]
         assert all(torch.isfinite(value).all() for value in own["weights"].values())
     assert not tiny.differing(found["skipped"][0]["weights"], found["skipped"][1]["weights"])
+
+
+@pytest.fixture(scope="module")
+def adapters_alone(pipeline):
+    """What one process finds that trains adapters with each of the other methods."""
+    modules = {method: lambda method=method: build(pipeline, method, family="sd3", lora=True) for method in OTHERS}
+    return {method: train_together(module, UPDATES, **DATA) for method, module in modules.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [{"stage": 1}, {"stage": 2}, "fsdp2", "ddp_find_unused_parameters_true"], ids=str)
+def test_other_methods_train_adapters_as_one_process(strategy, pipeline, adapters_alone):
+    own = {"module": {"family": "sd3", "lora": True}, "strategy": strategy}
+    found = run_cases(pipeline, **{method.replace(" ", "_"): {**own, "method": method} for method in OTHERS})
+    for method, each in zip(OTHERS, found.values(), strict=True):
+        # Ratios of probabilities amplify the last digits too.
+        assert_same_run(each, adapters_alone[method], 1e-5 if method in ("flow_grpo", "rtdmd") else LOSS)

@@ -71,17 +71,6 @@ def test_adapters_on_a_base_in_shards_train_as_one_process(pipeline, alone):
 
 
 @pytest.mark.slow
-def test_other_methods_train_adapters_as_one_process(pipeline):
-    own = {"module": {"family": "sd3", "lora": True}, "strategy": "fsdp2"}
-    methods = ("dmd2", "refl", "dmdr", "rtdmd")
-    for method, each in run_cases(pipeline, **{method: {**own, "method": method} for method in methods}).items():
-        expected = train_together(
-            lambda method=method: build(pipeline, method, family="sd3", lora=True), UPDATES, **DATA
-        )
-        assert_same_run(each, expected, 1e-5 if method == "rtdmd" else LOSS)
-
-
-@pytest.mark.slow
 def test_four_ranks_hold_a_quarter_of_every_role(pipeline, alone):
     (found,) = run_cases(pipeline, ranks=4, four={"method": "GDMD", "strategy": "fsdp2", "updates": 1}).values()
     assert not [own["error"] for own in found if "error" in own]

@@ -117,6 +117,12 @@ MUTATIONS = [
         ("head taken for the teacher", ' and name.split(".")[0] not in self.heads', ""),
     ),
     *errors(
+        "callbacks/variety.py",
+        ("callbacks/test_generation_variety.py",),
+        ("variety: sums of ranks in float32", "torch.zeros(3, dtype=torch.float64, device", "torch.zeros(3, device"),
+        ("variety: every rank measures all prompts", "range(trainer.global_rank, len(self", "range(0, len(self"),
+    ),
+    *errors(
         "roles/adapters.py",
         ("roles/test_adapters.py",),
         ("parameters of a role searched each time", "if role not in self._places:", "if True:"),

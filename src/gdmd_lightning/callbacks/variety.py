@@ -57,7 +57,8 @@ class GenerationVariety(pl.Callback):
     @torch.no_grad()
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         """Measure now; each rank takes every ``world_size``-th prompt."""
-        sums = torch.zeros(3, device=module.device)  # diversity, spread, prompts
+        # Diversity, spread, prompts; in float64, so that the number of ranks does not show.
+        sums = torch.zeros(3, dtype=torch.float64, device=module.device)
         with module.roles.lockstep("ema"):
             for row in range(trainer.global_rank, len(self.prompts), trainer.world_size):
                 numbers = range(row * self.samples, (row + 1) * self.samples)
