@@ -135,8 +135,8 @@ def test_a_plan_follows_the_whole_update(monkeypatch):
 
     monkeypatch.setattr(footprint, "_peaks", peaks)
     monkeypatch.setattr(GaussianFamily, "sketch", lambda self: self.load().to("meta"), raising=False)
-    footprint.plan(DMD(GaussianFamily(), height=16, width=24, accumulate=3), 4, accelerator="cpu")
-    footprint.plan(DMD(GaussianFamily(), height=16, width=24), 4, accelerator="cpu")
+    footprint.plan(DMD(GaussianFamily(), height=16, width=24, accumulate=3), 4)
+    footprint.plan(DMD(GaussianFamily(), height=16, width=24), 4)
     assert asked == [(12, 4), (4, None)]
 
 

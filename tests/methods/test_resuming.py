@@ -214,3 +214,22 @@ def test_reward_that_draws_from_global_generators_resumes_exactly(tiny_pipeline,
     resumed = tiny.module(tiny_pipeline, GDMD, reward=RandomReward())
     resume(resumed, tmp_path / "two.ckpt", 3)
     assert tiny.differing(dict(whole.state_dict()), dict(resumed.state_dict())) == []
+
+
+def test_moments_of_a_loop_in_another_memory_layout_are_resumed(tiny_pipeline, full, tmp_path):
+    """As a run with torch's default optimizer or with other strides wrote them; a fused step reads raw memory."""
+    checkpoint = read_checkpoint(str(full))
+    for state in checkpoint["optimizer_states"]:
+        for group in state["param_groups"]:
+            group["fused"] = None
+        for moments in state["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].ndim == 2:
+                    moments[name] = moments[name].t().contiguous().t()
+    torch.save(checkpoint, tmp_path / "loop.ckpt")
+    runs = [tiny.module(tiny_pipeline, DMD, generator=BEFORE) for _ in range(2)]
+    for module, path in zip(runs, (full, tmp_path / "loop.ckpt"), strict=True):
+        trainer = resume(module, path, 3)
+        assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    for name, value in runs[0].state_dict().items():
+        assert torch.equal(value, runs[1].state_dict()[name]), name

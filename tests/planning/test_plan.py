@@ -66,7 +66,7 @@ def measured(module, directory) -> int:
 @pytest.mark.parametrize("size", [4, 2])
 def test_plan_of_micro_batches_equals_the_measured_peak_within_two_percent(pipeline, tmp_path, method, size):
     found = measured(tiny.module(pipeline, method, micro_batch_size=size), tmp_path)
-    planned = plan(tiny.module(pipeline, method, micro_batch_size=size), 8, accelerator="cpu")
+    planned = plan(tiny.module(pipeline, method, micro_batch_size=size), 8)
     assert planned.total == pytest.approx(found, rel=0.02)
 
 
@@ -78,7 +78,7 @@ def test_plan_of_micro_batches_equals_the_measured_peak_within_two_percent(pipel
 )
 def test_plan_equals_the_measured_peak_within_two_percent(pipeline, tmp_path, method, lora, memory):
     found = measured(tiny.module(pipeline, method, lora=lora, memory=memory), tmp_path)
-    planned = plan(tiny.module(pipeline, method, lora=lora, memory=memory), 8, accelerator="cpu")
+    planned = plan(tiny.module(pipeline, method, lora=lora, memory=memory), 8)
     assert planned.total == pytest.approx(found, rel=0.02)
 
 

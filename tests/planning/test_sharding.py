@@ -54,6 +54,12 @@ def test_shares_of_half_precision_are_half():
         assert 2 * Split(kind, 4).weights(half) == Split(kind, 4).weights(SHAPES)
 
 
+def test_step_needs_a_flat_gradient_under_zero_and_nothing_under_fsdp2():
+    zero = Split("zero2", 4)
+    assert zero.stepping(SHAPES) == 4 * zero.shard(SHAPES)
+    assert Split("fsdp2", 4).stepping(SHAPES) == 0
+
+
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
 def test_offload_moves_what_the_optimizer_has_to_the_host(kind):
     here, away = Split(kind, 4), Split(kind, 4, offload_optimizer=True)

@@ -74,6 +74,29 @@ def test_optimization_without_warmup_starts_at_its_learning_rate(warmup):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
+def test_fused_optimizer_equals_torchs_loop():
+    """Up to rounding, over steps with another learning rate each."""
+    settings = Optimization(learning_rate=3e-2, betas=(0.8, 0.95), weight_decay=0.1, warmup=4)
+    random = torch.Generator().manual_seed(0)
+    shapes = [(17, 9), (5,), (), (4, 3, 2, 2)]
+    start = [torch.randn(shape, generator=random) for shape in shapes]
+    mine, theirs = ([nn.Parameter(each.clone()) for each in start] for _ in range(2))
+    fused = settings.optimizer(mine)
+    loop = torch.optim.AdamW(theirs, lr=3e-2, betas=(0.8, 0.95), weight_decay=0.1, foreach=False)
+    assert fused.param_groups[0]["fused"]
+    schedules = [settings.scheduler(optimizer, -1) for optimizer in (fused, loop)]
+    for _ in range(6):
+        for one, other in zip(mine, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=random)
+            other.grad = one.grad.clone()
+        for optimizer, schedule in zip((fused, loop), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    for one, other, first in zip(mine, theirs, start, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        assert not torch.allclose(one, first, atol=1e-3)
+
+
 def rates(settings: Optimization, updates: int) -> list[float]:
     """The learning rate in each update."""
     optimizer = settings.optimizer([nn.Parameter(torch.zeros(1))])

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gdmd_lightning.strategies import ShardedCheckpoint, ShardError, consolidated, shards
+from gdmd_lightning.strategies import ShardedCheckpoint, ShardError, consolidated, partitions, shards
 from gdmd_lightning.strategies.shards import Piece
 
 
@@ -95,3 +95,11 @@ def test_leftovers_of_a_name_are_removed_and_others_stay(tmp_path):
         write(tmp_path / name)
     shards.remove_parts(tmp_path / "last.ckpt")
     assert [each.name for each in tmp_path.iterdir()] == ["other.ckpt.9@host.part"]
+
+
+@pytest.mark.parametrize(
+    ("options", "device"), [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")]
+)
+def test_number_of_steps_is_where_the_optimizer_expects_it(options, device):
+    weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    assert partitions.place_of_scalars(torch.optim.AdamW([weight], **options), weight).type == device

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.provenance import Provenance, parsed
@@ -153,7 +155,24 @@ def use_current_optimization(module: RoleModule, checkpoint: dict[str, Any]) -> 
         state["param_groups"] = [
             {**now, "params": then["params"]} for now, then in zip(groups, state["param_groups"], strict=True)
         ]
+        parameters = [parameter for group in each["optimizer"].param_groups for parameter in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            moments = state["state"].get(number)
+            if isinstance(moments, dict):
+                state["state"][number] = {name: _laid_out_as(parameter, value) for name, value in moments.items()}
     checkpoint["lr_schedulers"] = [each["lr_scheduler"]["scheduler"].state_dict() for each in current]
+
+
+def _laid_out_as(parameter: Tensor, value: Any) -> Any:
+    """A moment in the memory layout of its parameter, which a fused step takes for granted; other values as they are.
+
+    A checkpoint keeps the layout that the weights had in the run that wrote it.
+    """
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    laid_out = torch.empty_strided(value.shape, parameter.stride(), dtype=value.dtype, device=value.device)
+    return laid_out.copy_(value)
 
 
 def _well_formed(states: Any, current: list[dict[str, Any]]) -> bool:

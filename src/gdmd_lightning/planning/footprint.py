@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from gdmd_lightning.phases import listening, phase
 from gdmd_lightning.planning.replay import NotRecorded, Replay, drop_gradient
 from gdmd_lightning.planning.sharding import Shape, Split, shapes_of
 from gdmd_lightning.planning.strategy import ALONE, Strategy
-from gdmd_lightning.planning.trace import Autocast, FusedAttention, Shapes, Trace
+from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
@@ -126,7 +126,6 @@ def plan(
     module: DistillationModule,
     batch_size: int,
     precision: str | None = "32-true",
-    accelerator: Literal["cuda", "cpu"] = "cuda",
     strategy: Strategy = ALONE,
     *,
     whole: bool = False,
@@ -137,7 +136,6 @@ def plan(
         module: A new one, before ``configure_model``; it cannot be used afterwards.
         batch_size: Samples per batch of the data module on one GPU.
         precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
-        accelerator: ``cuda`` steps an optimizer on all parameters at once, ``cpu`` on one after another.
         strategy: How roles are split over GPUs.
         whole: Follow all blocks of the networks, and not only one of several equal ones; the figures are the same.
 
@@ -158,7 +156,7 @@ def plan(
     module.to(META)
     if isinstance(module, MatchingModule):
         module.matching = replace(module.matching, fake_score_updates=1)  # the others are like it
-    optimizers = {role: _optimizer(module, role, accelerator, strategy.split_of(role)) for role in module.roles.trained}
+    optimizers = {role: _optimizer(module, role, strategy.split_of(role)) for role in module.roles.trained}
     held = sum(c.size for c in _components(module, optimizers, None, ALONE))
 
     def follow(samples: int) -> dict[str, int]:
@@ -250,22 +248,31 @@ def _frees_encoders(module: DistillationModule) -> bool:
     return module.embedding_cache is not None and module.embedding_cache.free_encoders
 
 
-def _optimizer(module: DistillationModule, role: str, accelerator: str, split: Split) -> torch.optim.Optimizer:
+def _optimizer(module: DistillationModule, role: str, split: Split) -> torch.optim.Optimizer:
     """The role's optimizer as the previous update left it: with states, and with gradients that are not split."""
     parameters, settings = module.roles.parameters_of(role), module.roles.optimization_of(role)
-    optimizer = EightBit(parameters) if settings.algorithm == "adamw_8bit" else settings.optimizer(parameters)
-    for group in optimizer.param_groups:
-        group["foreach"] = accelerator == "cuda"
+    optimizer = (EightBit if settings.algorithm == "adamw_8bit" else Fused)(parameters)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    with Shapes():
-        optimizer.step()
+    optimizer.step()
     if split.kind != "whole":
         optimizer.zero_grad()
     if split.drops_gradients:
         for parameter in parameters:
             drop_gradient(parameter)
     return optimizer
+
+
+class Fused(torch.optim.Optimizer):
+    """Moments of torch's fused AdamW, which does not run on the meta device; its steps need nothing in addition."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Create the states, the first time."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
+            self.state[parameter] = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
 
 
 class EightBit(torch.optim.Optimizer):

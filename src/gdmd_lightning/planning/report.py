@@ -73,7 +73,6 @@ def plan_of_settings(settings: Any) -> tuple[Plan, Strategy]:
         module,
         samples // module.accumulate,
         settings.trainer.precision,
-        accelerator="cpu" if settings.trainer.accelerator == "cpu" else "cuda",
         strategy=strategy,
     )
     spare = Component("context, workspaces, gaps (assumed)", (), 0, SPARE)

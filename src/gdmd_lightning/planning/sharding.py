@@ -102,8 +102,9 @@ class Split:
         return self.bucket * FLOAT32 if self.kind.startswith("zero") else 0
 
     def stepping(self, shapes: Sequence[Shape]) -> int:
-        """Bytes in addition during a step: the flat gradient, and Adam's denominators."""
-        return 0 if self.offload_optimizer else 2 * self.shard(shapes) * FLOAT32
+        """Bytes in addition during a step: the flat gradient of ZeRO."""
+        flat = self.kind.startswith("zero") and not self.offload_optimizer
+        return self.shard(shapes) * FLOAT32 if flat else 0
 
     def gathered(self, network: nn.Module, *, learned: bool) -> int:
         """Most bytes of a network that are whole for the moment, its own shards not counted.

@@ -183,17 +183,6 @@ class MetaShapes:
         return made[0] if isinstance(known, list) else tuple(made)
 
 
-class Shapes(TorchDispatchMode):
-    """Inside, operations on the meta device are repeated as :class:`MetaShapes` does, and nothing is counted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shapes = MetaShapes()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._shapes(func, args, kwargs or {})
-
-
 class NotRepeatable(Exception):
     """An argument does not say what the result will be like."""
 

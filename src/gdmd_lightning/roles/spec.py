@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -70,8 +71,11 @@ class Optimization:
             )
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Build the optimizer of these parameters."""
-        algorithm: Any = torch.optim.AdamW
+        """Build the optimizer of these parameters.
+
+        AdamW is torch's fused one, which passes over the numbers once; by default torch loops over operations.
+        """
+        algorithm: Any = partial(torch.optim.AdamW, fused=True)
         if self.algorithm == "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit as algorithm  # type: ignore[import-not-found, no-redef]
         optimizer: torch.optim.Optimizer = algorithm(

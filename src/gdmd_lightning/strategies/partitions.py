@@ -195,6 +195,7 @@ def load_trained(
     optimizer = engine.optimizer
     for flat in flats(engine, names, rank):
         state: dict[str, Any] = {}
+        place = place_of_scalars(optimizer.optimizer, flat.tensor)
         for part in flat.parts:
             own = slice(part.offset, part.offset + part.numel)
             for key in sorted(keys(part.name)):
@@ -203,7 +204,7 @@ def load_trained(
                     flat.tensor.data[own].copy_(value)
                 else:
                     state.setdefault(key, torch.zeros_like(flat.tensor.data))[own].copy_(value)
-            state |= {key: torch.tensor(value) for key, value in scalars(part.name).items()}
+            state |= {key: torch.tensor(value, device=place) for key, value in scalars(part.name).items()}
         if state:
             optimizer.optimizer.state[flat.tensor] = state
     if engine.zero_optimization_stage() == 3:
@@ -211,6 +212,17 @@ def load_trained(
     else:
         optimizer._hp_optimizer_states_linked = False
         optimizer.update_lp_params()
+
+
+def place_of_scalars(optimizer: torch.optim.Optimizer, like: Tensor) -> torch.device:
+    """Where an optimizer of torch keeps the number of its steps: with a fused or capturable one, next to the weights.
+
+    Args:
+        optimizer: The optimizer.
+        like: One of its parameters.
+    """
+    with_weights = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return like.device if with_weights else torch.device("cpu")
 
 
 def _spread_shards(engine: Any) -> None:
