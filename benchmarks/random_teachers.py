@@ -26,7 +26,7 @@ from gdmd_lightning.shapes import pipeline as parts
 class Brightness(Reward):
     """Ten times the mean of the pixels, so that every group of pictures has spread."""
 
-    name = "brightness"
+    name, differentiable = "brightness", True
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return 10 * images.mean((1, 2, 3))
