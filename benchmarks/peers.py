@@ -26,6 +26,7 @@ from unittest.mock import MagicMock
 
 import lightning.pytorch as pl
 import torch
+from counting import Counted
 from random_teachers import write_pipeline
 from torch import Tensor, nn
 
@@ -62,22 +63,6 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: Any) -> None:
         pass
-
-
-class Counted:
-    """Evaluations of networks, in latents: all of them, and those with a backward pass."""
-
-    def __init__(self) -> None:
-        self.all = self.trained = 0
-
-    def watch(self, network: nn.Module) -> nn.Module:
-        network.register_forward_pre_hook(self._count, with_kwargs=True)
-        return network
-
-    def _count(self, network: nn.Module, args: Any, kwargs: Any) -> None:
-        rows = len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        self.all += rows
-        self.trained += rows * (torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters()))
 
 
 class FastGen:

@@ -26,7 +26,7 @@ from gdmd_lightning.shapes import pipeline as parts
 class Brightness(Reward):
     """Ten times the mean of the pixels, so that every group of pictures has spread."""
 
-    name = "brightness"
+    name, differentiable = "brightness", True
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return 10 * images.mean((1, 2, 3))
@@ -56,10 +56,12 @@ def write_pipeline(
     return directory
 
 
-def method(name: str, pipeline: Path | str, targets: int = 2, fake_score_updates: int = 3) -> DistillationModule:
-    """DMD or GDMD (with its policy term at the target) on a pipeline, with a guided teacher and 4 steps."""
+def method(
+    name: str, pipeline: Path | str, targets: int = 2, fake_score_updates: int = 3, steps: int = 4, **more: Any
+) -> DistillationModule:
+    """DMD or GDMD (with its policy term at the target) on a pipeline, with a guided teacher."""
     family = SD3Family(str(pipeline), max_sequence_length=0)
-    options: dict[str, Any] = {"height": 32, "width": 32, "steps": 4}
+    options: dict[str, Any] = {"height": 32, "width": 32, "steps": steps, **more}
     options["matching"] = Matching(guidance_scale=3.0, fake_score_updates=fake_score_updates)
     if name == "DMD":
         return DMD(family, **options)
