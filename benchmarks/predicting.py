@@ -50,7 +50,8 @@ class Work:
         evaluations, teacher: Rows evaluated.
         trained: Rows with a backward pass.
         calls, teacher_calls: Forward passes.
-        learning: Forward passes with a backward pass.
+        learning: Forward passes with a gradient.
+        backward: Backward passes; the generator's goes through its samples and its targets.
         decoded: Pictures decoded.
     """
 
@@ -60,6 +61,7 @@ class Work:
     calls: float
     teacher_calls: float
     learning: float
+    backward: float
     decoded: float
 
     def flops(self, row: Row) -> float:
@@ -69,7 +71,7 @@ class Work:
     def sent(self, row: Row, gpus: int) -> float:
         """Bytes that each GPU sends, and receives."""
         gathers = TRAINED_BYTES * (self.calls + self.learning) + TEACHER_BYTES * self.teacher_calls
-        scatters = TRAINED_BYTES * self.learning
+        scatters = TRAINED_BYTES * self.backward
         return (gathers + scatters) * row.parameters * (gpus - 1) / gpus
 
 
@@ -133,9 +135,11 @@ def work(samples: int, micro: int, pipeline: Path) -> Work:
     train(module, 1, samples, GROUP, counting)
     asked = counting.asked
     teacher, others = asked.networks["teacher"], [c for name, c in asked.networks.items() if name != "teacher"]
+    learning = sum(each.learning for each in others)
+    backward = learning - asked.networks["generator"].learning / 2
     return Work(
         sum(each.all for each in others), teacher.all, sum(each.trained for each in others),
-        sum(each.calls for each in others), teacher.calls, sum(each.learning for each in others), asked.decoded,
+        sum(each.calls for each in others), teacher.calls, learning, backward, asked.decoded,
     )  # fmt: skip
 
 

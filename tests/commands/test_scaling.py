@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from processes import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -71,13 +72,15 @@ def test_closed_form_of_operations_is_what_an_update_computes(pipeline):
 
 
 def test_bytes_are_those_of_gathers_and_scatters():
-    asked = predicting.Work(evaluations=0, teacher=0, trained=0, calls=5, teacher_calls=3, learning=2, decoded=0)
+    asked = predicting.Work(
+        evaluations=0, teacher=0, trained=0, calls=5, teacher_calls=3, learning=2, backward=1, decoded=0
+    )
     assert asked.sent(ROW, gpus=1) == 0
-    assert asked.sent(ROW, gpus=4) == 1000 * (4 * (5 + 2) + 2 * 3 + 4 * 2) * 3 / 4
+    assert asked.sent(ROW, gpus=4) == 1000 * (4 * (5 + 2) + 2 * 3 + 4 * 1) * 3 / 4
 
 
 def test_operations_recompute_what_has_a_backward_pass():
-    asked = predicting.Work(10, 4, 2, 0, 0, 0, decoded=0)
+    asked = predicting.Work(10, 4, 2, 0, 0, 0, 0, decoded=0)
     assert asked.flops(ROW) == 10**6 * (10 + 4 + 3 * 2)
     machine = predicting.Machine(tflops=2.0, utilization=0.5, bandwidth_gb=3.0)
     assert machine.seconds(4e12, 6e9) == (4.0, 2.0)
@@ -126,3 +129,16 @@ def test_predicting_command_prints_a_line_for_each_number_of_gpus(monkeypatch, c
     printed = capsys.readouterr().out
     assert "Prediction. Assumed: 400 TFLOP/s" in printed
     assert len([each for each in printed.splitlines() if each.startswith(("| SD3", "| FLUX"))]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_closed_form_of_bytes_is_what_two_processes_send(strategy, tmp_path):
+    place = tiny.save_pipeline(tmp_path / "pipeline", layers=2, heads=4)
+    run_ranks(BENCHMARKS / "rank_bytes.py", place, strategy, tmp_path / "found")
+    found = json.loads((tmp_path / "found-0").read_text())
+    parameters = scaling.row_of(SD3Family(str(place), max_sequence_length=0), 32, 32).parameters
+    calls, learning = (sum(each[i] for each in found["asked"].values()) for i in (0, 1))
+    assert found["bytes"]["c10d::_allgather_base_"] == pytest.approx(4 * parameters * (calls + learning), rel=0.02)
+    backward = learning - found["asked"]["generator"][1] / 2
+    assert found["bytes"]["c10d::_reduce_scatter_base_"] == pytest.approx(4 * parameters * backward, rel=0.02)
