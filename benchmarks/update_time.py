@@ -34,7 +34,7 @@ class PlainLoop:
         self.teacher = teacher
         self.generator, self.fake_score, self.ema = (copy.deepcopy(teacher).requires_grad_(i < 2) for i in range(3))
         networks = (self.generator, self.fake_score)
-        self.optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-4, betas=(0.9, 0.99)) for n in networks]
+        self.optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True) for n in networks]
 
     def update(self, conditioning) -> None:
         x_sigma, sigma = self.rollout(conditioning)

@@ -11,6 +11,7 @@ DMDR, FLOW_GRPO = ("methods/test_dmdr_update.py",), ("methods/test_flow_grpo_upd
 NFT = ("methods/test_nft_update.py",)
 ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.py",)
 
+COMPILE = ("methods/test_compile.py",)
 PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
 ENGINES, SHARDED = ("strategies/test_multi_engine.py",), ("distributed/test_deepspeed.py",)
 FSDP2 = (*SHARDED, "distributed/test_fsdp2.py")
@@ -2363,6 +2364,43 @@ MUTATIONS = [
             "",
         ),
         ("strategies: adapters planned in shards", "if module.lora is None or spec.head is not None]", "]"),
+    ),
+    *errors(
+        "roles/compiling.py",
+        COMPILE,
+        ("compiled: torch's limit", "max(config.recompile_limit, LIMIT)", "8"),
+        ("compiled: the block of features", " and module is not hooked", ""),
+        ("compiled: nothing", "module.compile(fullgraph=True)", "pass"),
+    ),
+    *errors(
+        "roles/base.py",
+        COMPILE,
+        ("compiled: heads ignored", "feature_module(network) if self.heads", "feature_module(network) if False"),
+    ),
+    *errors(
+        "roles/copies.py",
+        COMPILE,
+        ("compiled: trained is frozen", "if not (frozen and name in self.trained)", "if True"),
+    ),
+    *errors("roles/adapters.py", COMPILE, ("compiled: no adapters", "[] if frozen else [self.network]", "[]")),
+    *errors(
+        "methods/lightning.py",
+        COMPILE,
+        ("compiled: for sampling", "if self._fitting and self.speed.compile", "if self.speed.compile"),
+        ("compiled: frozen means all", 'frozen=self.speed.compile == "frozen"', "frozen=False"),
+        (
+            "compiled: refused too late",
+            "            self.speed.check(self.family, adapters=self.lora is not None, sharded=sharded)\n",
+            "",
+        ),
+        ("compiled: under FSDP2", "or self.fully_sharded is not None", ""),
+        ("compiled: under DeepSpeed", "sharded = self.multi_engine is not None or", "sharded ="),
+    ),
+    *errors(
+        "methods/settings.py",
+        COMPILE,
+        ("compiled: frozen with adapters", 'if adapters and self.compile == "frozen"', "if False"),
+        ("compiled: no blocks named", "if not family.repeated_blocks", "if False"),
     ),
     *errors(
         "strategies/partitions.py",

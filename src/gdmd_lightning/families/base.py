@@ -50,6 +50,9 @@ class ModelFamily(ABC):
     network_component: ClassVar[str] = "transformer"
     """Name of the denoising network in the pipeline."""
 
+    repeated_blocks: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes of which the network has many alike, which ``model.speed.compile`` compiles."""
+
     guided_passes: ClassVar[int] = 2
     """Network evaluations per guided sample."""
 

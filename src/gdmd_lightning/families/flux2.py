@@ -37,6 +37,7 @@ class Flux2KleinFamily(ModelFamily):
     """
 
     pipeline_class = "Flux2KleinPipeline"
+    repeated_blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     embeds_guidance = False
     _pipeline_arguments: ClassVar[dict[str, Any]] = {"is_distilled": True}
 

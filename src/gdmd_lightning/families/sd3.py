@@ -35,6 +35,7 @@ class SD3Family(ModelFamily):
     """
 
     pipeline_class = "StableDiffusion3Pipeline"
+    repeated_blocks = ("JointTransformerBlock",)
 
     def __init__(
         self, path: str, max_sequence_length: Whole = 256, use_t5: bool = True, dtype: str = "float32"

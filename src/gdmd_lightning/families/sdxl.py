@@ -34,6 +34,7 @@ class SDXLFamily(ModelFamily):
 
     pipeline_class = "StableDiffusionXLPipeline"
     network_component = "unet"
+    repeated_blocks = ("BasicTransformerBlock",)
 
     def __init__(self, path: str, dtype: str = "float32") -> None:
         super().__init__(path)

@@ -34,7 +34,7 @@ from gdmd_lightning.methods.resuming import (
     report_changes,
     use_current_optimization,
 )
-from gdmd_lightning.methods.settings import Memory
+from gdmd_lightning.methods.settings import Memory, Speed
 from gdmd_lightning.methods.starting import merges, take_over
 from gdmd_lightning.phases import Stopwatch, listening
 from gdmd_lightning.prompts import Prompt, PromptBatch
@@ -83,6 +83,7 @@ class RoleModule(pl.LightningModule):
         generator: The generator's optimizer.
         lora: Train adapters on one network instead of copies of it.
         memory: Memory-saving options.
+        speed: Options for faster updates.
         micro_batch_size: Maximum number of samples in memory at once; does not change the update. Null for no
             limit.
         accumulate: Batches of the data module per update, at least 1. An update is that of one batch with all their
@@ -110,6 +111,7 @@ class RoleModule(pl.LightningModule):
         generator: Optimization = Optimization(),
         lora: LoRA | None = None,
         memory: Memory = Memory(),
+        speed: Speed = Speed(),
         micro_batch_size: Count | None = None,
         accumulate: Count = 1,
         embedding_cache: EmbeddingCache | None = None,
@@ -121,7 +123,7 @@ class RoleModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.family, self.height, self.width = family, height, width
-        self.generator, self.lora, self.memory = generator, lora, memory
+        self.generator, self.lora, self.memory, self.speed = generator, lora, memory, speed
         self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
         self.embedding_cache = embedding_cache
         self.ema_decay, self.seed, self.start_from = ema_decay, seed or 0, start_from
@@ -164,9 +166,14 @@ class RoleModule(pl.LightningModule):
     # Roles.
 
     def configure_model(self) -> None:
-        """Load the family and build the roles, once."""
-        if hasattr(self, "roles"):
-            return
+        """Load the family and build the roles, once; prepare their networks for training if a trainer fits them."""
+        if not hasattr(self, "roles"):
+            self._load()
+        if self._fitting and self.speed.compile != "none":
+            self.roles.compile_blocks(frozen=self.speed.compile == "frozen")
+
+    def _load(self) -> None:
+        """Load the family and build the roles."""
         self.family.check_resolution(self.height, self.width)
         if self.fully_sharded is not None:
             self._placement = FSDPPlacement(self.fully_sharded)
@@ -182,6 +189,11 @@ class RoleModule(pl.LightningModule):
         if self.start_from is not None:
             take_over(self, self.start_from)
             self.provenance = replace(self.provenance, started_from=content_digest(self.start_from))
+
+    @property
+    def _fitting(self) -> bool:
+        """Whether a trainer is training the module, which otherwise samples or exports."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     @property
     def multi_engine(self) -> MultiEngineDeepSpeedStrategy | None:
@@ -265,6 +277,8 @@ class RoleModule(pl.LightningModule):
             if self.multi_engine is not None:
                 check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
             check_sharding(self.trainer.strategy, self.role_specs())
+            sharded = self.multi_engine is not None or self.fully_sharded is not None
+            self.speed.check(self.family, adapters=self.lora is not None, sharded=sharded)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.samples * self.world_size, data.group_size)
@@ -435,7 +449,7 @@ class RoleModule(pl.LightningModule):
         check_resumable(self, origin, mine.started_from)
         self.updates, self.evaluations = origin.updates, origin.evaluations
         self.provenance = replace(mine, scores=origin.scores, started_from=origin.started_from)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting:
             use_current_optimization(self, checkpoint)
             self._random_states = checkpoint.get("random_states")
             if origin.configuration and mine.configuration:

@@ -27,7 +27,7 @@ TAKES_EFFECT = (
     "model.targets.size", "model.targets.snapshot_every", "model.advantages.*", "model.lambda_policy",
     "model.policy.at", "model.policy.normalize", "model.policy.beta", "model.policy.old_decay",
     "model.matching.*", "model.steps", "model.sampler", "model.sampler.*", "model.height", "model.width",
-    "model.memory.*", "model.micro_batch_size", "model.embedding_cache", "model.embedding_cache.*",
+    "model.memory.*", "model.speed.*", "model.micro_batch_size", "model.embedding_cache", "model.embedding_cache.*",
     "model.ema_decay", "model.seed", "data.num_workers",
 )  # fmt: skip
 """Used from the next update on."""

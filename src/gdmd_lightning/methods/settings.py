@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.ranges import Count, NonNegative, OpenLow, Positive, ranged
 from gdmd_lightning.rewards.judge import Placement
 from gdmd_lightning.schedules import RenoiseDistribution, Uniform
@@ -68,6 +70,51 @@ class Consistency:
         down = self.reach * (1 - draw_uniform((len(t),), rng)).to(t)
         noises = [draw_noise(tuple(like.shape), rng, like.device) for _ in range(2)]
         return (t - down).clamp(min=LOWEST_LEVEL), noises
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Options that are meant to make updates faster on a GPU; none changes what is learned, except for rounding.
+
+    Args:
+        compile: Compile the repeated blocks of networks with ``torch.compile``: of no network (``none``), of those
+            that are not trained, such as the teacher (``frozen``), or of all (``blocks``).
+    """
+
+    compile: Literal["none", "frozen", "blocks"] = "none"
+
+    def check(self, family: ModelFamily, *, adapters: bool, sharded: bool) -> None:
+        """Fail before anything is loaded if an option cannot work.
+
+        Args:
+            family: The teacher's family.
+            adapters: Whether roles are adapters.
+            sharded: Whether the strategy splits or steps networks itself, as DeepSpeed and FSDP2 do.
+
+        Raises:
+            UserError: If one cannot.
+        """
+        if self.compile == "none":
+            return
+        where = "model.speed.compile"
+        if sharded:
+            raise UserError(
+                "blocks are not compiled under DeepSpeed and FSDP2, which gather their weights in hooks",
+                where=where,
+                remedy="use one GPU or ddp, or none",
+            )
+        if adapters and self.compile == "frozen":
+            raise UserError(
+                "with model.lora the teacher is the network that is trained, so none is frozen",
+                where=where,
+                remedy="use blocks, or none",
+            )
+        if not family.repeated_blocks:
+            raise UserError(
+                f"{type(family).__name__} does not name its repeated blocks",
+                where=where,
+                remedy="use none, or set repeated_blocks in the family",
+            )
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,9 @@ class AdapterRoles(Roles):
 
         self.network.enable_gradient_checkpointing(recompute)
 
+    def networks(self, *, frozen: bool = False) -> list[nn.Module]:
+        return [] if frozen else [self.network]
+
     @contextmanager
     def _active(self, role: str, adapter_scale: float = 1.0) -> Iterator[nn.Module]:
         if role != TEACHER and role not in self.network.peft_config:

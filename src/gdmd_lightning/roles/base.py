@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import NoisyLatents, in_micro_batches
+from gdmd_lightning.roles.compiling import compile_blocks
 from gdmd_lightning.roles.spec import TEACHER, Optimization, RoleSpec, check_specs
 from gdmd_lightning.schedules import per_sample
 
@@ -251,6 +252,16 @@ class Roles(nn.Module, ABC):
     @abstractmethod
     def checkpoint_activations(self) -> None:
         """Let trained roles recompute activations in the backward pass instead of storing them."""
+
+    def compile_blocks(self, *, frozen: bool) -> None:
+        """Compile the repeated blocks of all networks, or of those that are not trained (``frozen``), in place."""
+        for network in self.networks(frozen=frozen):
+            hooked = self.family.feature_module(network) if self.heads else None
+            compile_blocks(network, self.family.repeated_blocks, hooked)
+
+    @abstractmethod
+    def networks(self, *, frozen: bool = False) -> list[nn.Module]:
+        """The networks in memory, or those of them that are not trained (``frozen``); heads are not networks."""
 
     @abstractmethod
     def standalone(self, role: str) -> nn.Module:

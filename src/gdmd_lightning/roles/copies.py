@@ -83,6 +83,10 @@ class CopiedRoles(Roles):
         for role in set(self.trained) - set(self.heads):
             self.standalone(role).enable_gradient_checkpointing()  # type: ignore[operator]
 
+    def networks(self, *, frozen: bool = False) -> list[nn.Module]:
+        names = (TEACHER, *(spec.name for spec in self.specs if spec.head is None))
+        return [self.standalone(name) for name in names if not (frozen and name in self.trained)]
+
     @contextmanager
     def _active(self, role: str, adapter_scale: float = 1.0) -> Iterator[nn.Module]:
         if adapter_scale != 1.0:
