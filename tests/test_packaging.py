@@ -20,6 +20,7 @@ FLOORS = {
     "errors": 0,
     "directories": 0,
     "files": 0,
+    "garbage": 0,
     "locations": 0,
     "phases": 0,
     "prompts": 0,

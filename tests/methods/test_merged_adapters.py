@@ -141,7 +141,7 @@ def test_merged_start_continues_heads(tiny_pipeline, tmp_path):
 
 def test_plan_counts_merged_adapters(tiny_pipeline, first):
     def sizes(lora):
-        found = plan(tiny.module(tiny_pipeline, DMD, lora=lora, start_from=first[1]), 4, "32-true", "cpu")
+        found = plan(tiny.module(tiny_pipeline, DMD, lora=lora, start_from=first[1]), 4)
         return {component.name: component.size for component in found.components}
 
     merged, plain = sizes(SECOND), sizes(LoRA(rank=3, alpha=6, targets=("to_q", "proj_out")))

@@ -12,8 +12,8 @@ from torch import nn
 LIMIT = 64
 """Variants of a block that may be compiled; one more is an error.
 
-Torch's own limit is 8. An update of DMD needs 11 of the two kinds of blocks in SD3: with gradient for weights, for the
-input or for nothing, and for as many samples as each role is given.
+Torch's own limit is 8. An update of DMD needs 11 where a network has two kinds of blocks: with gradient for weights,
+for the input or for nothing, and for as many samples as each role is given.
 """
 
 
