@@ -51,7 +51,7 @@ class ModelFamily(ABC):
     """Name of the denoising network in the pipeline."""
 
     repeated_blocks: ClassVar[tuple[str, ...]] = ()
-    """Names of the classes of which the network has many alike, which ``model.speed.compile`` compiles."""
+    """Classes of the network's many equal blocks, which ``model.speed.compile`` compiles; diffusers' lists lack SD3's."""
 
     guided_passes: ClassVar[int] = 2
     """Network evaluations per guided sample."""
