@@ -51,7 +51,7 @@ class ModelFamily(ABC):
     """Name of the denoising network in the pipeline."""
 
     repeated_blocks: ClassVar[tuple[str, ...]] = ()
-    """Classes of the network's many equal blocks, which ``model.speed.compile`` compiles; diffusers' lists lack SD3's."""
+    """Classes of the equal blocks that ``model.speed.compile`` compiles; diffusers has no list of SD3's."""
 
     guided_passes: ClassVar[int] = 2
     """Network evaluations per guided sample."""
