@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from evaluations import expected, networks
 from random_teachers import method, train, write_pipeline
+from scipy.optimize import nnls
 from scipy.stats import t as student
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -119,10 +120,10 @@ class Fit:
 
 
 def fit(features: Sequence[Sequence[float]], values: Sequence[float]) -> Fit:
-    """Least squares of relative errors; ``error`` is the median of their absolute values."""
+    """Least squares of relative errors, of costs that are not negative; ``error`` is their median magnitude."""
     matrix, y = np.asarray(features, dtype=float), np.asarray(values, dtype=float)
     scale = matrix.max(0)
-    found = np.linalg.lstsq(matrix / scale / y[:, None], np.ones_like(y), rcond=None)[0] / scale
+    found = nnls(matrix / scale / y[:, None], np.ones_like(y))[0] / scale
     return Fit(tuple(map(float, found)), float(np.median(np.abs(matrix @ found / y - 1))))
 
 

@@ -34,6 +34,13 @@ def test_fit_finds_the_law_that_made_its_points():
     assert found([1.0, 10.0, 100.0]) == pytest.approx(73)
 
 
+def test_costs_are_not_negative():
+    """The line through these points has a cost of less than nothing at 0; the best of those that have none has 0."""
+    found = scaling.fit([[1.0, x] for x in (1.0, 2.0, 4.0)], [0.5, 2.0, 5.0])
+    assert found.coefficients[0] == 0
+    assert 0.5 < found.coefficients[1] < 1.25
+
+
 def test_largest_size_is_predicted_without_having_been_seen():
     """A point that breaks the law is far off only because the fit that predicts it did not see it."""
     sizes = [(1, n) for n in (1, 2, 3, 4, 5)]

@@ -141,7 +141,7 @@ def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(pipeline, 
 def test_family_without_named_blocks_is_refused(pipeline, monkeypatch):
     monkeypatch.setattr(tiny.SD3Family, "repeated_blocks", ())
     with pytest.raises(UserError, match=r"^model\.speed\.compile: SD3Family does not name its repeated blocks"):
-        Speed(compile="blocks").check(tiny.family(pipeline), adapters=False, sharded=False)
+        Speed(compile="blocks").check(tiny.family(pipeline), None, adapters=False, sharded=False)
 
 
 @pytest.mark.parametrize("save", [tiny.save_sdxl, tiny.save_flux2], ids=["sdxl", "flux2"])
@@ -180,6 +180,7 @@ def test_compiled_blocks_work_with_checkpointing_and_adapters(pipeline, backend,
 
 
 def same(one, other) -> None:
-    assert one.state_dict().keys() == other.state_dict().keys()
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-5, msg=name)

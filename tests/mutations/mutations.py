@@ -538,8 +538,8 @@ MUTATIONS = [
             'RoleSpec("old", average_of="generator"',
             'RoleSpec("old", average_of="fake_score"',
         ),
-        ("groups share a level always", 'share_sigma=over == "snapshot"', "share_sigma=True"),
-        ("snapshot groups have many levels", 'share_sigma=over == "snapshot"', "share_sigma=False"),
+        ("groups share a level always", 'share_sigma=self.targets.over == "snapshot"', "share_sigma=True"),
+        ("snapshot groups have many levels", 'share_sigma=self.targets.over == "snapshot"', "share_sigma=False"),
         (
             "snapshots in renoise groups",
             "range(1, targets.past + 1)",
@@ -547,8 +547,8 @@ MUTATIONS = [
         ),
         (
             "record of the wrong snapshot",
-            "snapshot=torch.arange(size) % len(scores)",
-            "snapshot=torch.arange(size) // len(scores)",
+            "snapshot=torch.arange(size) % (1 + len(self.snapshots))",
+            "snapshot=torch.arange(size) // (1 + len(self.snapshots))",
         ),
         (
             "critic learns on targets",
@@ -673,8 +673,8 @@ MUTATIONS = [
         ("methods/test_separate_rewards.py",),
         (
             "separate rewards of targets summed first",
-            'if self.rewards == "jointly":\n            rewards,',
-            "if True:\n            rewards,",
+            'if self.rewards == "jointly":\n            return JudgedGroup',
+            "if True:\n            return JudgedGroup",
         ),
         (
             "separate rewards of targets unweighted",
@@ -683,8 +683,8 @@ MUTATIONS = [
         ),
         (
             "summed advantages of targets not rescaled",
-            "JudgedGroup(*apart(judge.combined(each)), advantages)",
-            "JudgedGroup(*apart(judge.combined(each)), combined)",
+            "JudgedGroup(rewards, sample_reward, advantages)",
+            "JudgedGroup(rewards, sample_reward, combined)",
         ),
         ("separate rewards of targets unweighted in logs", "apart(judge.combined(each))", "apart(each.sum(1))"),
     ),
@@ -693,8 +693,8 @@ MUTATIONS = [
         GDMD,
         (
             "targets judged under another prompt",
-            "tuple(prompt for prompt in batch.prompts for _ in range(size))",
-            "batch.prompts * size",
+            "tuple(prompt for prompt in batch.prompts for _ in range(targets.shape[1]))",
+            "batch.prompts * targets.shape[1]",
         ),
         (
             "rewards of samples and targets swapped",
@@ -1189,9 +1189,79 @@ MUTATIONS = [
         ),
         (
             "rewards scored whole",
-            "len(latents), self.micro_batch_size",
-            "len(latents), None",
+            "prompts[rows], rewards), len(latents), self.micro_batch_size",
+            "prompts[rows], rewards), len(latents), None",
         ),
+    ),
+    *errors(
+        "rewards/judge.py",
+        ("rewards/test_judge.py",),
+        (
+            "ahead: waits at once",
+            "                    del images, arguments\n",
+            "                    asked[-1].exception()\n",
+        ),
+        (
+            "ahead: decoded whole",
+            "in micro_batches(len(latents), self.micro_batch_size)",
+            "in [slice(0, len(latents))]",
+        ),
+        (
+            "ahead: all prompts",
+            "arguments = images, latents[rows], prompts[rows]",
+            "arguments = images, latents, prompts",
+        ),
+        ("ahead: logs forgotten", "return self._kept(torch.cat([", "return (torch.cat(["),
+        ("ahead: precision of the thread", "enabled=autocast):", "enabled=False):"),
+        ("ahead: gradient kept", "with torch.no_grad(), torch.autocast(kind", "with torch.autocast(kind"),
+        ("ahead: goes on when left", "thread.shutdown(cancel_futures=True)", "thread.shutdown()"),
+    ),
+    *errors(
+        "methods/gdmd.py",
+        ("methods/test_overlapped_reward.py",),
+        ("overlap ignored", "if self.speed.overlap_reward:", "if False:"),
+        ("overlap: fresh accepted", 'if self.matching.fake_score_samples == "fresh":', "if False:"),
+        ("overlap: critic learns on targets", "(batch, state, x, learn)", "(batch, state, found.targets[:, 0], learn)"),
+        (
+            "overlap: critic learns first",
+            "        found = self._find_targets(x, state, batch)\n        with self.judge",
+            "        self.train_fake_score(batch, state, x, learn)\n"
+            "        found = self._find_targets(x, state, batch)\n        with self.judge",
+        ),
+        (
+            "overlap: answer awaited first",
+            "            fake_score_logs = self.train_fake_score(batch, state, x, learn)\n"
+            "            judged = self._judged(found, state, batch, answer())\n",
+            "            judged = self._judged(found, state, batch, answer())\n"
+            "            fake_score_logs = self.train_fake_score(batch, state, x, learn)\n",
+        ),
+    ),
+    *errors(
+        "methods/lightning.py",
+        ("methods/test_channels_last.py",),
+        ("channels: for sampling", "if self._fitting and self.speed.channels_last", "if self.speed.channels_last"),
+        ("channels: of no network", "            self.roles.to(memory_format=torch.channels_last)\n", ""),
+        ("channels: of no autoencoder", "            self.family.channels_last()\n", ""),
+    ),
+    *errors(
+        "methods/settings.py",
+        ("methods/test_channels_last.py",),
+        ("channels: under FSDP2", "if self.channels_last and sharded:", "if False:"),
+    ),
+    *errors(
+        "methods/resuming.py",
+        ("methods/test_channels_last.py",),
+        ("channels: moments as they were", "or value.stride() == parameter.stride():", "or True:"),
+    ),
+    *errors(
+        "methods/settings.py",
+        ("methods/test_overlapped_reward.py",),
+        ("overlap: any method", "if self.overlap_reward and no_overlap is not None:", "if False:"),
+    ),
+    *errors(
+        "planning/footprint.py",
+        ("methods/test_overlapped_reward.py",),
+        ("overlap: images not planned", "flatten(1)[:, :1].expand", "flatten(1)[:, :1].clone().expand"),
     ),
     *errors(
         "rewards/judge.py",
@@ -2390,7 +2460,8 @@ MUTATIONS = [
         ("compiled: frozen means all", 'frozen=self.speed.compile == "frozen"', "frozen=False"),
         (
             "compiled: refused too late",
-            "            self.speed.check(self.family, adapters=self.lora is not None, sharded=sharded)\n",
+            "            self.speed.check(self.family, self.no_overlap(), adapters=self.lora is not None, "
+            "sharded=sharded)\n",
             "",
         ),
         ("compiled: under FSDP2", "or self.fully_sharded is not None", ""),

@@ -1,5 +1,7 @@
 """The judge: latents to rewards, whole or in micro-batches, with the reward model where it was asked to be."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -190,3 +192,70 @@ def test_judge_looks_at_the_first_pictures_with_gradient_only():
     judge = Judge(Placed(), Clipping())
     judge(LATENTS.clone().requires_grad_(), PROMPTS, gradient=True)
     judge(torch.full_like(LATENTS, 3.0).requires_grad_(), PROMPTS, gradient=True)
+
+
+class Elsewhere(Placed):
+    """Notes in which thread and precision it is asked, and whether gradient is kept."""
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        kept = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        self.moves.append((threading.current_thread() is threading.main_thread(), *kept))
+        return super().score(images, prompts)
+
+
+class Patient(Placed):
+    """Answers only when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        self.asked.set()
+        assert self.go_on.wait(60)
+        return super().score(images, prompts)
+
+
+@pytest.mark.parametrize(("size", "batches"), [(2, [2, 2, 1]), (None, [5])])
+def test_scores_ahead_are_those_of_each(size, batches):
+    family = Doubling()
+    judge = Judge(CombinedReward([Placed(), Placed()], [1.0, 2.0]), family, micro_batch_size=size)
+    with judge.ahead(LATENTS, PROMPTS) as answer:
+        assert family.batches == batches
+        found = answer()
+    assert torch.equal(judge.logs()["reward/placed"], found[:, 0].mean())
+    assert torch.equal(found, judge.each(LATENTS, PROMPTS))
+    torch.testing.assert_close(judge.combined(found), 3 * expected())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_reward_ahead_is_asked_as_it_would_be_here(dtype):
+    here, there = Elsewhere(), Elsewhere()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        Judge(here, Doubling()).each(LATENTS, PROMPTS)
+        with Judge(there, Doubling()).ahead(LATENTS, PROMPTS) as answer:
+            answer()
+    assert here.moves[1] == (True, *there.moves[1][1:])
+    assert there.moves[1][:3] == (False, False, dtype is not None)
+
+
+def test_reward_ahead_is_asked_while_the_caller_goes_on():
+    reward = Patient()
+    with Judge(reward, Doubling(), micro_batch_size=2).ahead(LATENTS, PROMPTS) as answer:
+        assert reward.asked.wait(60)
+        reward.go_on.set()
+        torch.testing.assert_close(answer()[:, 0], expected())
+
+
+def test_caller_that_fails_asks_no_more():
+    reward = Patient()
+
+    def fail() -> None:
+        with Judge(reward, Doubling(), micro_batch_size=1).ahead(LATENTS, PROMPTS):
+            assert reward.asked.wait(60)
+            threading.Timer(0.2, reward.go_on.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert reward.moves.count("score") == 1

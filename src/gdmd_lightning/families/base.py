@@ -416,6 +416,10 @@ class ModelFamily(ABC):
         if tiling:
             self.loaded.vae.enable_tiling()
 
+    def channels_last(self) -> None:
+        """Keep the weights of the autoencoder's convolutions with their channels last in memory."""
+        self.loaded.vae.to(memory_format=torch.channels_last)
+
     def to(self, device: torch.device) -> None:
         """Move text encoders and autoencoder; the network moves with the module that owns it."""
         for component in self.loaded.components.values():

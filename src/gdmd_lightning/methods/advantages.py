@@ -18,6 +18,7 @@ from gdmd_lightning.objectives.advantages import (
     group_advantages,
     group_mean,
 )
+from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, Positive, ranged
 from gdmd_lightning.ranks import all_groups, gathered, own_part
 from gdmd_lightning.rewards.judge import Judge
@@ -91,34 +92,42 @@ class TargetAdvantages:
         """Whether the reward must score the samples as well as their targets."""
         return self.score_samples or self.compare == "sample"
 
-    def judge(self, judge: Judge, targets: Tensor, x: Tensor, batch: Batch) -> JudgedGroup:
-        """Score the targets, and the samples if they are needed, in one pass.
+    def to_judge(self, targets: Tensor, x: Tensor, batch: Batch) -> tuple[Tensor, tuple[Prompt, ...]]:
+        """The latents that the reward must score, with their prompts: the targets, and the samples if needed.
 
         Args:
-            judge: Scores latents.
             targets: ``[B, M, C, H, W]``.
             x: The samples, ``[B, C, H, W]``.
-            batch: Prompts and groups of the samples.
+            batch: Prompts of the samples.
         """
-        size = targets.shape[1]
-        latents, prompts = targets.flatten(0, 1), tuple(prompt for prompt in batch.prompts for _ in range(size))
-        if self.needs_samples:
-            latents, prompts = torch.cat([latents, x]), (*prompts, *batch.prompts)
+        latents = targets.flatten(0, 1)
+        prompts = tuple(prompt for prompt in batch.prompts for _ in range(targets.shape[1]))
+        return (torch.cat([latents, x]), (*prompts, *batch.prompts)) if self.needs_samples else (latents, prompts)
+
+    def judged(self, judge: Judge, each: Tensor, size: int, batch: Batch) -> JudgedGroup:
+        """What the rewards of :meth:`to_judge` say about the targets of a batch.
+
+        Args:
+            judge: Combines the rewards.
+            each: Its scores, ``[rows, R]``.
+            size: ``M``.
+            batch: Groups of the samples.
+        """
+        rows = len(batch) * size
 
         def apart(scored: Tensor) -> tuple[Tensor, Tensor | None]:
-            of_targets, of_samples = scored.tensor_split((len(x) * size,))
-            return of_targets.view(len(x), size), of_samples if self.needs_samples else None
+            of_targets, of_samples = scored.tensor_split((rows,))
+            return of_targets.view(len(batch), size), of_samples if self.needs_samples else None
 
+        rewards, sample_reward = apart(judge.combined(each))
         if self.rewards == "jointly":
-            rewards, sample_reward = apart(judge(latents, prompts))
             return JudgedGroup(rewards, sample_reward, self._over_ranks(rewards, sample_reward, batch.groups))
-        each = judge.each(latents, prompts)
         parts = [self._over_ranks(*apart(scored), batch.groups) for scored in each.unbind(1)]
         combined = judge.combined(torch.stack(parts, dim=1))
         # The second normalization only brings the sum to the batch's scale: the parts have been compared already.
         rescale = replace(self, spread="batch", center_strata=False)
         advantages = rescale._over_ranks(combined, torch.zeros_like(combined[:, 0]), batch.groups)
-        return JudgedGroup(*apart(judge.combined(each)), advantages)
+        return JudgedGroup(rewards, sample_reward, advantages)
 
     def _over_ranks(self, rewards: Tensor, sample_reward: Tensor | None, groups: Tensor) -> Tensor:
         """Advantages of this rank's targets in the batch of all ranks; arguments as below."""

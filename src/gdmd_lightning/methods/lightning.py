@@ -163,12 +163,19 @@ class RoleModule(pl.LightningModule):
             UserError: If one does.
         """
 
+    def no_overlap(self) -> str | None:
+        """Why ``speed.overlap_reward`` cannot be had; ``None`` if it can."""
+        return f"{type(self).__name__} has no reward that could be asked before the fake score learns"
+
     # Roles.
 
     def configure_model(self) -> None:
         """Load the family and build the roles, once; prepare their networks for training if a trainer fits them."""
         if not hasattr(self, "roles"):
             self._load()
+        if self._fitting and self.speed.channels_last:
+            self.roles.to(memory_format=torch.channels_last)
+            self.family.channels_last()
         if self._fitting and self.speed.compile != "none":
             self.roles.compile_blocks(frozen=self.speed.compile == "frozen")
 
@@ -278,7 +285,7 @@ class RoleModule(pl.LightningModule):
                 check_stages(self.multi_engine, self.role_specs(), adapters=self.lora is not None)
             check_sharding(self.trainer.strategy, self.role_specs())
             sharded = self.multi_engine is not None or self.fully_sharded is not None
-            self.speed.check(self.family, adapters=self.lora is not None, sharded=sharded)
+            self.speed.check(self.family, self.no_overlap(), adapters=self.lora is not None, sharded=sharded)
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.samples * self.world_size, data.group_size)

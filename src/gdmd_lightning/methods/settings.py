@@ -79,23 +79,40 @@ class Speed:
     Args:
         compile: Compile the repeated blocks of networks with ``torch.compile``: of no network (``none``), of those
             that are not trained, such as the teacher (``frozen``), or of all (``blocks``).
+        channels_last: Keep the weights of convolutions with their channels last in memory, in all networks and in the
+            autoencoder. SDXL's network is made of them; those of SD3 and FLUX.2 have one or none.
+        overlap_reward: Score in a thread of its own, while the fake score learns, which it then does before the
+            generator (GDMD). It pays if the reward does not use the accelerator; samples are computed twice.
     """
 
     compile: Literal["none", "frozen", "blocks"] = "none"
+    channels_last: bool = False
+    overlap_reward: bool = False
 
-    def check(self, family: ModelFamily, *, adapters: bool, sharded: bool) -> None:
+    def check(self, family: ModelFamily, no_overlap: str | None, *, adapters: bool, sharded: bool) -> None:
         """Fail before anything is loaded if an option cannot work.
 
         Args:
             family: The teacher's family.
+            no_overlap: Why the method cannot overlap its reward; ``None`` if it can.
             adapters: Whether roles are adapters.
             sharded: Whether the strategy splits or steps networks itself, as DeepSpeed and FSDP2 do.
 
         Raises:
             UserError: If one cannot.
         """
-        if self.compile == "none":
-            return
+        if self.channels_last and sharded:
+            raise UserError(
+                "DeepSpeed and FSDP2 lay weights out themselves",
+                where="model.speed.channels_last",
+                remedy="use one GPU or ddp, or false",
+            )
+        if self.overlap_reward and no_overlap is not None:
+            raise UserError(no_overlap, where="model.speed.overlap_reward", remedy="use false")
+        if self.compile != "none":
+            self._check_compile(family, adapters=adapters, sharded=sharded)
+
+    def _check_compile(self, family: ModelFamily, *, adapters: bool, sharded: bool) -> None:
         where = "model.speed.compile"
         if sharded:
             raise UserError(

@@ -94,6 +94,10 @@ class _PlannedJudge(Judge):
         with phase("decoding"):
             return self.family.decode(latents).flatten(1).mean(1, keepdim=True).expand(-1, len(rewards))
 
+    def _ask(self, images: Tensor, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
+        # Of images that are scored meanwhile: a view, so that they stay in memory until the answer is taken.
+        return images.flatten(1)[:, :1].expand(-1, len(rewards))
+
 
 class _TracedEngine(Engine):
     """Steps roles on the meta device; what a step of split weights takes is known without following it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.pictures import NonFinitePictures
-from gdmd_lightning.latents import in_micro_batches
+from gdmd_lightning.latents import in_micro_batches, micro_batches
 from gdmd_lightning.phases import phase
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
@@ -63,6 +64,34 @@ class Judge:
         """Rewards ``[B, R]`` of the ``R`` parts of a combined reward, unweighted and without gradient; see above."""
         return self._each(latents, prompts, gradient=False)
 
+    @contextmanager
+    def ahead(self, latents: Tensor, prompts: Sequence[Prompt]) -> Iterator[Callable[[], Tensor]]:
+        """Start to score in a thread of its own, so that the caller can do something else inside.
+
+        Latents are decoded before that, and their images stay in memory until they are scored.
+
+        Yields:
+            A function to call once, which waits for what :meth:`each` would return and raises what it would.
+        """
+        rewards = tuple(reward for reward, _ in self.reward.parts)
+        with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
+            asked: list[Future[Tensor]] = []
+            with torch.no_grad():
+                for rows in micro_batches(len(latents), self.micro_batch_size):
+                    images = self._decoded(latents[rows])
+                    arguments = images, latents[rows], prompts[rows], rewards
+                    asked.append(thread.submit(_as_here(images.device), self._ask, *arguments))
+                    del images, arguments
+
+            def answer() -> Tensor:
+                with phase("reward"):
+                    return self._kept(torch.cat([each.result() for each in asked]))
+
+            try:
+                yield answer
+            finally:
+                thread.shutdown(cancel_futures=True)
+
     def combined(self, each: Tensor) -> Tensor:
         """Weighted sum ``[B, ...]`` over the parts of a combined reward, ``[B, R, ...]``."""
         # Numbers, not a tensor of weights: to copy one to a GPU would wait for it.
@@ -94,8 +123,11 @@ class Judge:
 
     def _each(self, latents: Tensor, prompts: Sequence[Prompt], gradient: bool) -> Tensor:
         rewards = tuple(reward for reward, _ in self.reward.parts)
-        scores = (self._score if gradient else self._in_parts)(latents, prompts, rewards)
-        if len(rewards) > 1:
+        return self._kept((self._score if gradient else self._in_parts)(latents, prompts, rewards))
+
+    def _kept(self, scores: Tensor) -> Tensor:
+        """Scores ``[B, R]``, after they are noted for the logs if there are several rewards."""
+        if scores.shape[1] > 1:
             self._scored.append(scores.detach())
         return scores
 
@@ -107,9 +139,16 @@ class Judge:
 
     def _score(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
         """Scores ``[B, len(rewards)]`` of one micro-batch, decoded once."""
+        return self._ask(self._decoded(latents), latents, prompts, rewards)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         with phase("decoding"):
             images = self.family.decode(latents)
         self._check_clipping(images)
+        return images
+
+    def _ask(self, images: Tensor, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
+        """Scores ``[B, len(rewards)]`` of the images of these latents."""
         try:
             with phase("reward"), self._placed(images.device):
                 # A copy for each, since a reward may change its input in place.
@@ -138,3 +177,22 @@ class Judge:
         yield
         if self.placement == "offloaded":
             self.reward.to(torch.device("cpu"))
+
+
+def _as_here(device: torch.device) -> Callable[..., Tensor]:
+    """``f(function, *arguments)``: a call in another thread as it would be here, without gradient.
+
+    Precision and the current GPU are a thread's own, and so is that no gradient is kept.
+    """
+    # There is no autocast on the meta device, where plans are made.
+    kind = None if device.type == "meta" else device.type
+    autocast = kind is not None and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if kind and autocast else None
+
+    def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        with torch.no_grad(), torch.autocast(kind or "cpu", dtype, enabled=autocast):
+            return function(*arguments)
+
+    return call
