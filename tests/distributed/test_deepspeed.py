@@ -72,15 +72,17 @@ def assert_shards_of(found: list[dict], module) -> None:
         assert all(size <= (1 / len(found) + 0.05) * whole for size in own["bytes"].values()), own["bytes"]
 
 
-def test_gdmd_in_shards_trains_as_one_process(pipeline, alone):
+def test_gdmd_in_shards_trains_as_one_process(tiny_pipeline):
     zero3, fsdp2 = {"stage": 3, **IN_SHARDS}, "fsdp2"
     cases = {"zero3": {"method": "GDMD", "strategy": zero3}, "fsdp2": {"method": "GDMD", "strategy": fsdp2}}
     adapters = {"fsdp2_adapters": {"method": "DMD", "strategy": fsdp2, "module": LORA}}
-    all_found = run_cases(pipeline, **cases, **adapters)
-    assert_same_run(all_found.pop("fsdp2_adapters"), alone("DMD", **LORA))
-    for found in all_found.values():
-        assert_same_run(found, alone("GDMD"))
-        assert_shards_of(found, alone("GDMD")[1])
+    found = run_cases(tiny_pipeline, **cases, **adapters)
+    for method, own, names in (("GDMD", {}, cases), ("DMD", LORA, adapters)):
+        expected = train_together(lambda method=method, own=own: build(tiny_pipeline, method, **own), UPDATES, **DATA)
+        for name in names:
+            assert_same_run(found[name], expected)
+            if name in cases:
+                assert_shards_of(found[name], expected[1])
 
 
 @pytest.mark.slow

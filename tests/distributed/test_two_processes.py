@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import run_ranks
 
 HERE = Path(__file__).parent
 UPDATES = 3
 
 
 @pytest.fixture
-def two_ranks(run_cli, fast_fit, tmp_path):
-    """A function that runs ``fit`` on two ranks and returns the digest of each."""
+def two_ranks(run_cli, fast_fit, tmp_path, monkeypatch):
+    """A function that runs ``fit`` on two ranks and returns the digest of each; by default Lightning starts them."""
 
-    def run(*arguments: str) -> list[dict]:
+    def run(*arguments: str, launch: bool = True) -> list[dict]:
         digest = tmp_path / "digest.yaml"
         keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
         mine = f"{{class_path: digest.Digest, init_args: {{directory: {tmp_path}}}}}"
@@ -22,14 +23,19 @@ def two_ranks(run_cli, fast_fit, tmp_path):
         evaluation = f"{{class_path: GenerationEvaluation, init_args: {{scores: {scores}}}}}"
         digest.write_text(f"trainer: {{callbacks: [{keeper}, {record}, {evaluation}, {mine}]}}\n")
         two = [f"--trainer.max_steps={UPDATES}", "--trainer.devices=2"]
-        run_cli("fit", *fast_fit, "--config", digest, *two, *arguments, check=True)
+        command = ["fit", *fast_fit, "--config", digest, *two, *arguments]
+        if launch:
+            run_cli(*command, check=True)
+        else:
+            monkeypatch.chdir(tmp_path)
+            run_ranks(HERE / "command_line.py", *command)
         return [json.loads((tmp_path / f"digest-{rank}.json").read_text()) for rank in (0, 1)]
 
     return run
 
 
 def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_path):
-    one, other = two_ranks("--trainer.strategy=ddp")
+    one, other = two_ranks("--trainer.strategy=ddp", launch=False)
     assert one["updates"] == other["updates"] == UPDATES
     assert one["digests"] == other["digests"]
     assert len(set(one["digests"].values())) == 5, "some roles are equal"

@@ -1,5 +1,7 @@
 """Apply each one-line error of ``mutations.py`` to a copy of ``src/`` and see that its tests fail.
 
+Slow tests run only where the fast ones do not notice it.
+
 Usage: ``python tests/mutations/run.py [--list] [--jobs N] [part of a name ...]``. The working tree is never changed.
 The heavy libraries are imported once; each error is tested in a fork of this process.
 """
@@ -95,18 +97,13 @@ def _child(mutation: Mutation | None, place: Path) -> None:
     output = os.open(place / "output", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    arguments = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-        "-m",
-        "not slow",
-        f"--basetemp={place / 'tmp'}",
-    ]
-    status = pytest.main([*arguments, *(f"tests/{test}" for test in tests)])
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--basetemp={place / 'tmp'}"]
+    for speed in ("not slow",) if mutation is None else ("not slow", "slow"):
+        status = pytest.main([*arguments, "-m", speed, *(f"tests/{test}" for test in tests)])
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            break
+        status = pytest.ExitCode.OK
+        signal.alarm(5 * TIMEOUT)
     sys.stdout.flush()
     os._exit(int(status))
 
