@@ -1,6 +1,7 @@
 """``model.speed.compile``: compiled blocks give the update of those that are not, and what cannot work is refused."""
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +177,19 @@ def test_compiled_blocks_work_with_checkpointing_and_adapters(pipeline, backend,
     backend("aot_eager")
     fast = fit(pipeline, DMD, 2, speed=Speed(compile="blocks"), **options)
     assert graphs() > 8  # torch's own limit
+    same(plain, fast)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # Inductor writes C++ and compiles it
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_update_with_blocks_compiled_by_inductor_equals_the_one_without(tmp_path):
+    pipeline = tiny.save_pipeline(tmp_path / "pipeline")
+    torch._dynamo.reset()
+    utils.counters.clear()
+    plain, fast = (fit(pipeline, DMD, speed=Speed(compile=setting)) for setting in ("none", "blocks"))
+    assert len(compiled(fast.roles.standalone("generator"))) == 1
+    assert graphs() > 0
     same(plain, fast)
 
 
