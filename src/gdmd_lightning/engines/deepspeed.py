@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import Attempt
+from gdmd_lightning.engines.placement import Placement
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.fingerprint import fingerprint
-from gdmd_lightning.families.loading import NetworkFiles
 from gdmd_lightning.roles import AdapterRoles, Roles, RoleSpec
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained
 
@@ -40,38 +39,20 @@ class DeepSpeedEngine(LightningEngine):
         return taken
 
 
-class Placement:
-    """Where the networks of a module are under :class:`MultiEngineDeepSpeedStrategy`.
+class DeepSpeedPlacement(Placement):
+    """Under :class:`MultiEngineDeepSpeedStrategy`: the teacher in shards, and every role whose ZeRO stage is 3."""
 
-    Args:
-        strategy: The strategy.
+    strategy: MultiEngineDeepSpeedStrategy
 
-    Attributes:
-        files: The teacher's files, after :meth:`build_teacher`.
-    """
-
-    def __init__(self, strategy: MultiEngineDeepSpeedStrategy) -> None:
-        self.strategy = strategy
-        self.files: NetworkFiles | None = None
-
-    def build_teacher(self, files: NetworkFiles) -> nn.Module:
-        """The teacher from its files, in shards from construction on."""
-        self.files = files
-        return self.strategy.frozen(files.construct, list(files.weights), files.dtype)
+    def teacher(self) -> nn.Module:
+        return self.strategy.frozen(self.files.construct, list(self.files.weights), self.files.dtype)
 
     def copy_for(self, spec: RoleSpec) -> nn.Module:
-        """A role's own copy of the teacher in float32: in shards if it, or the role that it follows, is ZeRO-3."""
-        assert self.files is not None
         sharded = self.strategy.stage_of(spec.source or spec.name) == 3
-        # As a copy of the teacher would be: rounded to its precision.
         network = self.strategy.build(
             self.files.construct, list(self.files.weights), sharded=sharded, rounded=self.files.dtype
         )
         return network.eval()
-
-    def fingerprint(self, network: nn.Module) -> str:
-        """That of the whole network, as if it were on one rank."""
-        return fingerprint(self.strategy.full_weights(network))
 
 
 def check_stages(strategy: MultiEngineDeepSpeedStrategy, specs: tuple[RoleSpec, ...], *, adapters: bool) -> None:

@@ -6,9 +6,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor, nn
 
 from gdmd_lightning.engines.lightning import LightningEngine
+from gdmd_lightning.engines.placement import Placement
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.fingerprint import fingerprint
-from gdmd_lightning.families.loading import NetworkFiles
 from gdmd_lightning.roles import AdapterRoles, Roles, RoleSpec
 from gdmd_lightning.strategies.fully_sharded import FSDP2Strategy
 from gdmd_lightning.strategies.sharding import whole_of
@@ -21,30 +20,16 @@ class FSDPEngine(LightningEngine):
         return whole_of(super()._clip(role))
 
 
-class FSDPPlacement:
-    """Where the networks of a module are under :class:`FSDP2Strategy`: all in shards, and adapters whole.
+class FSDPPlacement(Placement):
+    """Under :class:`FSDP2Strategy`: all networks in shards, and adapters whole."""
 
-    Args:
-        strategy: The strategy.
+    strategy: FSDP2Strategy
 
-    Attributes:
-        files: The teacher's files, after :meth:`build_teacher`.
-    """
-
-    def __init__(self, strategy: FSDP2Strategy) -> None:
-        self.strategy = strategy
-        self.files: NetworkFiles | None = None
-
-    def build_teacher(self, files: NetworkFiles) -> nn.Module:
-        """The teacher from its files, in shards from construction on."""
-        self.files = files
-        network = self.strategy.build(files.construct, list(files.weights), dtype=files.dtype)
+    def teacher(self) -> nn.Module:
+        network = self.strategy.build(self.files.construct, list(self.files.weights), dtype=self.files.dtype)
         return network.requires_grad_(False).eval()
 
     def copy_for(self, spec: RoleSpec) -> nn.Module:
-        """A role's own copy of the teacher in float32, in shards."""
-        assert self.files is not None
-        # As a copy of the teacher would be: rounded to its precision.
         return self.strategy.build(self.files.construct, list(self.files.weights), rounded=self.files.dtype).eval()
 
     def place(self, roles: Roles) -> None:
@@ -57,10 +42,6 @@ class FSDPPlacement:
         if isinstance(roles, AdapterRoles):
             for role in set(roles.trained) - set(roles.heads):
                 self.strategy.keep_whole(roles.parameters_of(role))
-
-    def fingerprint(self, network: nn.Module) -> str:
-        """That of the whole network, as if it were on one rank."""
-        return fingerprint(self.strategy.full_weights(network))
 
 
 def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...]) -> None:

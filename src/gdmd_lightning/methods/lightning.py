@@ -16,10 +16,11 @@ from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
-from gdmd_lightning.engines.deepspeed import DeepSpeedEngine, Placement, check_stages, trained_networks
+from gdmd_lightning.engines.deepspeed import DeepSpeedEngine, DeepSpeedPlacement, check_stages, trained_networks
 from gdmd_lightning.engines.fsdp import FSDPEngine, FSDPPlacement, check_sharding
 from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
+from gdmd_lightning.engines.placement import Placement
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
@@ -133,7 +134,7 @@ class RoleModule(pl.LightningModule):
         self.teacher_digest = ""
         self._random_states: Any = None
         self._only: str | None = None
-        self._placement: Placement | FSDPPlacement | None = None
+        self._placement: Placement | None = None
 
     # What a method defines.
 
@@ -185,7 +186,7 @@ class RoleModule(pl.LightningModule):
         if self.fully_sharded is not None:
             self._placement = FSDPPlacement(self.fully_sharded)
         elif self.multi_engine is not None and self.lora is None:
-            self._placement = Placement(self.multi_engine)
+            self._placement = DeepSpeedPlacement(self.multi_engine)
         if self._placement is not None:
             self.family.build_network = self._placement.build_teacher
         network = self.family.load()
@@ -235,7 +236,7 @@ class RoleModule(pl.LightningModule):
             self.roles = CopiedRoles(self.family, network, specs, size)
         if isinstance(self.roles, ShardedRoles | ShardedAdapterRoles):
             self.roles.latent_shape = self.latent_shape
-        if isinstance(placed, FSDPPlacement):
+        if placed is not None:
             placed.place(self.roles)
         if self.memory.gradient_checkpointing:
             self.roles.checkpoint_activations()
