@@ -62,7 +62,7 @@ def test_fake_score_learns_while_the_reward_is_asked():
 
     class Patient(Liking):
         def score(self, images, prompts):
-            assert learned.wait(60)
+            assert learned.wait(20)
             return super().score(images, prompts)
 
     world = World(GDMD, reward=Patient(), speed=OVERLAP, matching=Matching(fake_score_updates=2))

@@ -212,7 +212,7 @@ class Patient(Placed):
 
     def score(self, images: Tensor, prompts) -> Tensor:
         self.asked.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(20)
         return super().score(images, prompts)
 
 
@@ -242,7 +242,7 @@ def test_reward_ahead_is_asked_as_it_would_be_here(dtype):
 def test_reward_ahead_is_asked_while_the_caller_goes_on():
     reward = Patient()
     with Judge(reward, Doubling(), micro_batch_size=2).ahead(LATENTS, PROMPTS) as answer:
-        assert reward.asked.wait(60)
+        assert reward.asked.wait(20)
         reward.go_on.set()
         torch.testing.assert_close(answer()[:, 0], expected())
 
@@ -252,7 +252,7 @@ def test_caller_that_fails_asks_no_more():
 
     def fail() -> None:
         with Judge(reward, Doubling(), micro_batch_size=1).ahead(LATENTS, PROMPTS):
-            assert reward.asked.wait(60)
+            assert reward.asked.wait(20)
             threading.Timer(0.2, reward.go_on.set).start()
             raise KeyboardInterrupt
 
