@@ -2503,7 +2503,15 @@ MUTATIONS = [
         "strategies/multi_engine.py",
         ("strategies/test_refusals.py",),
         ("engines: the trainer's clipping ignored", "if trainer.gradient_clip_val:", "if False:"),
-        ("engines: settings of a role lost", 'for name in {role, role.rpartition(".")[2]}:', "for name in ():"),
+        ("engines: settings of a role lost", "for name in names if name in self.configs", "for name in ()"),
+    ),
+    *errors(
+        "strategies/engine_config.py",
+        ("strategies/test_refusals.py", *ENGINES),
+        ("engines: settings of all lost", "        base = _merged(base, shared)", "        pass"),
+        ("engines: frozen networks in half precision lost", 'base["bf16"] = {"enabled": True}', "pass"),
+        ("engines: a key of the module accepted", "            if key in config:", "            if False:"),
+        ("engines: an old DeepSpeed accepted", '.split(".")[:2]) < RELEASE', '.split(".")[:2]) < (0, 0)'),
     ),
     *errors(
         "strategies/shards.py",

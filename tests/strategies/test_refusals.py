@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from toy_gan import ToyGAN
 
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, multi_engine
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, engine_config
 
 
 def refused(**arguments) -> str:
@@ -19,7 +19,7 @@ def refused(**arguments) -> str:
 
 
 def test_missing_or_old_deepspeed_is_one_line(monkeypatch):
-    monkeypatch.setattr(multi_engine, "version", lambda name: "0.16.4")
+    monkeypatch.setattr(engine_config, "version", lambda name: "0.16.4")
     assert refused() == "MultiEngineDeepSpeedStrategy requires DeepSpeed 0.19, this is 0.16.4"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused() == "MultiEngineDeepSpeedStrategy requires DeepSpeed: pip install deepspeed"
@@ -28,7 +28,7 @@ def test_missing_or_old_deepspeed_is_one_line(monkeypatch):
 def test_stages_and_configs_that_cannot_work_are_refused():
     assert refused(stage=0).startswith("ZeRO stage 0 of all roles")
     assert refused(stages={"critic": 4}).startswith("ZeRO stage 4 of critic")
-    for key in multi_engine.OURS:
+    for key in engine_config.OURS:
         assert refused(config={key: 4}).startswith(f"{key} in the strategy's config: ")
     assert "configs.critic: use stage and stages" in refused(configs={"critic": {"zero_optimization": {"stage": 1}}})
     nvme = {"zero_optimization": {"offload_param": {"device": "nvme"}}}

@@ -6,8 +6,6 @@ networks that only look on. This module needs torch, Lightning and DeepSpeed, an
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import itertools
 import logging
 import os
@@ -16,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +27,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gdmd_lightning.strategies import partitions, shards
+from gdmd_lightning.strategies.engine_config import check_config, check_installed, engine_config
 from gdmd_lightning.strategies.sharding import Weights, constructed_in_shards, fill, gathered
+from gdmd_lightning.strategies.sources import source_of
 
 Stage = Literal[1, 2, 3]
-RELEASE = (0, 19)
-"""The release of DeepSpeed that this was written for; earlier ones lack what it needs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         shard_frozen: bool = True,
         process_group_backend: str | None = None,
     ) -> None:
-        _check_installed()
+        check_installed()
         super().__init__(process_group_backend=process_group_backend)
         self.stage, self.stages = stage, dict(stages or {})
         self.config, self.configs = dict(config or {}), dict(configs or {})
@@ -88,7 +85,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         for role, number in {"": stage, **self.stages}.items():
             if number not in (1, 2, 3):
                 raise MisconfigurationException(f"ZeRO stage {number} of {role or 'all roles'}: use 1, 2 or 3")
-        _check_config({"": self.config, **self.configs})
+        check_config({"": self.config, **self.configs})
         self.engines: dict[str, Any] = {}
         self._frozen: list[nn.Module] = []
         self._trained: dict[str, Trained] = {}
@@ -163,28 +160,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def config_of(self, role: str, stage: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """DeepSpeed's configuration of an engine."""
-        base: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            # The caller decides when a step is due, after any number of backward passes.
-            "managed_gradient_accumulation": False,
-        }
-        if role == "frozen":
-            # Small parameters stay gathered otherwise, which adds up in a network of small layers.
-            base["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        if dtype == torch.bfloat16:
-            base["bf16"] = {"enabled": True}
-        elif dtype == torch.float16:
-            base["fp16"] = {"enabled": True}
-        if role != "frozen":
-            base = _merged(base, self.config)
-        elif "offload_param" in self.config.get("zero_optimization", {}):
-            base["zero_optimization"]["offload_param"] = self.config["zero_optimization"]["offload_param"]
-        for name in {role, role.rpartition(".")[2]}:
-            base = _merged(base, self.configs.get(name, {}))
-        return base
+        names = dict.fromkeys((role.rpartition(".")[2], role))
+        own = [self.configs[name] for name in names if name in self.configs]
+        return engine_config(stage, dtype, self.config, own, trained=role != "frozen")
 
     # Lightning's life of a strategy.
 
@@ -514,7 +492,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         if strict and missing:
             raise MisconfigurationException(f"the checkpoint lacks {len(missing)} tensors, the first is {min(missing)}")
         self.lightning_module.load_state_dict({name: state[name] for name in mine & state.keys()}, strict=False)
-        source = _Shards(checkpoint["sharded"]) if "sharded" in checkpoint else _Plain(checkpoint, self._groups)
+        source = source_of(checkpoint, self._groups)
         saved = self.lightning_module.state_dict().keys()
         with self._together("the checkpoint does not fit"):
             for engine in self.engines.values():
@@ -528,45 +506,6 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
                 group.update({key: value for key, value in saved.items() if key != "params"})
-
-
-class _Shards:
-    """Weights and moments of a sharded checkpoint."""
-
-    def __init__(self, path: str) -> None:
-        reader = shards.ShardedCheckpoint(path)
-        self.read, self.keys, self.scalars = reader.read, reader.keys, reader.scalars
-
-
-class _Plain:
-    """Weights and moments of a checkpoint that one process wrote, with the same interface.
-
-    Args:
-        checkpoint: The checkpoint.
-        groups: Names of the parameters in each group of each optimizer.
-    """
-
-    def __init__(self, checkpoint: Mapping[str, Any], groups: Mapping[str, list[list[str]]]) -> None:
-        self.weights = checkpoint["state_dict"]
-        self.states: dict[str, Mapping[str, Any]] = {}
-        for state, names in zip(checkpoint.get("optimizer_states", []), groups.values(), strict=False):
-            flat = [name for group in names for name in group]
-            self.states |= {flat[number]: own for number, own in state["state"].items()}
-
-    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
-        if key == shards.WEIGHT and name not in self.weights:
-            raise ValueError(f"it has no {name}")
-        whole = self.weights[name] if key == shards.WEIGHT else self.states[name][key]
-        part: Tensor = whole.flatten()[start : start + numel]
-        return part
-
-    def keys(self, name: str) -> set[str]:
-        state = self.states.get(name, {})
-        return {shards.WEIGHT, *(key for key, value in state.items() if value.shape == self.weights[name].shape)}
-
-    def scalars(self, name: str) -> dict[str, float]:
-        state = self.states.get(name, {})
-        return {key: float(value) for key, value in state.items() if key not in self.keys(name)}
 
 
 @contextmanager
@@ -605,37 +544,6 @@ def frozen(
     return network.requires_grad_(False).eval()
 
 
-def _check_installed() -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MisconfigurationException("MultiEngineDeepSpeedStrategy requires DeepSpeed: pip install deepspeed")
-    found = version("deepspeed")
-    if tuple(int(part) for part in found.split(".")[:2]) < RELEASE:
-        wanted = ".".join(map(str, RELEASE))
-        raise MisconfigurationException(f"MultiEngineDeepSpeedStrategy requires DeepSpeed {wanted}, this is {found}")
-
-
-OURS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "managed_gradient_accumulation", "optimizer", "scheduler",
-)  # fmt: skip
-"""Keys of a DeepSpeed configuration that have no meaning here: the module decides."""
-
-
-def _check_config(configs: Mapping[str, dict[str, Any]]) -> None:
-    for role, config in configs.items():
-        where = f"configs.{role}" if role else "config"
-        for key in OURS:
-            if key in config:
-                raise MisconfigurationException(
-                    f"{key} in the strategy's {where}: the module decides this, leave it out"
-                )
-        zero = config.get("zero_optimization", {})
-        if "stage" in zero:
-            raise MisconfigurationException(f"zero_optimization.stage in the strategy's {where}: use stage and stages")
-        if any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param")):
-            raise MisconfigurationException(f"offload to nvme in the strategy's {where} is not supported: use cpu")
-
-
 def _unused(path: str, taken: Mapping[str, Any]) -> str:
     """The last name of a path, or all of it if that is taken."""
     last = path.rpartition(".")[2]
@@ -647,12 +555,3 @@ def _common_path(names: list[str]) -> str:
     parents = [name.split(".")[:-1] for name in names]
     shared = zip(*parents, strict=False)
     return ".".join(each[0] for each in itertools.takewhile(lambda parts: len(set(parts)) == 1, shared))
-
-
-def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dictionary with the values of another one in it."""
-    out = copy.deepcopy(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if both else copy.deepcopy(value)
-    return out
