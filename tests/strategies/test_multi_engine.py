@@ -162,6 +162,8 @@ def test_a_frozen_network_is_never_whole_on_a_rank(folder):
         found = torch.load(folder / f"large-{rank}.pt")
         assert found["large_bytes"] == size / 2
         assert 0.45 * size < found["peak"] <= (1 / 2 + 0.05) * size, found["peak"] / size
+        assert found["half_bytes"] == 2 * (512 * 512 + 512) / 2
+        assert torch.equal(found["half"]["weight"], torch.full((512, 512), 1 / 3, dtype=torch.bfloat16))
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ class Large(ToyGAN):
         if not hasattr(self, "generator"):
             super().configure_model()
             strategy = self.trainer.strategy
-            strategy.frozen(lambda: nn.Linear(512, 512), {"weight": torch.ones(512, 512), "bias": torch.ones(512)})
+            weights = {"weight": torch.full((512, 512), 1 / 3), "bias": torch.ones(512)}
+            self.third = strategy.frozen(lambda: nn.Linear(512, 512), weights, torch.bfloat16)
             with Peak() as peak:
                 self.large = strategy.frozen(large, self.path.replace("teacher", "large"))
             self.peak = peak.bytes
@@ -120,6 +121,8 @@ def run(case: dict, folder: Path) -> dict:
     found = {"losses": observe.losses, "norms": observe.norms, "steps": trainer.global_step}
     if case.get("large"):
         found["peak"], found["large_bytes"] = module.peak, partitions.bytes_held(module.large)
+        found["half_bytes"] = partitions.bytes_held(module.third)
+        found["half"] = {name: value.clone() for name, value in strategy.full_weights(module.third)}
     found["teacher_bytes"] = partitions.bytes_held(module.teacher)
     found["weights"] = {
         f"{name}.{key}": value.clone()
