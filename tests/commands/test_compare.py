@@ -12,6 +12,7 @@ import yaml
 from gdmd_lightning.cli import main
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.studies.comparison import Comparison
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
 
 # With these, an update of DMD takes 44 evaluations and one of GDMD 84.
@@ -87,11 +88,18 @@ class Outside(HTMLParser):
         self.found += [value for value in values if not value.startswith(("data:", "#"))]
 
 
-def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_a_page(compare, tmp_path):
-    only = {"methods": {"DMD": {"configs": ["shapes.yaml", "shapes_dmd.yaml"]}}, "evaluations": 60, "points": 1}
-    compare(**only)
-    (tmp_path / "runs" / "compare").rename(tmp_path / "moved")
-    compare(**{**only, "evaluations": 120, "points": 2, "out": "moved"})
+@pytest.mark.parametrize("teacher", ["tiny", pytest.param("of Shapes", marks=pytest.mark.slow)])
+def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_a_page(
+    compare, tmp_path, tiny_pipeline, monkeypatch, teacher
+):
+    fit = [*CHEAP, *([f"--model.family.path={tiny_pipeline}"] if teacher == "tiny" else [])]
+    methods = {"DMD": {"configs": ["shapes.yaml", "shapes_dmd.yaml"]}}
+    only = {"methods": methods, "evaluations": 60, "points": 1, "fit": fit}
+    with monkeypatch.context() as patched:  # only the last page is read
+        patched.setattr(Comparison, "report", lambda comparison: "")
+        compare(**only)
+        (tmp_path / "runs" / "compare").rename(tmp_path / "moved")
+        compare(**{**only, "evaluations": 120, "points": 2, "out": "moved"})
     directory = tmp_path / "moved" / "seed0" / "dmd"
     (checkpoint,) = (directory / "checkpoints").iterdir()
     assert checkpoint.name == "last.ckpt"
