@@ -1,6 +1,5 @@
 """Methods train on every family, with copies and with adapters, and resume to the bit."""
 
-import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
@@ -90,22 +89,11 @@ def combinations():
                 yield pytest.param(method, family, lora, id=name, marks=[] if quick else [pytest.mark.slow])
 
 
-class Halfway(pl.Callback):
-    """Saves a checkpoint after two updates."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if pl_module.updates == 2:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize(("method", "family", "lora"), combinations())
 def test_three_updates_equal_two_and_a_resumed_third(method, family, lora, pipelines, tmp_path):
     path, data = pipelines(family), {"batch_size": 4, "group_size": 2}
     whole, resumed = (build(method, family, path, lora) for _ in range(2))
-    tiny.train(whole, 3, data=data, callbacks=[Halfway(tmp_path / "two.ckpt")])
+    tiny.train(whole, 3, data=data, callbacks=[tiny.SaveAfter(2, tmp_path / "two.ckpt")])
     tiny.trainer(3).fit(resumed, datamodule=PromptDataModule("shapes", **data), ckpt_path=str(tmp_path / "two.ckpt"))
     assert resumed.updates == 3
     state = dict(resumed.state_dict())
