@@ -11,8 +11,8 @@ from torch import Tensor
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
-from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
@@ -195,11 +195,11 @@ def family(path: Path) -> SD3Family:
 def module(path: Path, method: type[DistillationModule] = GDMD, **options: Any) -> DistillationModule:
     """A method on a tiny pipeline; GDMD with :class:`Brightness` by default.
 
-    The fake score learns twice in an update, not five times: enough to notice an order, and half of the seconds.
+    The fake score of DMD and GDMD learns twice in an update, not five times: half of the seconds.
     """
     if issubclass(method, GDMD):
         options = {"reward": Brightness(), **options}
-    if issubclass(method, MatchingModule):
+    if method in (DMD, GDMD):
         options = {"matching": Matching(fake_score_updates=2), **options}
     return method(family(path), height=32, width=32, **options)
 
