@@ -56,8 +56,14 @@ def test_config_values_name_their_source_or_say_ours(family):
             assert re.search(r"# .*(RTDMD|DMD2|ours)", line), line
 
 
-@pytest.mark.parametrize("overlay", ["", "cold_start", "lora_24gb"])
-@pytest.mark.parametrize("family", REAL)
+# Each family, alone or under its own overlay, and each overlay.
+PAIRS = [(family, overlay) for family in REAL for overlay in ("", "cold_start", "lora_24gb")]
+PRINTED = [("sd3", ""), ("sd3", "cold_start"), *((family, "lora_24gb") for family in REAL)]
+
+
+@pytest.mark.parametrize(
+    ("family", "overlay"), [p if p in PRINTED else pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS]
+)
 def test_config_of_a_published_model_prints(family, overlay, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", f"{family}.yaml"]
@@ -121,7 +127,8 @@ def replaced(settings, names):
     return names.get(settings, settings) if isinstance(settings, str) else settings
 
 
-def test_sd3_trains_on_published_rewards_and_computes_geneval_hps_and_ocr_at_checkpoints(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ocr", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sd3_trains_on_published_rewards_and_computes_geneval_hps_and_ocr_at_checkpoints(tmp_path, monkeypatch, ocr):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
     (tmp_path / "written.txt").write_text('a sign that says "open"\na sign that says "closed"\n')
@@ -151,12 +158,14 @@ def test_sd3_trains_on_published_rewards_and_computes_geneval_hps_and_ocr_at_che
         each |= {"architecture": architecture}
     reading = {"class_path": "RewardScore", "init_args": {"reward": {"class_path": "OCRReward"}}}
     written = {"prompts": "written.txt", "count": 2, "scores": [reading], "score_teacher": False}
-    mine["trainer"]["callbacks"].append({"class_path": "GenerationEvaluation", "init_args": {**options, **written}})
+    if ocr:
+        mine["trainer"]["callbacks"].append({"class_path": "GenerationEvaluation", "init_args": {**options, **written}})
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     main(["fit", "--config", "mine.yaml", "--config", "small.yaml"])
     figures = read_figures(tmp_path / "runs" / "sd3" / "version_0", "")
-    for name in ("eval/geneval/overall", "eval/hpsv2/overall", "eval/ocr/overall", "teacher/hpsv2/overall"):
+    names = ["eval/geneval/overall", "eval/hpsv2/overall", "teacher/hpsv2/overall"]
+    for name in (*names, "eval/ocr/overall") if ocr else names:
         assert [update for update, _ in figures[name]] == [1, 2], name
     assert {"eval/geneval/counting", "eval/geneval/color_attr"} <= figures.keys()
     parts = [float(figures[f"train/reward/{name}"][-1][1]) for name in ("hpsv2", "pickscore", "clip_score")]

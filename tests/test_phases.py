@@ -7,6 +7,7 @@ import tiny
 
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
+from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.phases import listening, phase
 
 
@@ -56,7 +57,7 @@ def test_every_listener_hears():
 def test_update_announces_its_phases(tiny_pipeline, method):
     notes = Notes()
     with listening(notes):
-        tiny.train(tiny.module(tiny_pipeline, method), 1)
+        tiny.train(tiny.module(tiny_pipeline, method, matching=Matching()), 1)
     steps = {f"{role} {part}" for role in ("generator", "fake_score") for part in ("forward", "backward")}
     judged = {"decoding", "reward"} if method is GDMD else set()
     assert {name[1:] for name in notes.seen} == steps | judged | {"rollout", "targets", "optimizer step"}

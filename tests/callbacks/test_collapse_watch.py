@@ -67,7 +67,7 @@ class After(pl.Callback):
 
 def train(pipeline, updates, callbacks, *, place=None, ckpt_path=None, **options):
     """Train ReFL; returns the module, the trainer and the warnings about collapse."""
-    module = tiny.module(pipeline, ReFL, **{"reward": tiny.Brightness(), **options})
+    module = tiny.module(pipeline, ReFL, **{"reward": tiny.Brightness(), "steps": 2, **options})
     trainer = tiny.trainer(
         updates,
         callbacks=callbacks,
@@ -97,7 +97,7 @@ def test_a_hacked_reward_is_noticed_by_the_held_out_one(tiny_pipeline, tmp_path)
         rises=(Rise("train/grad_norm/generator", factor=1000, window=1), Rise("variety/latent_std", 100, window=1)),
         every_n_updates=2,
     )
-    trained_on = {"generator": Optimization(learning_rate=3e-2), "ema_decay": 0.0}
+    trained_on = {"generator": Optimization(learning_rate=3e-2), "ema_decay": 0.0, "steps": 4}
     _, trainer, (once,) = train(tiny_pipeline, 12, [scores, variety, watch], place=tmp_path, **trained_on)
     assert once.startswith("The run may be collapsing: first moved eval/darkness/overall at update ")
     logged = trainer.callback_metrics

@@ -12,6 +12,8 @@ from matplotlib.image import imread
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.evaluation import evaluate
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.shapes.captions import TASKS
@@ -40,6 +42,11 @@ def test_evaluation_draws_teacher_and_generator_in_tensorboard_and_a_file(events
     assert picture.std() > 0.05, "blank"
 
 
+def quick(pipeline) -> DistillationModule:
+    """A method whose updates are cheap; an evaluation is the same for all."""
+    return tiny.module(pipeline, ReFL, reward=tiny.Brightness(), steps=2)
+
+
 def evaluation(**options) -> GenerationEvaluation:
     options = {"count": 6, "columns": 0, "score_teacher": False, **options}
     return GenerationEvaluation([RewardScore(tiny.Brightness())], **options)
@@ -47,16 +54,16 @@ def evaluation(**options) -> GenerationEvaluation:
 
 def test_evaluation_does_not_change_the_run(tiny_pipeline, tmp_path):
     torch.manual_seed(0)
-    alone = tiny.module(tiny_pipeline)
-    tiny.train(alone, 3)
+    alone = quick(tiny_pipeline)
+    tiny.train(alone, 2)
     torch.manual_seed(1)
-    watched = tiny.module(tiny_pipeline)
-    tiny.train(watched, 3, callbacks=[evaluation(every_n_updates=1)], default_root_dir=tmp_path)
+    watched = quick(tiny_pipeline)
+    tiny.train(watched, 2, callbacks=[evaluation(every_n_updates=1)], default_root_dir=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
 
 
 def test_evaluation_scores_the_averaged_weights(tiny_pipeline, tmp_path):
-    module, tests = tiny.module(tiny_pipeline), evaluation(every_n_updates=3)
+    module, tests = quick(tiny_pipeline), evaluation(every_n_updates=3)
     trainer = tiny.train(module, 3, callbacks=[tests], default_root_dir=tmp_path)
     logged = trainer.logged_metrics["eval/brightness/overall"].item()
     found = {}
@@ -70,7 +77,7 @@ def test_evaluation_scores_the_averaged_weights(tiny_pipeline, tmp_path):
 def test_evaluation_runs_when_due_and_at_the_end(tiny_pipeline, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(GenerationEvaluation, "run", lambda self, trainer, module: done.append(module.updates))
-    tiny.train(tiny.module(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=2)], default_root_dir=tmp_path)
+    tiny.train(quick(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=2)], default_root_dir=tmp_path)
     assert done == [2, 4, 5]
 
 
@@ -88,7 +95,7 @@ class Listening(DummyLogger):
 def test_every_score_is_logged_once_at_its_update_in_every_logger(tiny_pipeline, tmp_path):
     loggers = [Listening(), Listening()]
     options = {"logger": loggers, "log_every_n_steps": 2, "default_root_dir": tmp_path}
-    trainer = tiny.train(tiny.module(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=3)], **options)
+    trainer = tiny.train(quick(tiny_pipeline), 5, callbacks=[evaluation(every_n_updates=3)], **options)
     for logger in loggers:
         steps = {}
         for step, name, _ in logger.scalars:
@@ -104,7 +111,7 @@ def test_every_score_is_logged_once_at_its_update_in_every_logger(tiny_pipeline,
 def test_teacher_is_scored_once_and_logged_with_every_evaluation(tiny_pipeline, tmp_path, monkeypatch):
     logger, teacher = Listening(), {"teacher_steps": 3, "teacher_guidance": 2.0}
     tests = evaluation(every_n_updates=1, score_teacher=True, **teacher)
-    module = tiny.module(tiny_pipeline)
+    module = quick(tiny_pipeline)
     tiny.train(module, 2, callbacks=[tests], logger=logger, default_root_dir=tmp_path)
     generate = partial(module.generate_teacher, steps=3, guidance_scale=2.0)
     evaluate(generate, tests.prompts, tests.scores, module.latent_shape)
@@ -154,7 +161,7 @@ def test_networks_of_scores_are_loaded_before_training_and_leave_the_device_afte
 ):
     done = []
     tests = GenerationEvaluation([RewardScore(Prepared(done))], count=6, columns=0, score_teacher=False)
-    module = tiny.module(tiny_pipeline)
+    module = quick(tiny_pipeline)
     update = type(module).update
     monkeypatch.setattr(type(module), "update", lambda *a: done.append("update") or update(*a))
     tiny.train(module, 1, callbacks=[tests], default_root_dir=tmp_path)
@@ -167,7 +174,7 @@ def test_several_pictures_of_a_prompt_have_different_noise(tiny_pipeline, tmp_pa
     texts = [prompt.text for prompt in tests.prompts]
     assert len(texts) == 18
     assert texts[:3] == [texts[0]] * 3
-    trainer = tiny.train(tiny.module(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
+    trainer = tiny.train(quick(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
     assert trainer.logged_metrics["eval/brightness/overall"].isfinite()
     assert tests.state_key != evaluation().state_key
 
@@ -176,7 +183,7 @@ def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo squares\n")
     tests = GenerationEvaluation([RewardScore(tiny.Brightness())], prompts=str(prompts), columns=2, teacher_steps=2)
-    trainer = tiny.train(tiny.module(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
+    trainer = tiny.train(quick(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
     scores = [name for name in trainer.logged_metrics if name.startswith("eval/brightness")]
     assert scores == ["eval/brightness/overall"]
     assert (tmp_path / "pictures" / "000001.png").is_file()
@@ -188,7 +195,7 @@ def test_monitored_score_chooses_the_best_checkpoint(tiny_pipeline, tmp_path):
     keeper = ModelCheckpoint(tmp_path / "best", monitor="eval/geneval/overall", mode="max", every_n_train_steps=1)
     scores = GenerationEvaluation([GenEvalScore()], count=6, columns=0, every_n_updates=1)
     options = {"callbacks": [scores, keeper], "default_root_dir": tmp_path, "enable_checkpointing": True}
-    tiny.train(tiny.module(tiny_pipeline), 2, **options)
+    tiny.train(quick(tiny_pipeline), 2, **options)
     assert len(list((tmp_path / "best").iterdir())) == 1
 
 
@@ -212,7 +219,7 @@ class Named(tiny.Brightness):
 def test_two_evaluations_keep_each_others_scores(tiny_pipeline, tmp_path):
     often = evaluation(every_n_updates=1)
     seldom = GenerationEvaluation([RewardScore(Named())], count=12, columns=0, score_teacher=False, every_n_updates=2)
-    module, kept = tiny.module(tiny_pipeline), []
+    module, kept = quick(tiny_pipeline), []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
@@ -229,7 +236,7 @@ def test_two_evaluations_keep_each_others_scores(tiny_pipeline, tmp_path):
 
 
 def test_scores_of_an_evaluation_that_is_gone_are_not_kept(tiny_pipeline, tmp_path):
-    module = tiny.module(tiny_pipeline)
+    module = quick(tiny_pipeline)
     module.provenance = replace(module.provenance, scores={"gone/overall": 1.0, "brightness/gone": 1.0})
     tiny.train(module, 1, callbacks=[evaluation()], default_root_dir=tmp_path)
     assert set(module.provenance.scores) == {f"brightness/{task}" for task in ("overall", *TASKS)}
@@ -237,9 +244,7 @@ def test_scores_of_an_evaluation_that_is_gone_are_not_kept(tiny_pipeline, tmp_pa
 
 def test_two_evaluations_with_a_score_of_one_name_are_refused_before_training(tiny_pipeline, tmp_path):
     with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two evaluations have a score named 'brightn"):
-        tiny.train(
-            tiny.module(tiny_pipeline), 1, callbacks=[evaluation(), evaluation(count=12)], default_root_dir=tmp_path
-        )
+        tiny.train(quick(tiny_pipeline), 1, callbacks=[evaluation(), evaluation(count=12)], default_root_dir=tmp_path)
 
 
 def test_a_reward_with_other_settings_does_not_share_a_teachers_scores():

@@ -5,6 +5,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import lightning.pytorch as pl
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 import tiny
@@ -12,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from gdmd_lightning.callbacks.gradient_record import COLUMNS, GradientRewardRecord, read_record
-from gdmd_lightning.configuration import training
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.advantages import TargetGroup
 
 UPDATES, STATES, TARGETS = 6, 8, 3
 
@@ -79,27 +82,34 @@ def test_recorded_images_are_those_that_were_judged(rows, recorded_run):
                 assert row["reward_sample"] == pytest.approx(reward.score(sample[None], []).item(), abs=1e-4)
 
 
-def test_record_has_no_reward_of_samples_that_were_not_scored(fast_fit, tmp_path):
-    training.run([*fast_fit, "--trainer.max_steps=1"])
-    assert table(tmp_path / "run")["reward_sample"].null_count == STATES * 2
+def recorded(pipeline, directory, updates, *, ckpt_path=None, **targets) -> tuple[pl.Trainer, pa.Table]:
+    """Train GDMD with a record in ``directory``; the trainer and the record."""
+    module = tiny.module(pipeline, targets=TargetGroup(**{"size": 2, **targets}))
+    trainer = tiny.trainer(updates, callbacks=[GradientRewardRecord()], default_root_dir=directory)
+    data = PromptDataModule("shapes", batch_size=STATES, group_size=4)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer, table(directory)
 
 
-def test_record_distinguishes_snapshots(fast_fit, tmp_path):
-    many = ["--model.targets.over=snapshot", "--model.targets.size=3", "--model.targets.snapshots=2"]
-    training.run([*fast_fit, "--trainer.max_steps=1", *many])
-    rows = table(tmp_path / "run").to_pylist()
+def test_record_has_no_reward_of_samples_that_were_not_scored(tiny_pipeline, tmp_path):
+    _, rows = recorded(tiny_pipeline, tmp_path, 1)
+    assert rows["reward_sample"].null_count == STATES * 2
+
+
+def test_record_distinguishes_snapshots(tiny_pipeline, tmp_path):
+    _, found = recorded(tiny_pipeline, tmp_path, 1, over="snapshot", size=3, snapshots=2)
+    rows = found.to_pylist()
     assert {(row["target"], row["snapshot"]) for row in rows} == {(0, 0), (1, 1), (2, 2)}
     # All targets of a state have one level and differ only in the fake score.
     assert len({(row["state"], row["t"]) for row in rows}) == STATES
 
 
-def test_resumed_run_drops_rows_after_its_checkpoint(fast_fit, tmp_path):
-    training.run([*fast_fit, "--trainer.max_steps=2"])
-    at_two = (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "two.ckpt")
-    training.run([*fast_fit, "--trainer.max_steps=5", f"--ckpt_path={at_two}"])
-    before = table(tmp_path / "run").sort_by("step").to_pylist()
-    training.run([*fast_fit, "--trainer.max_steps=4", f"--ckpt_path={at_two}"])
-    after = table(tmp_path / "run").sort_by("step").to_pylist()
+def test_resumed_run_drops_rows_after_its_checkpoint(tiny_pipeline, tmp_path):
+    at_two = str(tmp_path / "two.ckpt")
+    recorded(tiny_pipeline, tmp_path, 2)[0].save_checkpoint(at_two)
+    before, after = (
+        recorded(tiny_pipeline, tmp_path, end, ckpt_path=at_two)[1].sort_by("step").to_pylist() for end in (5, 4)
+    )
     assert Counter(row["step"] for row in after) == dict.fromkeys(range(4), STATES * 2)
     assert [row for row in before if row["step"] < 2] == [row for row in after if row["step"] < 2]
 

@@ -12,6 +12,8 @@ import yaml
 from gdmd_lightning.cli import main
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.studies.arms import Arm
+from gdmd_lightning.studies.comparison import Comparison
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
 
 # With these, an update of DMD takes 44 evaluations and one of GDMD 84.
@@ -87,11 +89,18 @@ class Outside(HTMLParser):
         self.found += [value for value in values if not value.startswith(("data:", "#"))]
 
 
-def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_a_page(compare, tmp_path):
-    only = {"methods": {"DMD": {"configs": ["shapes.yaml", "shapes_dmd.yaml"]}}, "evaluations": 60, "points": 1}
-    compare(**only)
-    (tmp_path / "runs" / "compare").rename(tmp_path / "moved")
-    compare(**{**only, "evaluations": 120, "points": 2, "out": "moved"})
+@pytest.mark.parametrize("teacher", ["tiny", pytest.param("of Shapes", marks=pytest.mark.slow)])
+def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_a_page(
+    compare, tmp_path, tiny_pipeline, monkeypatch, teacher
+):
+    fit = [*CHEAP, *([f"--model.family.path={tiny_pipeline}"] if teacher == "tiny" else [])]
+    methods = {"DMD": {"configs": ["shapes.yaml", "shapes_dmd.yaml"]}}
+    only = {"methods": methods, "evaluations": 60, "points": 1, "fit": fit}
+    with monkeypatch.context() as patched:  # only the last page is read
+        patched.setattr(Comparison, "report", lambda comparison: "")
+        compare(**only)
+        (tmp_path / "runs" / "compare").rename(tmp_path / "moved")
+        compare(**{**only, "evaluations": 120, "points": 2, "out": "moved"})
     directory = tmp_path / "moved" / "seed0" / "dmd"
     (checkpoint,) = (directory / "checkpoints").iterdir()
     assert checkpoint.name == "last.ckpt"
@@ -112,7 +121,13 @@ def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_
 
 
 @pytest.fixture
-def finished(tmp_path) -> None:
+def right_arms(monkeypatch) -> None:
+    """Methods are not parsed before anything else is checked."""
+    monkeypatch.setattr(Arm, "check", lambda *_: None)
+
+
+@pytest.fixture
+def finished(tmp_path, right_arms) -> None:
     """A finished comparison in the default directory, scored on 1200 prompts."""
     scores = {f"{name}/overall": Interval(0.5, 0.4, 0.6) for name in ("geneval", "shapes", "hps_like")}
     row = Row("DMD", 4, 0.01, scores, {}, TrainingCost(2, 200, 1.0))
@@ -153,8 +168,11 @@ def test_compare_refuses_a_directory_of_another_comparison(finished, complaint, 
         ('--methods={"DMD":{"configs":["shapes.yaml"]},"dmd":{"configs":["shapes.yaml"]}}', "methods: 'dmd' has the"),
         ('--methods={"Start":{"configs":["shapes.yaml"]}}', "control: 'DMD' is not a method"),
         ("--methods={}", "methods: there are none"),
-        ("--count=7", "evaluation count: 7 prompts"),
     ],
 )
 def test_compare_refuses_wrong_settings_before_training(complaint, setting, expected):
     assert expected in complaint("compare", "--config", "compare_shapes.yaml", setting)
+
+
+def test_compare_refuses_a_wrong_count_before_training(complaint, right_arms):
+    assert "evaluation count: 7 prompts" in complaint("compare", "--config", "compare_shapes.yaml", "--count=7")

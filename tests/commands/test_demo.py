@@ -2,15 +2,22 @@
 
 import json
 
+import pytest
+
 from gdmd_lightning.cli import main
 
 CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.fake_score_updates=1"]
-FIT = f"--fit={json.dumps([*CHEAP, '--trainer.enable_progress_bar=false'])}"
 
 
-def test_demo_prints_a_table_and_a_snippet_that_loads_its_pipeline(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("teacher", ["tiny", pytest.param("of Shapes", marks=pytest.mark.slow)])
+def test_demo_prints_a_table_and_a_snippet_that_loads_its_pipeline(
+    tmp_path, monkeypatch, capsys, tiny_pipeline, teacher
+):
     monkeypatch.chdir(tmp_path)
-    main(["demo", "--cold_start=1", "--updates=2", "--count=12", FIT])
+    fit = [*CHEAP, "--trainer.enable_progress_bar=false"]
+    if teacher == "tiny":
+        fit += [f"--model.family.path={tiny_pipeline}"]
+    main(["demo", "--cold_start=1", "--updates=2", "--count=12", f"--fit={json.dumps(fit)}"])
     printed = capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")][2:]
     assert [(row[0].strip(), int(row[1])) for row in rows] == [

@@ -19,6 +19,7 @@ from gdmd_lightning.cli import main
 from gdmd_lightning.configuration import restore, training
 from gdmd_lightning.configuration.devices import usable_device
 from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import draw_noise
 from gdmd_lightning.studies import sampling
@@ -42,6 +43,29 @@ def stochastic(tiny_pipeline, tmp_path_factory) -> Path:
     arguments = write_fast_config(directory / "fast.yaml", tiny_pipeline, directory)
     training.run([*arguments, "--trainer.max_steps=1", "--model.sampler=Renoise"])
     return (directory / "run" / "checkpoints" / "last.ckpt").rename(directory / "renoise.ckpt")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, DistillationModule]:
+    """Modules that this file's commands have loaded."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def load_once(loaded, monkeypatch) -> None:
+    """Sampling changes no module, and every picture has its own noise; loading would take most of the time."""
+
+    def load(path, *device, **options):
+        where = Path(path)
+        key = f"{where} {where.stat().st_mtime_ns} {device} {options}" if where.is_file() else ""
+        if key not in loaded:
+            module = load_module(path, *device, **options)
+            if not key:
+                return module
+            loaded[key] = module
+        return loaded[key]
+
+    monkeypatch.setattr(restore, "load_module", load)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ def latent_noise() -> torch.Tensor:
 
 def test_load_module_restores_the_module_that_was_trained(fast_fit, tmp_path):
     noise = latent_noise()
-    cli = training.run([*fast_fit, "--model.lambda_policy=0.5", "--model.sampler=Renoise"])
+    cli = training.run([*fast_fit, "--model.lambda_policy=0.5", "--model.sampler=Renoise", "--trainer.max_steps=1"])
     module = load_module(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), trust=["tiny"])
     assert type(module) is type(cli.model)
     assert (module.lambda_policy, module.sampler, module.policy) == (0.5, cli.model.sampler, cli.model.policy)

@@ -28,10 +28,11 @@ FAMILIES = {
 }
 
 
-# Guidance that is told to the network differs from Klein in one input only.
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n == "flux2, guided" else n for n in FAMILIES]
-)
+# Guidance that is told to the network differs from Klein in one input only; test_configs.py trains SDXL, too.
+SLOW = ("sdxl", "flux2, guided")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])
 def trained(request, tmp_path_factory):
     """Three updates on a tiny pipeline, resumed after two: pipeline, last checkpoint, weights after two.
 

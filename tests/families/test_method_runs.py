@@ -92,9 +92,8 @@ def combinations():
 @pytest.mark.parametrize(("method", "family", "lora"), combinations())
 def test_three_updates_equal_two_and_a_resumed_third(method, family, lora, pipelines, tmp_path):
     path, data = pipelines(family), {"batch_size": 4, "group_size": 2}
-    whole, first, resumed = (build(method, family, path, lora) for _ in range(3))
-    tiny.train(whole, 3, data=data)
-    tiny.train(first, 2, data=data).save_checkpoint(tmp_path / "two.ckpt")
+    whole, resumed = (build(method, family, path, lora) for _ in range(2))
+    tiny.train(whole, 3, data=data, callbacks=[tiny.SaveAfter(2, tmp_path / "two.ckpt")])
     tiny.trainer(3).fit(resumed, datamodule=PromptDataModule("shapes", **data), ckpt_path=str(tmp_path / "two.ckpt"))
     assert resumed.updates == 3
     state = dict(resumed.state_dict())
@@ -106,7 +105,7 @@ def test_three_updates_equal_two_and_a_resumed_third(method, family, lora, pipel
         assert any(not torch.equal(before[name], state[name]) for name in names), spec.name
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["copies", "adapters"])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True], ids=["copies", "adapters"])
 def test_dmd2_with_recomputed_activations_trains_as_without(pipelines, lora):
     # The generator's loss passes through the fake score, whose weights must be as frozen when it is computed again.
     weights = []

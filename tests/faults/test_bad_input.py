@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import bad_rewards
 import pytest
 import torch
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.prompts import Prompt
+from gdmd_lightning.rewards.base import checked_score
 
 PREFIX = "gdmd_lightning: error: "
 
@@ -74,13 +77,14 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             ["--trainer.gradient_clip_val", "1"],
             "trainer.gradient_clip_val: not supported: each role ",
         ),
-        (
+        pytest.param(
             ["--trainer.accumulate_grad_batches", "4"],
             "trainer.accumulate_grad_batches: it is 4, but an update takes several optimizer steps; "
             "use model.accumulate 4, or data.batch_size 32 with model.micro_batch_size 8: the same update",
+            marks=pytest.mark.slow,
         ),
         (["--model.accumulate", "0"], "model.accumulate: it is 0; use an integer of at least 1"),
-        (["--model.non_finite.limit", "0"], "model.non_finite.limit: it is 0"),
+        pytest.param(["--model.non_finite.limit", "0"], "model.non_finite.limit: it is 0", marks=pytest.mark.slow),
         (["--model.non_finite.policy", "ignore"], "expected one of 'stop', 'skip', got 'ignore'"),
         (["--model.generator.schedule", "exponential"], "expected one of 'constant', 'linear', 'cosine', got 'expo"),
         (
@@ -88,10 +92,16 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             "model.fake_score.schedule: a cosine schedule ends at trainer.max_steps, which is -1; ",
         ),
         (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
-        (["--model.steps", "0"], "model.steps: it is 0"),
-        (["--model.policy.beta", "0"], "model.policy.beta: it is 0.0; use a number above 0"),
-        (["--model.family.init_args.dtype", "float31"], "family.dtype: unknown dtype 'float31'; "),
-        (["--model.height", "33"], "resolution: 33x32 is not a multiple of "),
+        pytest.param(["--model.steps", "0"], "model.steps: it is 0", marks=pytest.mark.slow),
+        pytest.param(
+            ["--model.policy.beta", "0"], "model.policy.beta: it is 0.0; use a number above 0", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--model.family.init_args.dtype", "float31"],
+            "family.dtype: unknown dtype 'float31'; ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--model.height", "33"], "resolution: 33x32 is not a multiple of ", marks=pytest.mark.slow),
     ],
 )
 def test_fit_names_key_and_value_of_a_wrong_argument(complaint, fast_fit, arguments, expected):
@@ -128,47 +138,65 @@ def edited(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+DAMAGES = (
+    (lambda p: truncated(p / "transformer/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
+    (lambda p: truncated(p / "vae/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
+    (lambda p: truncated(p / "text_encoder/model.safetensors"), "cannot be loaded"),
+    (lambda p: (p / "text_encoder_2/model.safetensors").unlink(), "cannot be loaded"),
+    (lambda p: (p / "tokenizer/tokenizer.json").write_text("{"), "cannot be loaded"),
+    (lambda p: (p / "transformer/config.json").write_text("{"), "cannot be loaded"),
+    (lambda p: edited(p / "transformer/config.json", num_layers=2), "cannot be loaded"),
+    (lambda p: edited(p / "transformer/config.json", num_attention_heads=2), "cannot be loaded"),
+    (lambda p: edited(p / "text_encoder/config.json", num_hidden_layers=4), "cannot be loaded"),
+    (lambda p: shutil.rmtree(p / "transformer"), "lacks its component 'transformer'"),
+    (lambda p: shutil.rmtree(p / "tokenizer_2"), "lacks its component 'tokenizer_2'"),
+    (lambda p: edited(p / "model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not a "),
+    (lambda p: (p / "model_index.json").write_text("{"), "model_index.json is not JSON"),
+    (lambda p: (p / "model_index.json").write_text("[]"), "holds a None, not a "),
+    (lambda p: (p / "model_index.json").unlink(), "has no readable model_index.json"),
+)
+
+
+def reported(line: str, pipeline: Path, expected: str) -> bool:
+    return line.startswith("family.path: ") and expected in line and str(pipeline) in line
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES)
+def test_corrupt_pipeline_is_reported_with_its_path(pipeline, damage, expected):
+    import tiny
+
+    damage(pipeline)
+    with pytest.raises(UserError) as refused:
+        tiny.module(pipeline).configure_model()
+    assert reported(str(refused.value), pipeline, expected)
+
+
 @pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (lambda p: truncated(p / "transformer/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
-        (lambda p: truncated(p / "vae/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
-        (lambda p: truncated(p / "text_encoder/model.safetensors"), "cannot be loaded"),
-        (lambda p: (p / "text_encoder_2/model.safetensors").unlink(), "cannot be loaded"),
-        (lambda p: (p / "tokenizer/tokenizer.json").write_text("{"), "cannot be loaded"),
-        (lambda p: (p / "transformer/config.json").write_text("{"), "cannot be loaded"),
-        (lambda p: edited(p / "transformer/config.json", num_layers=2), "cannot be loaded"),
-        (lambda p: edited(p / "transformer/config.json", num_attention_heads=2), "cannot be loaded"),
-        (lambda p: edited(p / "text_encoder/config.json", num_hidden_layers=4), "cannot be loaded"),
-        (lambda p: shutil.rmtree(p / "transformer"), "lacks its component 'transformer'"),
-        (lambda p: shutil.rmtree(p / "tokenizer_2"), "lacks its component 'tokenizer_2'"),
-        (lambda p: edited(p / "model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not a "),
-        (lambda p: (p / "model_index.json").write_text("{"), "model_index.json is not JSON"),
-        (lambda p: (p / "model_index.json").write_text("[]"), "holds a None, not a "),
-        (lambda p: (p / "model_index.json").unlink(), "has no readable model_index.json"),
-    ],
+    ("damage", "expected"), [DAMAGES[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in DAMAGES[1:])]
 )
 def test_fit_reports_a_corrupt_pipeline_with_its_path(complaint, fast_fit, pipeline, damage, expected):
     damage(pipeline)
-    line = complaint("fit", *fast_fit, *on(pipeline))
-    assert line.startswith("family.path: ")
-    assert expected in line
-    assert str(pipeline) in line
+    assert reported(complaint("fit", *fast_fit, *on(pipeline)), pipeline, expected)
 
 
 # Prompts.
 
 
+# data/test_readers.py reads such files without fit.
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("p.txt", "", "p.txt: there is no prompt in it"),
-        ("p.txt", "\n  \n", "p.txt: there is no prompt in it"),
-        ("p.txt", b"a circle\n" + "a caf\xe9\n".encode("latin-1"), "p.txt:2: not UTF-8"),
+        pytest.param("p.txt", "\n  \n", "p.txt: there is no prompt in it", marks=pytest.mark.slow),
+        pytest.param(
+            "p.txt", b"a circle\n" + "a caf\xe9\n".encode("latin-1"), "p.txt:2: not UTF-8", marks=pytest.mark.slow
+        ),
         ("p.jsonl", '{"prompt": "a circle"}\n{"text": "a"}\n', "p.jsonl:2: no column 'prompt'; it has 'text'"),
-        ("p.jsonl", '{"prompt": "a circle"}\n{"prompt": \n', "p.jsonl:2: broken JSON"),
-        ("p.csv", "text\na circle\n", "p.csv:1: no column 'prompt'"),
-        ("p.parquet", "not parquet", "p.parquet: not a readable parquet file"),
+        pytest.param(
+            "p.jsonl", '{"prompt": "a circle"}\n{"prompt": \n', "p.jsonl:2: broken JSON", marks=pytest.mark.slow
+        ),
+        pytest.param("p.csv", "text\na circle\n", "p.csv:1: no column 'prompt'", marks=pytest.mark.slow),
+        pytest.param("p.parquet", "not parquet", "p.parquet: not a readable parquet file", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -177,6 +205,7 @@ def test_fit_reports_bad_prompts_with_file_and_line(complaint, fast_fit, tmp_pat
     assert expected in complaint("fit", *fast_fit, "--data.source", source, "--data.num_workers", workers)
 
 
+@pytest.mark.slow
 def test_fit_reports_a_missing_prompt_file(complaint, fast_fit):
     assert complaint("fit", *fast_fit, "--data.source", "prompts.txt").startswith("prompts.txt: no such file")
 
@@ -194,18 +223,29 @@ def test_fit_reports_prompts_without_the_metadata_that_the_reward_needs(complain
 # Rewards.
 
 
+BAD_REWARDS = {
+    "NotANumber": "reward 'not_a_number': returned nan for 1 of 16 pictures, the first with prompt ",
+    "WrongShape": "reward 'wrong_shape': returned (16, 1) for 16 pictures; return a tensor of shape (16,)",
+    "NoTensor": "reward 'no_tensor': returned list for 16 pictures",
+    "Raising": "reward 'raising': raised KeyError: 'no such",
+    "Unfinished": "abstract",
+}
+FAST = ("NotANumber", "Unfinished")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_REWARDS if name != "Unfinished"])
+def test_bad_reward_is_named(name):
+    prompts = [Prompt(f"prompt {i}") for i in range(16)]
+    with pytest.raises(UserError) as refused:
+        checked_score(getattr(bad_rewards, name)(), torch.zeros(16, 3, 8, 8), prompts)
+    assert BAD_REWARDS[name] in str(refused.value)
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("NotANumber", "reward 'not_a_number': returned nan for 1 of 16 pictures, the first with prompt "),
-        ("WrongShape", "reward 'wrong_shape': returned (16, 1) for 16 pictures; return a tensor of shape (16,)"),
-        ("NoTensor", "reward 'no_tensor': returned list for 16 pictures"),
-        ("Raising", "reward 'raising': raised KeyError: 'no such"),
-        ("Unfinished", "abstract"),
-    ],
+    "name", [each if each in FAST else pytest.param(each, marks=pytest.mark.slow) for each in BAD_REWARDS]
 )
-def test_fit_names_a_bad_reward(complaint, fast_fit, name, expected):
-    assert expected in complaint("fit", *fast_fit, "--model.reward", f"bad_rewards.{name}")
+def test_fit_names_a_bad_reward(complaint, fast_fit, name):
+    assert BAD_REWARDS[name] in complaint("fit", *fast_fit, "--model.reward", f"bad_rewards.{name}")
 
 
 # Checkpoints.
@@ -239,7 +279,7 @@ def test_fit_reports_a_truncated_checkpoint(complaint, fast_fit, checkpoint, tmp
     path.unlink()
 
 
-@pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("where", [0.3, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.6, 0.9))])
 def test_fit_and_export_notice_a_flipped_byte_in_a_checkpoint(complaint, fast_fit, checkpoint, tmp_path, where):
     content = bytearray(checkpoint.read_bytes())
     content[int(where * len(content))] ^= 1
@@ -268,21 +308,33 @@ def test_fit_reports_a_file_of_plain_weights(complaint, fast_fit, tmp_path):
     assert "is not a Lightning checkpoint" in complaint("fit", *fast_fit, "--ckpt_path", tmp_path / "weights.ckpt")
 
 
+# methods/test_checkpointing.py starts from a checkpoint of another network without fit.
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("ckpt_path", "it is of another model"),
+        pytest.param("model.start_from", "is not this model's", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("size", [pytest.param({"layers": 2}, marks=pytest.mark.slow), {"heads": 2}])
-def test_fit_reports_a_checkpoint_of_another_network(complaint, fast_fit, checkpoint, tmp_path, size):
+def test_fit_reports_a_checkpoint_of_another_network(complaint, fast_fit, checkpoint, tmp_path, size, key, expected):
     import tiny
 
     other = tiny.save_pipeline(tmp_path / "other", **size)
-    for key, expected in (("ckpt_path", "it is of another model"), ("model.start_from", "is not this model's")):
-        line = complaint("fit", *fast_fit, *on(other), f"--{key}", checkpoint)
-        assert expected in line
-        assert "checkpoint" in line or str(checkpoint) in line
+    line = complaint("fit", *fast_fit, *on(other), f"--{key}", checkpoint)
+    assert expected in line
+    assert "checkpoint" in line or str(checkpoint) in line
 
 
-def test_fit_reports_a_checkpoint_of_another_method(complaint, fast_fit, checkpoint, tmp_path):
-    line = complaint("fit", *fast_fit, "--config", "shapes_dmd.yaml", "--ckpt_path", checkpoint)
-    assert "it is of another model: this model has no roles.old." in line
-    line = complaint("fit", *fast_fit, "--model.policy.form=weighted", "--ckpt_path", checkpoint)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--config", "shapes_dmd.yaml"], marks=pytest.mark.slow),
+        ["--model.policy.form=weighted"],
+    ],
+)
+def test_fit_reports_a_checkpoint_of_another_method(complaint, fast_fit, checkpoint, tmp_path, arguments):
+    line = complaint("fit", *fast_fit, *arguments, "--ckpt_path", checkpoint)
     assert "it is of another model: this model has no roles.old." in line
 
 
@@ -317,6 +369,12 @@ def test_fit_as_a_process_prints_one_line(run_cli, fast_fit):
     assert "Traceback" not in plain.stderr
 
 
+def test_debug_raises_an_error_before_training_with_its_traceback():
+    with pytest.raises(UserError, match=r"no configuration 'nothing\.yaml'"):
+        main(["fit", "--config", "nothing.yaml", "--debug"])
+
+
+@pytest.mark.slow
 def test_debug_raises_the_error_with_its_traceback(fast_fit):
     with pytest.raises(UserError, match=r"reward 'not_a_number': returned nan for 1 of 16 pictures"):
         main(["fit", *fast_fit, "--model.reward", "bad_rewards.NotANumber", "--debug"])

@@ -15,14 +15,17 @@ def sdxl(tmp_path_factory):
     return tiny.save_sdxl(tmp_path_factory.mktemp("sdxl") / "pipeline")
 
 
-@pytest.mark.parametrize("config", ["sdxl.yaml", "flux2.yaml"])
+@pytest.mark.parametrize("config", [pytest.param("sdxl.yaml", marks=pytest.mark.slow), "flux2.yaml"])
 def test_fit_reports_a_pipeline_of_another_family(complaint, tiny_pipeline, config):
     message = complaint("fit", "--config", config, f"--model.family.path={tiny_pipeline}", "--data.source=shapes")
     assert "holds a StableDiffusion3Pipeline, not a" in message
     assert "choose the family that matches it" in message
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "scheduler"])
+# test_bad_input.py removes components without fit.
+@pytest.mark.parametrize(
+    "part", ["vae", *(pytest.param(p, marks=pytest.mark.slow) for p in ("transformer", "text_encoder_2", "scheduler"))]
+)
 def test_fit_reports_a_missing_component(complaint, fast_fit, tiny_pipeline, tmp_path, part):
     copy = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
     shutil.rmtree(copy / part)
@@ -35,13 +38,15 @@ def test_fit_and_plan_report_an_unsupported_resolution(complaint, fast_fit, comm
     assert message.startswith("resolution: 30x32 is not a multiple of 8 pixels; use a multiple of 8")
 
 
-@pytest.mark.parametrize("command", ["fit", "plan"])
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=pytest.mark.slow), "plan"])
 def test_fit_and_plan_report_an_unknown_adapter_target_and_list_others(complaint, fast_fit, command):
     message = complaint(command, *fast_fit, *ADAPTERS, "--model.lora.targets=['to_qq']")
     assert message.startswith("model.lora.targets: LoRA target 'to_qq' matches no module of the network; ")
     assert "to_add_out" in message
 
 
+# data/test_embedding_cache.py and methods/test_checkpointing.py try these two without fit.
+@pytest.mark.slow
 def test_fit_reports_an_embedding_cache_of_another_model(complaint, fast_fit, tmp_path):
     from gdmd_lightning.cli import main
 
@@ -55,6 +60,7 @@ def test_fit_reports_an_embedding_cache_of_another_model(complaint, fast_fit, tm
     assert "embeddings of another model" in message
 
 
+@pytest.mark.slow
 def test_fit_reports_start_from_a_checkpoint_without_adapters(complaint, fast_fit, recorded_run):
     last = recorded_run / "checkpoints" / "last.ckpt"
     message = complaint("fit", *fast_fit, *ADAPTERS, f"--model.start_from={last}")

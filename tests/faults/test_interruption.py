@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import cli_command, cli_environment
+from conftest import cli_command, cli_environment, write_fast_config
 
 from gdmd_lightning.configuration import training
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
@@ -124,11 +124,11 @@ def test_fit_extended_run_equals_a_longer_one(fast_fit, tmp_path, name, end):
 
 
 def test_max_steps_counts_updates_not_optimizer_steps(fast_fit, tmp_path):
-    last = train(fast_fit, tmp_path, "--trainer.max_steps=5", "--model.matching.fake_score_updates=3")
+    last = train(fast_fit, tmp_path, "--trainer.max_steps=2", "--model.matching.fake_score_updates=3")
     content = read_checkpoint(str(last))
     steps = [int(state["state"][0]["step"]) for state in content["optimizer_states"]]
-    assert content["global_step"] == 5
-    assert steps == [5, 15]
+    assert content["global_step"] == 2
+    assert steps == [2, 6]
 
 
 def test_every_n_train_steps_counts_updates(fast_fit, tmp_path):
@@ -140,10 +140,25 @@ def test_every_n_train_steps_counts_updates(fast_fit, tmp_path):
     assert names == {"step=2.ckpt", "step=4.ckpt"}
 
 
-def test_fit_saves_the_last_update_and_restores_signal_handlers(fast_fit, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert step_of(train(fast_fit, tmp_path, "--trainer.max_steps=1")) == 1
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+def handlers() -> list:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.fixture(scope="module")
+def one_update(tiny_pipeline, tmp_path_factory):
+    """A run of one update: signal handlers before and after, its command line and its checkpoint."""
+    place, before = tmp_path_factory.mktemp("one"), handlers()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tempfile.mkstemp", None)
+        arguments = write_fast_config(place / "fast.yaml", tiny_pipeline, place)
+        cli = training.run([*arguments, "--trainer.max_steps=1"])
+    return before, handlers(), cli, place / "run" / "checkpoints" / "last.ckpt"
+
+
+def test_fit_saves_the_last_update_and_restores_signal_handlers(one_update):
+    before, after, _, last = one_update
+    assert step_of(last) == 1
+    assert after == before
 
 
 class Unsavable:
@@ -161,8 +176,7 @@ def test_save_checkpoint_that_fails_keeps_the_previous_one(tmp_path):
     assert read_checkpoint(str(place))["state_dict"]["x"].item() == 1
 
 
-def test_fit_writes_checkpoints_without_the_temporary_directory(fast_fit, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.mkstemp", None)
-    cli = training.run([*fast_fit, "--trainer.max_steps=1"])
+def test_fit_writes_checkpoints_without_the_temporary_directory(one_update):
+    _, _, cli, last = one_update
     assert type(cli.trainer.strategy.checkpoint_io) is WholeCheckpoints
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt"}
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt"}

@@ -78,7 +78,7 @@ def test_demo_refuses_a_directory_of_somebody_else(complaint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize("strategy", ["ddp_spawn", pytest.param("ddp_notebook", marks=pytest.mark.slow)])
 def test_strategies_that_spawn_are_refused_before_training(complaint, fast_fit, tmp_path, strategy):
     line = complaint("fit", *fast_fit, "--trainer.devices=2", f"--trainer.strategy={strategy}")
     assert line.startswith(f"trainer.strategy: '{strategy}' ")

@@ -25,7 +25,7 @@ def weights(module) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def dmd(tiny_pipeline):
     module = tiny.module(tiny_pipeline, DMD)
-    tiny.train(module, 4)
+    tiny.train(module, 2)
     return weights(module)
 
 
@@ -34,19 +34,19 @@ def dmd(tiny_pipeline):
 )
 def test_gdmd_with_one_target_and_lambda_policy_zero_equals_dmd_to_the_bit(tiny_pipeline, dmd, policy):
     module = tiny.module(tiny_pipeline, GDMD, policy=policy, targets=TargetGroup(1), lambda_policy=0.0)
-    tiny.train(module, 4)
+    tiny.train(module, 2)
     assert tiny.differing(dmd, weights(module)) == []
 
 
 def test_weighted_gdmd_with_a_flat_reward_equals_dmd_to_the_bit(tiny_pipeline, dmd):
     module = tiny.module(tiny_pipeline, GDMD, reward=Flat(), policy=Policy(form="weighted"), targets=TargetGroup(1))
-    tiny.train(module, 4)
+    tiny.train(module, 2)
     assert tiny.differing(dmd, weights(module)) == []
 
 
 def test_gdmd_with_a_reward_differs_from_dmd(tiny_pipeline, dmd):
     module = tiny.module(tiny_pipeline, GDMD, targets=TargetGroup(1))
-    tiny.train(module, 4)
+    tiny.train(module, 2)
     assert tiny.differing(dmd, weights(module)) != []
 
 

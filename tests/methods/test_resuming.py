@@ -199,15 +199,11 @@ def test_resuming_from_weights_only_is_refused(tiny_pipeline, tmp_path):
 
 
 def test_reward_that_draws_from_global_generators_resumes_exactly(tiny_pipeline, tmp_path):
-    def seeded(updates):
-        torch.manual_seed(3)
-        random.seed(3)
-        np.random.seed(3)
-        module = tiny.module(tiny_pipeline, GDMD, reward=RandomReward())
-        return module, tiny.train(module, updates)
-
-    whole, _ = seeded(3)
-    seeded(2)[1].save_checkpoint(tmp_path / "two.ckpt")
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    whole = tiny.module(tiny_pipeline, GDMD, reward=RandomReward())
+    tiny.train(whole, 3, callbacks=[tiny.SaveAfter(2, tmp_path / "two.ckpt")])
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)
@@ -231,5 +227,6 @@ def test_moments_of_a_loop_in_another_memory_layout_are_resumed(tiny_pipeline, f
     for module, path in zip(runs, (full, tmp_path / "loop.ckpt"), strict=True):
         trainer = resume(module, path, 3)
         assert all(group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
-    for name, value in runs[0].state_dict().items():
-        assert torch.equal(value, runs[1].state_dict()[name]), name
+    one, other = (module.state_dict() for module in runs)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name

@@ -174,14 +174,14 @@ def test_plan_command_reports_shares_of_deepspeed(fast_fit, capsys):
     assert "generator (1/8)" in said.partition("in the memory of the host")[2]
 
 
-@pytest.mark.parametrize(("devices", "said"), [(1, "32 samples"), (4, "8 samples")])
+@pytest.mark.parametrize(("devices", "said"), [(1, "16 samples"), (2, "8 samples")])
 def test_plan_divides_the_global_batch_over_the_gpus(fast_fit, capsys, devices, said):
-    batch = ["--data.batch_size=8", "--data.group_size=4", "--data.global_batch_size=32"]
+    batch = ["--data.batch_size=8", "--data.group_size=4", "--data.global_batch_size=16"]
     main(["plan", *fast_fit, *batch, f"--trainer.devices={devices}", "--trainer.strategy=ddp", "--gpu_memory", "40"])
-    at_once = "in micro-batches of 8" if devices < 4 else "all at once"
+    at_once = "in micro-batches of 8" if devices == 1 else "all at once"
     assert capsys.readouterr().out.startswith(f"{said} per update on each GPU, 4 per prompt, {at_once}\n")
-    parts = ["--model.micro_batch_size=8"] if devices < 4 else []
-    alone = report.plan_of([*fast_fit, f"--data.batch_size={32 // devices}", "--data.group_size=4", *parts])
+    parts = ["--model.micro_batch_size=8"] if devices == 1 else []
+    alone = report.plan_of([*fast_fit, f"--data.batch_size={16 // devices}", "--data.group_size=4", *parts])
     shared = report.plan_of([*fast_fit, *batch, f"--trainer.devices={devices}"])
     assert shared.phases == alone.phases
 

@@ -27,7 +27,9 @@ SPECS = (
 FEW = SPECS[:3]
 
 
-@pytest.fixture(scope="module", params=["sd3", pytest.param("sdxl", marks=pytest.mark.slow), "flux2"])
+@pytest.fixture(
+    scope="module", params=["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "flux2"))]
+)
 def family(request, tmp_path_factory) -> ModelFamily:
     path = tmp_path_factory.mktemp(request.param) / "pipeline"
     match request.param:
