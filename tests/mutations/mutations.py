@@ -1198,8 +1198,8 @@ MUTATIONS = [
         ("rewards/test_judge.py",),
         (
             "ahead: waits at once",
-            "                    del images, arguments\n",
-            "                    asked[-1].exception()\n",
+            "                        del images, arguments\n",
+            "                        asked[-1].exception()\n",
         ),
         (
             "ahead: decoded whole",
@@ -1212,8 +1212,8 @@ MUTATIONS = [
             "arguments = images, latents, prompts",
         ),
         ("ahead: logs forgotten", "return self._kept(torch.cat([", "return (torch.cat(["),
-        ("ahead: precision of the thread", "enabled=autocast):", "enabled=False):"),
-        ("ahead: gradient kept", "with torch.no_grad(), torch.autocast(kind", "with torch.autocast(kind"),
+        ("ahead: precision of the thread", "if mixed else nullcontext", "if False else nullcontext"),
+        ("ahead: gradient kept", "with torch.no_grad(), precision():", "with precision():"),
         ("ahead: goes on when left", "thread.shutdown(cancel_futures=True)", "thread.shutdown()"),
     ),
     *errors(

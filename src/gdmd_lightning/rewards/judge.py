@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -74,20 +75,20 @@ class Judge:
             A function to call once, which waits for what :meth:`each` would return and raises what it would.
         """
         rewards = tuple(reward for reward, _ in self.reward.parts)
+        asked: list[Future[Tensor]] = []
+
+        def answer() -> Tensor:
+            with phase("reward"):
+                return self._kept(torch.cat([each.result() for each in asked]))
+
         with ThreadPoolExecutor(1, thread_name_prefix="reward") as thread:
-            asked: list[Future[Tensor]] = []
-            with torch.no_grad():
-                for rows in micro_batches(len(latents), self.micro_batch_size):
-                    images = self._decoded(latents[rows])
-                    arguments = images, latents[rows], prompts[rows], rewards
-                    asked.append(thread.submit(_as_here(images.device), self._ask, *arguments))
-                    del images, arguments
-
-            def answer() -> Tensor:
-                with phase("reward"):
-                    return self._kept(torch.cat([each.result() for each in asked]))
-
             try:
+                with torch.no_grad():
+                    for rows in micro_batches(len(latents), self.micro_batch_size):
+                        images = self._decoded(latents[rows])
+                        arguments = images, latents[rows], prompts[rows], rewards
+                        asked.append(thread.submit(_as_here(images.device), self._ask, *arguments))
+                        del images, arguments
                 yield answer
             finally:
                 thread.shutdown(cancel_futures=True)
@@ -182,17 +183,16 @@ class Judge:
 def _as_here(device: torch.device) -> Callable[..., Tensor]:
     """``f(function, *arguments)``: a call in another thread as it would be here, without gradient.
 
-    Precision and the current GPU are a thread's own, and so is that no gradient is kept.
+    Precision, the current GPU and whether gradient is kept are a thread's own.
     """
     # There is no autocast on the meta device, where plans are made.
-    kind = None if device.type == "meta" else device.type
-    autocast = kind is not None and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if kind and autocast else None
+    mixed = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    precision = partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type)) if mixed else nullcontext
 
     def call(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-        if kind == "cuda":
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        with torch.no_grad(), torch.autocast(kind or "cpu", dtype, enabled=autocast):
+        with torch.no_grad(), precision():
             return function(*arguments)
 
     return call
