@@ -1,4 +1,7 @@
-"""Our methods under MultiEngineDeepSpeedStrategy: two gloo processes against one process with all their samples."""
+"""Our methods under MultiEngineDeepSpeedStrategy: two gloo processes against one process with all their samples.
+
+The fast test is in ``test_two_processes.py``, so that all fast runs of two processes are forks of one.
+"""
 
 import json
 from pathlib import Path
@@ -70,19 +73,6 @@ def assert_shards_of(found: list[dict], module) -> None:
     for own in found:
         assert own["bytes"].keys() == {"teacher", "generator", "ema", "fake_score", "old", "fake_score@1"}
         assert all(size <= (1 / len(found) + 0.05) * whole for size in own["bytes"].values()), own["bytes"]
-
-
-def test_gdmd_in_shards_trains_as_one_process(tiny_pipeline):
-    zero3, fsdp2 = {"stage": 3, **IN_SHARDS}, "fsdp2"
-    cases = {"zero3": {"method": "GDMD", "strategy": zero3}, "fsdp2": {"method": "GDMD", "strategy": fsdp2}}
-    adapters = {"fsdp2_adapters": {"method": "DMD", "strategy": fsdp2, "module": LORA}}
-    found = run_cases(tiny_pipeline, **cases, **adapters)
-    for method, own, names in (("GDMD", {}, cases), ("DMD", LORA, adapters)):
-        expected = train_together(lambda method=method, own=own: build(tiny_pipeline, method, **own), UPDATES, **DATA)
-        for name in names:
-            assert_same_run(found[name], expected)
-            if name in cases:
-                assert_shards_of(found[name], expected[1])
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
-"""Two gloo processes train one generator on disjoint prompts."""
+"""Two gloo processes train one generator: on disjoint prompts from the command line, and in shards as one process."""
 
 import json
 from pathlib import Path
 
 import pytest
+from cases import DATA, build
 from processes import run_ranks
+from test_deepspeed import IN_SHARDS, LORA, assert_same_run, assert_shards_of, run_cases
+from together import train_together
 
 HERE = Path(__file__).parent
 UPDATES = 3
@@ -50,6 +53,19 @@ def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_
     rewards = [{row["reward_target"] for row in rows if row["rank"] == rank} for rank in (0, 1)]
     assert len(rewards[0] & rewards[1]) <= 1
     assert shared_prompts(one, other) == prompts_of_one_process()
+
+
+def test_gdmd_in_shards_trains_as_one_process(tiny_pipeline):
+    zero3, fsdp2 = {"stage": 3, **IN_SHARDS}, "fsdp2"
+    cases = {"zero3": {"method": "GDMD", "strategy": zero3}, "fsdp2": {"method": "GDMD", "strategy": fsdp2}}
+    adapters = {"fsdp2_adapters": {"method": "DMD", "strategy": fsdp2, "module": LORA}}
+    found = run_cases(tiny_pipeline, **cases, **adapters)
+    for method, own, names in (("GDMD", {}, cases), ("DMD", LORA, adapters)):
+        expected = train_together(lambda method=method, own=own: build(tiny_pipeline, method, **own), UPDATES, **DATA)
+        for name in names:
+            assert_same_run(found[name], expected)
+            if name in cases:
+                assert_shards_of(found[name], expected[1])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ ROLES, SIZES = ("roles/test_gradient_of_roles.py",), ("families/test_not_square.
 
 COMPILE = ("methods/test_compile.py",)
 PRECISION, NON_FINITE = ("methods/test_precision.py",), ("methods/test_non_finite.py",)
-ENGINES, SHARDED = ("strategies/test_multi_engine.py",), ("distributed/test_deepspeed.py",)
+ENGINES, SHARDED = ("strategies/test_multi_engine.py",), ("distributed/test_two_processes.py",)
 FSDP2 = (*SHARDED, "distributed/test_fsdp2.py")
 ACCUMULATE, JUDGE = ("methods/test_accumulate.py",), ("rewards/test_judge.py", "rewards/test_rewards.py")
 
@@ -2573,12 +2573,12 @@ MUTATIONS = [
     ),
     *errors(
         "methods/base.py",
-        ("distributed/test_deepspeed.py",),
+        ("distributed/test_two_processes.py",),
         ("steps cover each rank's prompts", "batch.groups + rng.rank * (int(batch.groups[-1]) + 1)", "batch.groups"),
     ),
     *errors(
         "methods/advantages.py",
-        ("distributed/test_deepspeed.py",),
+        ("distributed/test_two_processes.py",),
         (
             "spread of a rank",
             "self(gathered(rewards), of_samples, all_groups(groups))",
@@ -2587,7 +2587,7 @@ MUTATIONS = [
     ),
     *errors(
         "methods/lightning.py",
-        ("distributed/test_deepspeed.py",),
+        ("distributed/test_two_processes.py",),
         (
             "a rank's own logs",
             "mean_over_ranks(done.logs | engine.logs() | self.reward_logs(), self.device)",
