@@ -12,7 +12,7 @@ from gdmd_lightning.methods.advantages import TargetGroup
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
-from gdmd_lightning.methods.settings import Memory
+from gdmd_lightning.methods.settings import Memory, Speed
 from gdmd_lightning.roles import LoRA, Optimization
 
 
@@ -54,6 +54,6 @@ def build(pipeline: str | Path, method: str, **options: Any) -> DistillationModu
     options.setdefault("generator", {**steps, "gradient_clip": 0.02})
     options.setdefault("fake_score", {**steps, "gradient_clip": 0.2})
     kinds = {"generator": Optimization, "fake_score": Optimization, "lora": LoRA, "non_finite": NonFinite}
-    kinds["memory"] = Memory
+    kinds |= {"memory": Memory, "speed": Speed}
     options |= {name: kinds[name](**value) for name, value in options.items() if name in kinds}
     return tiny.module(Path(pipeline), METHODS.get(method, NaNOnOneRank), **options)

@@ -106,6 +106,22 @@ def test_adapters_train_as_one_process_in_stages_1_and_2_and_are_refused_in_3(pi
         assert torch.equal(found["zero2"][0]["weights"][name.removeprefix("roles.")], value)
 
 
+@pytest.mark.slow
+def test_switches_for_speed_train_as_one_process_without_them(pipeline, alone):
+    strategies = {"zero2": {"stage": 2}, "zero3": {"stage": 3, **IN_SHARDS}, "fsdp2": "fsdp2"}
+    strategies["ddp"] = "ddp_find_unused_parameters_true"
+    overlap, last = (
+        {"method": "GDMD", "module": {"speed": {name: True}}} for name in ("overlap_reward", "channels_last")
+    )
+    cases = {name: {**overlap, "strategy": strategy} for name, strategy in strategies.items()}
+    cases["ddp_channels_last"] = {**last, "strategy": strategies["ddp"]}
+    found = run_cases(pipeline, **cases)
+    # Convolutions round otherwise in this layout, which AdamW amplifies where gradients are small; its steps are 1e-3.
+    assert_same_run(found.pop("ddp_channels_last"), alone("GDMD"), loss=1e-5, weight=1e-4)
+    for own in found.values():
+        assert_same_run(own, alone("GDMD"))
+
+
 FAMILIES = {"sdxl": tiny.save_sdxl, "flux2": tiny.save_flux2}
 
 

@@ -111,8 +111,8 @@ def test_pictures_that_wait_are_planned(tiny_pipeline):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (DMD, {}, "DMD has no reward that could be asked before the fake score learns; use false"),
-        (GNDMR, {"reward": Liking()}, "GNDMR has no reward that could be asked before"),
+        (DMD, {}, "DMD does not offer it; use false"),
+        (GNDMR, {"reward": Liking()}, "GNDMR does not offer it"),
         (GDMD, {"matching": Matching(fake_score_samples="fresh")}, "with fresh samples the fake score learns from"),
     ],
 )

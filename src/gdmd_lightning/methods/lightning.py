@@ -165,8 +165,8 @@ class RoleModule(pl.LightningModule):
         """
 
     def no_overlap(self) -> str | None:
-        """Why ``speed.overlap_reward`` cannot be had; ``None`` if it can."""
-        return f"{type(self).__name__} has no reward that could be asked before the fake score learns"
+        """Why ``speed.overlap_reward`` does not work with these settings; ``None`` if it does."""
+        return f"{type(self).__name__} does not offer it"
 
     # Roles.
 

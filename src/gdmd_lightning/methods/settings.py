@@ -80,9 +80,9 @@ class Speed:
         compile: Compile the repeated blocks of networks with ``torch.compile``: of no network (``none``), of those
             that are not trained, such as the teacher (``frozen``), or of all (``blocks``).
         channels_last: Keep the weights of convolutions with their channels last in memory, in all networks and in the
-            autoencoder. SDXL's network is made of them; those of SD3 and FLUX.2 have one or none.
-        overlap_reward: Score in a thread of its own, while the fake score learns, which it then does before the
-            generator (GDMD). It pays if the reward does not use the accelerator; samples are computed twice.
+            autoencoder. SDXL's network is mostly convolutions; those of SD3 and FLUX.2 have one or none.
+        overlap_reward: Score in a separate thread while the fake score learns, before the generator's step (GDMD).
+            It pays if the reward does not use the accelerator; samples are computed twice.
     """
 
     compile: Literal["none", "frozen", "blocks"] = "none"

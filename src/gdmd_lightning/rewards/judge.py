@@ -67,7 +67,7 @@ class Judge:
 
     @contextmanager
     def ahead(self, latents: Tensor, prompts: Sequence[Prompt]) -> Iterator[Callable[[], Tensor]]:
-        """Start to score in a thread of its own, so that the caller can do something else inside.
+        """Start to score in a separate thread, so that the caller can do something else inside.
 
         Latents are decoded before that, and their images stay in memory until they are scored.
 
