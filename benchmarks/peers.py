@@ -2,6 +2,7 @@
 
 git clone https://github.com/NVlabs/FastGen && git clone https://github.com/Harahan/RTDMD
 OMP_NUM_THREADS=1 .venv/bin/python benchmarks/peers.py --peer FastGen --peer RTDMD [--size tiny] [--samples fresh]
+    [--compile blocks]
 
 The code of the other projects is imported from these checkouts; docs/performance.md says which of it runs.
 """
@@ -35,7 +36,7 @@ from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.methods.dmd import DMD
-from gdmd_lightning.methods.settings import Matching
+from gdmd_lightning.methods.settings import Matching, Speed
 from gdmd_lightning.roles import Optimization
 from gdmd_lightning.shapes import pipeline as parts
 
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps of the generator")
     parser.add_argument("--fake_score_updates", type=int, default=3)
     parser.add_argument("--samples", choices=("fresh", "reused"), default="fresh", help="ours, for the fake score")
+    parser.add_argument("--compile", choices=("none", "blocks"), default="none", help="ours; no peer offers it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
@@ -277,7 +279,7 @@ def main() -> None:
         write_pipeline(Path(place), *SIZES[options.size], build=build_transformer)
         module = DMD(
             SD3Family(place, max_sequence_length=0), steps=options.steps, height=SIDE, width=SIDE, matching=matching,
-            generator=optimization, fake_score=optimization, ema_decay=DECAY,
+            generator=optimization, fake_score=optimization, ema_decay=DECAY, speed=Speed(compile=options.compile),
         )  # fmt: skip
         turns = Turns(kinds, options)
         trainer = pl.Trainer(

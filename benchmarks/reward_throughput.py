@@ -1,6 +1,6 @@
 """Pictures per second of a reward of CLIP's size with random weights: in batches against one by one, in pairs.
 
-Usage: ``python benchmarks/reward_throughput.py [--network vit-b-32] [--threads 1] [--pictures 32] [--per_prompt 8]``
+Usage: ``python benchmarks/reward_throughput.py [--reward hpsv2] [--network vit-b-32] [--threads 1] [--pictures 32]``
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from gdmd_lightning.families.sketch import ARCHITECTURES
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import CLIPScore
+from gdmd_lightning.rewards.hpsv2 import HPSv2
+from gdmd_lightning.rewards.network import NetworkReward, Precision
 
 LARGE = str(ARCHITECTURES / "openai/clip-vit-large-patch14")
 PARTS = ("text", "vision", "rest")
@@ -24,8 +27,8 @@ PARTS = ("text", "vision", "rest")
 class RandomCLIP(CLIPScore):
     """CLIP with random weights and the tokenizer of Shapes; ViT-B/32 is what ``CLIPConfig`` describes by default."""
 
-    def __init__(self, network: str) -> None:
-        super().__init__(LARGE)
+    def __init__(self, network: str, dtype: Precision) -> None:
+        super().__init__(LARGE, dtype=dtype)
         self.size = network
 
     def load(self) -> Any:
@@ -35,19 +38,37 @@ class RandomCLIP(CLIPScore):
         return CLIPModel(CLIPConfig() if self.size == "vit-b-32" else CLIPConfig.from_pretrained(self.path))
 
 
+class RandomHPSv2(HPSv2):
+    """HPSv2 with random weights and the tokenizer that open_clip brings; it pads all texts to 77 tokens."""
+
+    def __init__(self, network: str, dtype: Precision) -> None:
+        architecture = {"vit-b-32": "ViT-B-32", "vit-l-14": "ViT-L-14"}[network]
+        super().__init__("xswu/HPSv2", architecture=architecture, dtype=dtype)
+
+    def load(self) -> Any:
+        import open_clip
+
+        self._tokenizer = open_clip.get_tokenizer(self.architecture)
+        return self._built()
+
+
+REWARDS: dict[str, Callable[[str, Precision], NetworkReward]] = {"clip": RandomCLIP, "hpsv2": RandomHPSv2}
+
+
 class Clock:
     """Seconds in the two towers of a CLIP."""
 
     def __init__(self, network: Any) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        for name, tower in (("text", network.text_model), ("vision", network.vision_model)):
+        names = ("transformer", "visual") if hasattr(network, "visual") else ("text_model", "vision_model")
+        for name, tower in zip(PARTS, map(network.get_submodule, names), strict=False):
             tower.register_forward_pre_hook(lambda *_, name=name: self._add(name, -time.perf_counter()))
             tower.register_forward_hook(lambda *_, name=name: self._add(name, time.perf_counter()))
 
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] += seconds
 
-    def time(self, reward: CLIPScore, images: torch.Tensor, prompts: list[Prompt], size: int) -> dict[str, float]:
+    def time(self, reward: NetworkReward, images: torch.Tensor, prompts: list[Prompt], size: int) -> dict[str, float]:
         """Milliseconds per picture by part, ``size`` pictures at once."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
         began = time.perf_counter()
@@ -59,7 +80,9 @@ class Clock:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward", choices=REWARDS, default="clip")
     parser.add_argument("--network", choices=("vit-b-32", "vit-l-14"), default="vit-l-14")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--per_prompt", type=int, default=8, help="pictures of one prompt, as samples and targets")
@@ -68,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    reward = RandomCLIP(options.network)
+    reward = REWARDS[options.reward](options.network, options.dtype)
     images = torch.rand(options.pictures, 3, options.side, options.side)
     prompts = [Prompt(f"a red circle {i // options.per_prompt}") for i in range(options.pictures)]
     reward.score(images[:1], prompts[:1])  # loads it
@@ -85,8 +108,9 @@ def main() -> None:
     ratios = [one / batch for one, batch in totals]
     print(f"ratio: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
     print(
-        f"({options.network}, {options.pictures} pictures of {options.side}x{options.side}, {options.per_prompt} per "
-        f"prompt, {options.threads} threads, {options.pairs} pairs)"
+        f"({options.reward}, {options.network}, {options.dtype}, {options.pictures} pictures of "
+        f"{options.side}x{options.side}, {options.per_prompt} per prompt, {options.threads} threads, {options.pairs} "
+        "pairs)"
     )
 
 

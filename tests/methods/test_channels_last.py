@@ -45,10 +45,12 @@ def in_order(tensors) -> list[bool]:
 
 
 def same(one, other) -> None:
+    """Up to rounding; AdamW's first steps turn that of a gradient near zero into a whole step, at most 3e-5 for two."""
     ours, theirs = one.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    differences = torch.cat([(theirs[name].float() - value.float()).abs().flatten() for name, value in ours.items()])
+    assert differences.max() <= 6e-5
+    assert (differences > 1e-6).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
