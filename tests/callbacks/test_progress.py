@@ -1,14 +1,17 @@
 """A run says what it will do, how far it is, and what to do next."""
 
 import io
+import itertools
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from gdmd_lightning.callbacks import progress
 from gdmd_lightning.callbacks.progress import Progress, clock
 from gdmd_lightning.configuration.noise import is_noise, quiet
 from gdmd_lightning.configuration.training import use_progress
@@ -43,8 +46,15 @@ def test_without_a_terminal_there_are_plain_lines(tiny_pipeline, capsys):
     assert len(lines) == len(expected), out
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
-    assert lines[-2].endswith(" 0:00 left")
     assert "Epoch" not in err
+
+
+def test_time_left_is_that_of_the_updates_that_are_left(tiny_pipeline, capsys, monkeypatch):
+    seconds = itertools.count(100, 10)  # every look at the clock is 10 s later
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    trained(tiny_pipeline, every_seconds=1e-6)
+    shown = re.findall(r"(\S+) s/update  (\S+) left", capsys.readouterr().out)
+    assert shown == [("10", "0:20"), ("10", "0:10"), ("10", "0:00")]
 
 
 def test_lines_are_seconds_apart_but_the_first_and_last_update_are_always_shown(tiny_pipeline, capsys):

@@ -49,6 +49,7 @@ def test_launcher_variable_is_gone_after_the_run():
     ("error", "expected"),
     [
         (RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:12208. This is typically"), True),
+        (RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("Connection closed by peer"), False),
     ],

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cli_command, cli_environment
+
+from gdmd_lightning.configuration.launching import OWN_STORE
+from gdmd_lightning.methods.checkpointing import read_checkpoint
 
 LIMIT = 60
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -47,19 +51,22 @@ def alive(directory: Path) -> list[int]:
 def end_of(fast_fit, tmp_path):
     """A function that runs ``fit`` on two ranks, one of which dies after 3 updates, until no process is left."""
 
-    def run(launcher: list[str], *, rank: int = 1, kill: bool = True) -> End:
+    def run(launcher: list[str], *options: str, rank: int = 1, kill: bool = True) -> End:
         overlay = tmp_path / "dying.yaml"
         keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, save_top_k: 0}}"
-        options = f"{{directory: {tmp_path}, rank: {rank}, kill: {str(kill).lower()}}}"
-        overlay.write_text(
-            f"trainer: {{callbacks: [{keeper}, {{class_path: dying.DyingRank, init_args: {options}}}]}}\n"
-        )
-        two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6"]
+        dying = f"{{directory: {tmp_path}, rank: {rank}, kill: {str(kill).lower()}}}"
+        overlay.write_text(f"trainer: {{callbacks: [{keeper}, {{class_path: dying.DyingRank, init_args: {dying}}}]}}\n")
+        two = ["--trainer.devices=2", "--trainer.max_steps=6", *(options or ("--trainer.strategy=ddp",))]
         fit = cli_command("fit", *fast_fit, "--config", overlay, *two)
         command = [*launcher, *fit[1:]] if launcher else fit
         with (tmp_path / "printed").open("w") as printed:
             began = subprocess.Popen(
-                command, cwd=tmp_path, env=cli_environment(), stdout=printed, stderr=printed, start_new_session=True
+                command,
+                cwd=tmp_path,
+                env={**cli_environment(), OWN_STORE: "1"},
+                stdout=printed,
+                stderr=printed,
+                start_new_session=True,
             )
         try:
             limit = time.time() + 200
@@ -106,3 +113,31 @@ def test_a_killed_rank_ends_the_other_under_torchrun(end_of):
     assert end.seconds < LIMIT
     assert "[rank1]: Traceback" not in end.printed
     assert end.printed.count(LOST) == 1, end.printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "strategy"),
+    [
+        (1, ["--trainer.strategy=ddp"]),
+        (0, ["--trainer.strategy=ddp"]),
+        (0, ["--trainer.strategy.class_path=FSDP2Strategy"]),
+        (1, ["--trainer.strategy.class_path=MultiEngineDeepSpeedStrategy", "--trainer.strategy.init_args.stage=3"]),
+    ],
+)
+def test_torchrun_starts_again_from_the_last_checkpoint(end_of, tmp_path, rank, strategy):
+    logger = [
+        "--trainer.logger=TensorBoardLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.logger.name=run",
+    ]
+    found = []
+    for version in ("broken", "whole"):  # a rank dies once per directory
+        options = [*strategy, "--ckpt_path=last_or_new", *logger, f"--trainer.logger.version={version}"]
+        end = end_of([*TORCHRUN, "--max_restarts=3"], *options, rank=rank)
+        assert end.status == 0, end.printed
+        found.append(read_checkpoint(str(tmp_path / "run" / version / "checkpoints/last.ckpt")))
+    started = {path.name for path in tmp_path.glob("started-*")}
+    assert started == {f"started-{rank}-{updates}" for rank in (0, 1) for updates in (0, 2)}
+    for broken, whole in zip(*(each["state_dict"].items() for each in found), strict=True):
+        assert torch.equal(broken[1], whole[1]), broken[0]

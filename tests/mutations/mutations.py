@@ -2344,6 +2344,16 @@ MUTATIONS = [
         ("lost ranks: the variable stays", "            del os.environ[LAUNCHER]", "            pass"),
     ),
     *errors(
+        "configuration/launching.py",
+        ("configuration/test_launching.py",),
+        ("launching: number of ranks not checked", "if environment is not None:", "if False:"),
+        ("launching: nodes do not count", "num_nodes=trainer.num_nodes", "num_nodes=1"),
+        ("launching: a shared store is never told", "if shared and int(", "if False and int("),
+        ("launching: told without restarts", '"0")) > 0:', '"0")) >= 0:'),
+        ("launching: told of a store of their own", "if shared and int(", "if int("),
+        ("launching: only children of the base are classes", ".union(*map(_below, children))", ""),
+    ),
+    *errors(
         "configuration/resuming.py",
         ("callbacks/test_run_directory.py",),
         ("last_or_new guesses a run", "        _check_version(trainer)\n", ""),

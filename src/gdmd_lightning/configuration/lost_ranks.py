@@ -16,6 +16,7 @@ GONE = (
     "Connection reset by peer",
     "Broken pipe",
     "Socket closed",
+    "connectFullMesh failed",
     "remote process exited or there was a network error",
 )
 """What gloo, torch's store and NCCL say when a process at the other end has ended."""

@@ -26,6 +26,7 @@ from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, ru
 from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import fit_arguments
+from gdmd_lightning.configuration.launching import check_launcher, check_strategy_name
 from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
@@ -73,6 +74,7 @@ class DistillationCLI(LightningCLI):
             fit = parser._subcommands_action._name_parser_map["fit"]  # type: ignore[union-attr]
             raise readable_error(error, self.command, arguments_of(fit)) from error
         check_configuration(self.config.fit)
+        check_strategy_name(self.config.fit.trainer.strategy)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -152,6 +154,7 @@ class DistillationCLI(LightningCLI):
                 where="trainer.strategy",
                 remedy="use ddp",
             )
+        check_launcher(self.trainer)
         if isinstance(self.trainer.strategy, MultiEngineDeepSpeedStrategy):
             check_stages(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)
         check_sharding(self.trainer.strategy, self.model.role_specs())

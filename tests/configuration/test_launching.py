@@ -1,0 +1,57 @@
+"""Ranks that something else starts than ``fit``."""
+
+import warnings
+
+import pytest
+
+from gdmd_lightning.configuration import training
+from gdmd_lightning.configuration.launching import OWN_STORE
+from gdmd_lightning.errors import UserError
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said", "nodes"),
+    [
+        ({**TORCHRUN, "WORLD_SIZE": "2"}, r"does not match the world size \(2\)", 1),
+        ({**TORCHRUN, "WORLD_SIZE": "1"}, r"does not match the world size \(1\)", 2),
+        (SLURM, r"`--ntasks-per-node=2` does not match", 1),
+    ],
+    ids=["torchrun", "nodes", "slurm"],
+)
+def test_another_number_of_ranks_is_refused_before_anything_is_loaded(fast_fit, monkeypatch, environment, said, nodes):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^trainer\.devices: .*{said}.*; set trainer\.devices and trainer\.num_nodes"):
+        training.run([*fast_fit, "--trainer.strategy=ddp", "--trainer.devices=1", f"--trainer.num_nodes={nodes}"])
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shared", "warned"), [("3", "True", True), ("0", "True", False), ("3", "False", False)]
+)
+def test_a_store_that_all_starts_share_is_told(fast_fit, monkeypatch, restarts, shared, warned):
+    """torchrun sets the second to "False" if ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE`` is 1."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        training.run([*fast_fit, "--trainer.max_steps=0"])
+    assert any(f"set {OWN_STORE}=1 for torchrun" in str(each.message) for each in found) is warned
+
+
+@pytest.mark.parametrize("name", ["FSDP2Strategy", "MultiEngineDeepSpeedStrategy", "DDPStrategy"])
+def test_bare_name_of_a_strategys_class_is_refused(fast_fit, name):
+    with pytest.raises(
+        UserError, match=rf"^trainer\.strategy: '{name}' is a class.*--trainer\.strategy\.class_path {name}$"
+    ):
+        training.parse([*fast_fit, f"--trainer.strategy={name}"])
+
+
+def test_names_of_lightnings_list_pass(fast_fit):
+    assert training.parse([*fast_fit, "--trainer.strategy=ddp"]).trainer.strategy == "ddp"
