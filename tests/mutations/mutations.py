@@ -2266,11 +2266,7 @@ MUTATIONS = [
         "roles/adapters.py",
         ("methods/test_merged_adapters.py",),
         ("merged adapters inactive", "return [role] if start is None else [start, role]", "return [role]"),
-        (
-            "merged adapters trained",
-            "parameter.requires_grad_(spec.optimizer is not None)",
-            "parameter.requires_grad_()",
-        ),
+        ("merged adapters trained", "        self.network.requires_grad_(False)\n        for spec", "        for spec"),
         ("merged adapters of other roles", "start_name(origin) if start_name", "start_name(role) if start_name"),
         ("stacked factors without scale", "].float() * scales[match[2]]", "].float()"),
         (
@@ -2405,11 +2401,18 @@ MUTATIONS = [
             'return self.kind in ("zero2", "zero3", "fsdp2")',
             'return self.kind in ("zero1", "zero2", "zero3", "fsdp2")',
         ),
+        ("shares: gradients of ZeRO-2 stay", "or not self.weights_in_shards else", "or not self.drops_gradients else"),
         (
             "shares: FSDP2 has a flat gradient",
             'self.kind.startswith("zero") and not self.offload_optimizer',
             "not self.offload_optimizer",
         ),
+        (
+            "shares: offloaded weights stepped here",
+            'self.kind.startswith("zero") and not self.offload_optimizer',
+            'self.kind.startswith("zero")',
+        ),
+        ("shares: parameters are not copied out", "return 2 * min(everything", "return min(everything"),
         ("shares: one block gathered", "max(blocks) * (3 if learned else 2)", "max(blocks) * (2 if learned else 1)"),
         ("shares: nothing prefetched", "max(modules) + self.prefetch", "max(modules) + 0"),
         (
@@ -2417,6 +2420,65 @@ MUTATIONS = [
             "return 0 if self.offload_optimizer else 2 * self.shard(shapes) * FLOAT32\n\n    def buckets",
             "return 2 * self.shard(shapes) * FLOAT32\n\n    def buckets",
         ),
+    ),
+    *errors(
+        "planning/footprint.py",
+        ("planning/test_sharding.py",),
+        ("gathering: never", "        if size:\n            handles", "        if False:\n            handles"),
+        ("gathering: for good", "trace.add(-size)", "trace.add(0)"),
+        ("gathering: not in a backward pass", "        self.trace.add(moment)\n", ""),
+        ("gathering: gradients of FSDP2 stay", "            self.trace.add(-self._missing)\n", ""),
+        (
+            "gathering: gradients of ZeRO-2 never",
+            "        self._missing = split.reduced(shapes)\n",
+            "        self._missing = 0\n",
+        ),
+        ("gathering: gradients of ZeRO-2 stay", "            self.trace.add(-split.reduced(shapes))\n", ""),
+        (
+            "gathering: gradients of FSDP2 do not come back",
+            "self.trace.add(self._missing - moment)",
+            "self.trace.add(-moment)",
+        ),
+        ("gathering: buckets forgotten", 'split.buckets() if split.kind in ("zero1", "zero2") else 0', "0"),
+        (
+            "gathering: a backward pass as an evaluation",
+            "learned=True) if split.weights",
+            "learned=False) if split.weights",
+        ),
+    ),
+    *errors(
+        "roles/adapters.py",
+        ("roles/test_adapters.py",),
+        (
+            "adapters: averages require gradient",
+            "parameter.requires_grad_(spec.optimizer is not None)",
+            "parameter.requires_grad_()",
+        ),
+    ),
+    *errors(
+        "strategies/saved_weights.py",
+        ("strategies/test_saved_weights.py",),
+        ("saved weights: kept", "                return _View(", "                return tensor or _View("),
+        ("saved weights: offset lost", "weight.storage_offset() + saved.offset", "weight.storage_offset()"),
+        ("saved weights: place in the gathered tensor lost", "weight.storage_offset() + saved.offset", "saved.offset"),
+        ("saved weights: any weight of a storage", "storage and 0 <= start < weight.numel()", "storage"),
+        ("saved weights: hooks stay", "            handle.remove()\n", "            pass\n"),
+        ("saved weights: an error leaves the module", ", always_call=True", ""),
+    ),
+    *errors(
+        "strategies/partitions.py",
+        ("strategies/test_saved_weights.py",),
+        ("saved weights: not gathered again", "        parameter.all_gather()  # type", "        pass  # type"),
+        (
+            "saved weights: gathered for good",
+            "            parameter.partition()  # type: ignore[attr-defined]\n\n\ndef flats",
+            "            pass\n\n\ndef flats",
+        ),
+    ),
+    *errors(
+        "strategies/multi_engine.py",
+        ("planning/test_sharded_runs.py",),
+        ("saved weights: of no engine", "if self.is_sharded(trained.network):", "if False:"),
     ),
     *errors(
         "planning/strategy.py",

@@ -1,5 +1,6 @@
 """Trains cases on this rank and writes what it holds: ``python plan_runs.py CASES.json``; ``NAME-RANK.json`` each."""
 
+import gc
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from cases import DATA, build
 
+from gdmd_lightning.planning.trace import Trace
 from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, partitions
 
 torch.set_num_threads(1)
@@ -46,6 +48,36 @@ class Held(pl.Callback):
         self.watch(trainer.strategy)
 
 
+class Peak(pl.Callback):
+    """Most bytes of tensors in the second update; the first makes the optimizers' states.
+
+    What earlier cases left in this process does not count.
+    """
+
+    def __init__(self):
+        self.before = Trace("cpu")
+        self.before.see(alive())
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.trace = Trace("cpu")
+            self.trace.see(alive())
+            self.trace.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            self.trace.__exit__(None, None, None)
+
+
+def alive():
+    """All tensors and gradients; of one in shards, this rank's."""
+    gc.collect()
+    for each in (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)):
+        for tensor in (each.detach(), each.grad if each.is_leaf else None):
+            if tensor is not None:
+                yield tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def held_by(optimizer) -> dict[str, int]:
     """Bytes of weights, gradients and moments in torch's own optimizer."""
     local = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
@@ -65,8 +97,8 @@ def held(engine) -> dict[str, int]:
     third = engine.zero_optimization_stage() == 3
     weights = size(partitions.shard_of(p) for p in parameters) if third else size(parameters)
     flat = optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups
-    own = [p.data_ptr() for p in parameters]
-    stepped = 0 if third or any(t.data_ptr() in own for t in flat) else size(flat)
+    own = [(partitions.shard_of(p) if third else p).data_ptr() for p in parameters]
+    stepped = 0 if any(t.data_ptr() in own for t in flat) else size(flat)
     states = [v for state in optimizer.optimizer.state.values() for v in state.values() if v.dim()]
     whole = [p.grad for p in parameters if p.grad is not None]
     shards = [optimizer.grad_partitions_flat_buffer] if third else _partitions(optimizer)
@@ -83,12 +115,17 @@ def _partitions(optimizer) -> list[torch.Tensor]:
 def main() -> None:
     file = Path(sys.argv[1])
     for name, case in json.loads(file.read_text()).items():
-        module, callback = build(case["pipeline"], case["method"], **case.get("module", {})), Held()
+        callback: Held | Peak = Peak() if case.get("peak") else Held()
+        module = build(case["pipeline"], case["method"], **case.get("module", {}))
         fsdp2 = case["strategy"] == "fsdp2"
         strategy = FSDP2Strategy() if fsdp2 else MultiEngineDeepSpeedStrategy(**case["strategy"])
         trainer = tiny.trainer(2, devices=RANKS, strategy=strategy, callbacks=[callback])
         trainer.fit(module, datamodule=tiny.PromptDataModule("shapes", **DATA))
-        found = dict(callback.found)
+        found = (
+            {"peak": callback.trace.peak - callback.before.current}
+            if isinstance(callback, Peak)
+            else dict(callback.found)
+        )
         if module.lora is None:
             names = [each for each, _ in module.roles.named_children()]
             found["networks"] = {each: partitions.bytes_held(module.roles.get_submodule(each)) for each in names}

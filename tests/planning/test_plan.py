@@ -189,4 +189,5 @@ def test_plan_divides_the_global_batch_over_the_gpus(fast_fit, capsys, devices, 
 def test_plan_command_needs_the_number_of_gpus_for_shares(fast_fit):
     pytest.importorskip("deepspeed")
     with pytest.raises(UserError, match=r"trainer\.devices: it is 'auto'"):
-        report.plan_of([*fast_fit, "--trainer.devices=auto", "--trainer.strategy=MultiEngineDeepSpeedStrategy"])
+        strategy = "--trainer.strategy.class_path=MultiEngineDeepSpeedStrategy"
+        report.plan_of([*fast_fit, "--trainer.devices=auto", strategy])

@@ -28,7 +28,8 @@ def test_zero_1_and_2_hold_whole_weights_and_shares_of_what_the_optimizer_has(ki
     assert split.weights(SHAPES) == 4 * share * ranks
     assert split.master(SHAPES) == 4 * share
     assert split.moments(SHAPES) == 8 * share
-    assert split.gradients(SHAPES) == (4 * share if kind == "zero2" else 0)
+    assert split.gradients(SHAPES) == 0
+    assert split.reduced(SHAPES) == (4 * share if kind == "zero2" else 0)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -36,7 +37,7 @@ def test_zero_3_holds_a_share_of_every_parameter(ranks):
     split, share = Split("zero3", ranks), -(-3000 // ranks) + -(-7 // ranks) + 1
     assert split.weights(SHAPES) == split.gradients(SHAPES) == 4 * share
     assert split.moments(SHAPES) == 8 * share
-    assert split.master(SHAPES) == 0
+    assert split.master(SHAPES) == 4 * share
     assert Split("zero3", ranks, stays_whole=7).weights(SHAPES) == 4 * share + 4 * 8
 
 
@@ -63,7 +64,14 @@ def test_step_needs_a_flat_gradient_under_zero_and_nothing_under_fsdp2():
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
 def test_offload_moves_what_the_optimizer_has_to_the_host(kind):
     here, away = Split(kind, 4), Split(kind, 4, offload_optimizer=True)
-    assert away.moments(SHAPES) == away.gradients(SHAPES) == away.master(SHAPES) == away.stepping(SHAPES) == 0
+    assert (
+        away.moments(SHAPES)
+        == away.gradients(SHAPES)
+        == away.reduced(SHAPES)
+        == away.master(SHAPES)
+        == away.stepping(SHAPES)
+        == 0
+    )
     assert away.weights(SHAPES) == here.weights(SHAPES)
     assert here.on_host(SHAPES) == 0
     assert away.on_host(SHAPES) == 4 * here.shard(SHAPES) * (5 if kind == "zero3" else 6)
@@ -83,9 +91,9 @@ def network() -> nn.Module:
 def test_gathered_weights_are_a_module_or_two_blocks():
     net = network()
     assert Split("zero2", 4).gathered(net, learned=True) == 0
-    assert Split("zero3", 4).gathered(net, learned=True) == 4 * 30
-    assert Split("zero3", 4, prefetch=5).gathered(net, learned=True) == 4 * 35
-    assert Split("zero3", 4, prefetch=10**6).gathered(net, learned=True) == 4 * 94
+    assert Split("zero3", 4).gathered(net, learned=True) == 2 * 4 * 30
+    assert Split("zero3", 4, prefetch=5).gathered(net, learned=True) == 2 * 4 * 35
+    assert Split("zero3", 4, prefetch=10**6).gathered(net, learned=True) == 2 * 4 * 94
     assert Split("fsdp2", 4).gathered(net, learned=False) == 4 * (12 + 2 * 42)
     assert Split("fsdp2", 4).gathered(net, learned=True) == 4 * (12 + 3 * 42)
     assert Split("fsdp2", 4).gathered(nn.Linear(3, 3), learned=True) == 4 * 24
@@ -208,8 +216,57 @@ def test_plan_of_offload_reports_the_host(tiny_pipeline):
     assert "in the memory of the host, for each GPU" in table(found)
 
 
-def test_gradients_in_zero_1_are_whole_until_the_step(tiny_pipeline):
+def test_weights_are_gathered_only_where_their_network_is_evaluated(tiny_pipeline):
+    """Under ZeRO 1 only the teacher is in shards, and a loss's graph is alive when it is asked."""
+    shards, whole = (planned(tiny_pipeline, deepspeed(stage=1, shard_frozen=frozen), 2) for frozen in (True, False))
+    teacher = sum(s.numel * 4 for s in shapes_of(tiny.family(tiny_pipeline).sketch().parameters()))
+    differences = {name: size - whole.phases[name] for name, size in shards.phases.items()}
+    assert differences.pop("targets") == differences.pop("generator forward") == 2 * teacher
+    assert set(differences.values()) == {0}
+
+
+def test_gradients_in_shards_of_fsdp2_are_freed_before_a_backward_pass(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(Split, "gathered", lambda *_, **__: 0)
+    alone, split = plan(tiny.module(tiny_pipeline, DMD), 4), planned(tiny_pipeline, fsdp2(), 2)
+    shapes = shapes_of(tiny.family(tiny_pipeline).sketch().parameters())
+    # Alone, whole gradients are among what stays in memory, and are freed too.
+    freed = sum(s.numel * 4 for s in shapes) - Split("fsdp2", 2).gradients(shapes)
+    for name in ("generator forward", "targets"):
+        assert split.phases[name] - alone.phases[name] == freed, name
+    assert split.phases["rollout"] == alone.phases["rollout"]
+    left = split.phases["optimizer step"] - alone.phases["optimizer step"]  # what else is alive then differs a little
+    assert abs(left) < Split("fsdp2", 2).gradients(shapes) / 2
+
+
+def test_a_backward_pass_gathers_what_a_learned_network_needs(tiny_pipeline, monkeypatch):
+    def gathered(split, network, learned):
+        return split.weights_in_shards * (10**9 if learned else 10**7)
+
+    monkeypatch.setattr(Split, "gathered", gathered)
+    zero = deepspeed(stage=1, config={"zero_optimization": {"reduce_bucket_size": 2}})  # the teacher is in shards
+    for strategy, learned in ((fsdp2(), 10**9), (zero, 0)):
+        phases = planned(tiny_pipeline, strategy, 2).phases
+        found = {name: size // 10**7 * 10**7 for name, size in phases.items()}
+        evaluated = 10**7 if learned else 0
+        assert found == {
+            "rollout": evaluated, "generator forward": 10**7, "targets": 10**7, "generator backward": learned,
+            "optimizer step": 0, "fake_score forward": evaluated, "fake_score backward": learned,
+        }  # fmt: skip
+
+
+def test_buckets_of_gradients_exist_in_backward_passes(tiny_pipeline):
+    small, large = (
+        planned(tiny_pipeline, deepspeed(stage=1, config={"zero_optimization": {"reduce_bucket_size": size}}), 2)
+        for size in (10**6, 10**7)
+    )
+    grown = {name for name, size in large.phases.items() if size - small.phases[name] == 4 * (10**7 - 10**6)}
+    assert grown == {"generator backward", "fake_score backward"}
+
+
+def test_gradients_in_zero_1_and_2_are_there_until_the_step(tiny_pipeline):
     bucket = {"zero_optimization": {"reduce_bucket_size": 2}}
     one, two = (planned(tiny_pipeline, deepspeed(stage=stage, config=bucket), 2) for stage in (1, 2))
-    whole = sum(s.numel * 4 for s in shapes_of(tiny.family(tiny_pipeline).sketch().parameters()))
-    assert one.phases["optimizer step"] - two.phases["optimizer step"] == whole
+    shapes = shapes_of(tiny.family(tiny_pipeline).sketch().parameters())
+    whole = sum(s.numel * 4 for s in shapes)
+    assert one.phases["optimizer step"] - two.phases["optimizer step"] == whole - Split("zero2", 2).shard(shapes) * 4
+    assert one.phases["rollout"] == two.phases["rollout"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,19 +107,35 @@ class _TracedEngine(Engine):
     ) -> None:
         super().__init__(roles)
         self.optimizers, self.strategy, self.trace = optimizers, strategy, trace
+        self._role = ""
+        self._missing = 0  # bytes of the gradients in shards that the role at work has not computed yet
 
     def zero_grad(self, role: str) -> None:
+        self._role = role
         self.optimizers[role].zero_grad(set_to_none=True)
+        split, shapes = self.strategy.split_of(role), shapes_of(self.roles.parameters_of(role))
+        self._missing = split.reduced(shapes)
+        if split.kind == "fsdp2":
+            self._missing = split.gradients(shapes)
+            self.trace.add(-self._missing)
 
     def backward(self, loss: Tensor) -> None:
+        split = self.strategy.split_of(self._role)
+        moment = split.gathered(self.roles.standalone(self._role), learned=True) if split.weights_in_shards else 0
+        moment += split.buckets() if split.kind in ("zero1", "zero2") else 0
+        self.trace.add(moment)
         # Not loss.backward(): a torch function mode that sees it called is off inside, where blocks are recomputed.
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
+        self.trace.add(self._missing - moment)
+        self._missing = 0
 
     def step(self, role: str) -> bool:
         split = self.strategy.split_of(role)
         if split.kind != "whole":
-            self.trace.bump(split.stepping(shapes_of(self.roles.parameters_of(role))))
-            self.zero_grad(role)
+            shapes = shapes_of(self.roles.parameters_of(role))
+            self.trace.bump(split.stepping(shapes))
+            self.optimizers[role].zero_grad(set_to_none=True)
+            self.trace.add(-split.reduced(shapes))
             return True
         clip_grad_norm_(self.roles.parameters_of(role), self.roles.optimization_of(role).gradient_clip)
         self.optimizers[role].step()
@@ -176,7 +192,6 @@ def plan(
     }
     if module.memory.reward == "offloaded" and "decoding" in phases:
         phases["decoding"] += _count("", _tensors(reward)).size
-    _add_communication(phases, module.roles, strategy)
     return Plan(tuple(_components(module, optimizers, reward, strategy)), phases, tuple(_on_host(module, strategy)))
 
 
@@ -216,6 +231,7 @@ def _follow(
             modes.enter_context(Autocast(LOWER[precision]))
         modes.enter_context(trace)
         modes.enter_context(listening(trace.phase))
+        modes.enter_context(_gathering(module.roles, strategy, trace))
         if repeat:
             modes.enter_context(Replay(trace, precision).of(_networks(module)))
         real_x0 = module.real_x0(prompts.prompts)
@@ -351,16 +367,21 @@ def _on_host(module: DistillationModule, strategy: Strategy) -> Iterator[Compone
             yield _of_float32(f"{name} (1/{split.ranks})", split.on_host(_shapes(module.roles, name)))
 
 
-def _add_communication(phases: dict[str, int], roles: Roles, strategy: Strategy) -> None:
-    """Add what is gathered while networks are evaluated, and the buckets that exist in a backward pass."""
-    networks = [name for name, split in strategy.splits.items() if split.weights_in_shards]
-    gathered = [strategy.split_of(n).gathered(roles.standalone(n), learned=n in roles.trained) for n in networks]
-    for name in phases.keys() - {"optimizer step", "decoding"}:
-        phases[name] += max(gathered, default=0)
-    for role in roles.trained:
-        split = strategy.split_of(role)
-        if split.kind in ("zero1", "zero2"):
-            phases[f"{role} backward"] += split.buckets()
+@contextmanager
+def _gathering(roles: Roles, strategy: Strategy, trace: Trace) -> Iterator[None]:
+    """Inside, the weights in shards of a network that is evaluated are whole for the moment."""
+    handles = []
+    for name, split in strategy.splits.items():
+        network = roles.standalone(name)
+        size = split.gathered(network, learned=False)
+        if size:
+            handles.append(network.register_forward_pre_hook(lambda *_, size=size: trace.add(size)))
+            handles.append(network.register_forward_hook(lambda *_, size=size: trace.add(-size)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _shapes(roles: Roles, role: str) -> list[Shape]:

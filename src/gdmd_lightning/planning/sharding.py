@@ -86,12 +86,17 @@ class Split:
         return (0 if self.offload_weights else self.shard(shapes) * _itemsize(shapes)) + small
 
     def master(self, shapes: Sequence[Shape]) -> int:
-        """Bytes of the weights that the optimizer steps, where they are not the network's own."""
-        return 0 if self.offload_optimizer or self.kind not in ("zero1", "zero2") else self.shard(shapes) * FLOAT32
+        """Bytes of the weights that the optimizer steps: DeepSpeed copies the shards, also those in float32."""
+        copied = self.kind.startswith("zero") and not self.offload_optimizer
+        return self.shard(shapes) * FLOAT32 if copied else 0
 
     def gradients(self, shapes: Sequence[Shape]) -> int:
-        """Bytes of gradients in shards; whole ones of ZeRO-1 exist from the backward pass to the step only."""
-        return 0 if self.offload_optimizer or not self.drops_gradients else self.shard(shapes) * FLOAT32
+        """Bytes of gradients in shards; those of FSDP2 are freed before the next backward pass."""
+        return 0 if self.offload_optimizer or not self.weights_in_shards else self.shard(shapes) * FLOAT32
+
+    def reduced(self, shapes: Sequence[Shape]) -> int:
+        """Bytes of ZeRO-2's gradients in shards, from a backward pass to the step; ZeRO-1 has whole ones then."""
+        return 0 if self.offload_optimizer or self.kind != "zero2" else self.shard(shapes) * FLOAT32
 
     def moments(self, shapes: Sequence[Shape]) -> int:
         """Bytes of Adam's moments."""
@@ -102,15 +107,19 @@ class Split:
         return self.bucket * FLOAT32 if self.kind.startswith("zero") else 0
 
     def stepping(self, shapes: Sequence[Shape]) -> int:
-        """Bytes in addition during a step: the flat gradient of ZeRO."""
-        flat = self.kind.startswith("zero") and not self.offload_optimizer
-        return self.shard(shapes) * FLOAT32 if flat else 0
+        """Bytes in addition during a step: the flat gradient of ZeRO, as large as the weights that are stepped."""
+        return self.master(shapes)
 
     def gathered(self, network: nn.Module, *, learned: bool) -> int:
         """Most bytes of a network that are whole for the moment, its own shards not counted.
 
-        ZeRO-3 gathers the parameters of one module and prefetches. FSDP2 gathers what is in no block at all, a block
-        and the next, and has the gradients of a block before they are reduced.
+        ZeRO-3 gathers the parameters of one module and prefetches, into one tensor, and then copies each parameter out
+        of it. FSDP2 gathers what is in no block at all, a block and the next, and has the gradients of a block before
+        they are reduced.
+
+        Args:
+            network: The network, whole.
+            learned: Whether in its backward pass.
         """
         if not self.weights_in_shards:
             return 0
@@ -119,7 +128,7 @@ class Split:
             modules = [
                 sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in network.modules()
             ]
-            return min(everything, max(modules) + self.prefetch * next(network.parameters()).element_size())
+            return 2 * min(everything, max(modules) + self.prefetch * next(network.parameters()).element_size())
         blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(network)]
         if not blocks:
             return everything * (2 if learned else 1)

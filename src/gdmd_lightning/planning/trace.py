@@ -100,6 +100,11 @@ class Trace(TorchDispatchMode):
         finally:
             self._watches.remove(watch)
 
+    def add(self, size: int) -> None:
+        """Count bytes that no tensor here holds, until the same number is taken away."""
+        self.current += size
+        self._look()
+
     def bump(self, size: int) -> None:
         """Record a peak of ``size`` bytes in addition to those alive."""
         self._look(size)

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from gdmd_lightning.strategies import partitions, shards
 from gdmd_lightning.strategies.engine_config import check_config, check_installed, engine_config
+from gdmd_lightning.strategies.saved_weights import NoSavedWeights
 from gdmd_lightning.strategies.sharding import Weights, constructed_in_shards, fill, gathered
 from gdmd_lightning.strategies.sources import source_of
 
@@ -91,6 +92,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         self._trained: dict[str, Trained] = {}
         self._groups: dict[str, list[list[str]]] = {}
         self._frozen_engines: list[Any] = []
+        self._gathering: list[NoSavedWeights] = []
         self._names: dict[int, str] = {}
         self._backwards: dict[str, int] = {}
         self._learning: str | None = None
@@ -247,6 +249,8 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
                 model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
             )
             self._backwards[role] = 0
+            if self.is_sharded(trained.network):
+                self._gathering.append(NoSavedWeights(trained.network))
 
     def _watch(self, network: nn.Module) -> Any:
         """Let a sharded network gather its weights when it is called."""
@@ -280,9 +284,11 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Remove DeepSpeed's hooks; sharded weights stay in shards."""
+        for watched in self._gathering:
+            watched.remove()
         for engine in [*self.engines.values(), *self._frozen_engines]:
             engine.destroy()
-        self.engines, self._frozen_engines = {}, []
+        self.engines, self._frozen_engines, self._gathering = {}, [], []
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()

@@ -6,6 +6,7 @@ This is the only module that reads DeepSpeed's own attributes, those of version 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,19 @@ def forget_gathered(network: nn.Module) -> None:
     for parameter in network.parameters():
         # FSDP2 keeps nothing gathered between forwards.
         if hasattr(parameter, "ds_id") and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+            parameter.partition()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """A parameter's values, gathered inside if they are not; then all ranks must enter."""
+    gathered = getattr(parameter, "ds_status", None) is None or parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
+    if not gathered:
+        parameter.all_gather()  # type: ignore[attr-defined]
+    try:
+        yield parameter.data
+    finally:
+        if not gathered:
             parameter.partition()  # type: ignore[attr-defined]
 
 
