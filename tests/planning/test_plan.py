@@ -188,6 +188,6 @@ def test_plan_divides_the_global_batch_over_the_gpus(fast_fit, capsys, devices, 
 
 def test_plan_command_needs_the_number_of_gpus_for_shares(fast_fit):
     pytest.importorskip("deepspeed")
+    strategy = "--trainer.strategy.class_path=MultiEngineDeepSpeedStrategy"
     with pytest.raises(UserError, match=r"trainer\.devices: it is 'auto'"):
-        strategy = "--trainer.strategy.class_path=MultiEngineDeepSpeedStrategy"
         report.plan_of([*fast_fit, "--trainer.devices=auto", strategy])
