@@ -2478,7 +2478,11 @@ MUTATIONS = [
     *errors(
         "strategies/multi_engine.py",
         ("planning/test_sharded_runs.py",),
-        ("saved weights: of no engine", "if self.is_sharded(trained.network):", "if False:"),
+        (
+            "saved weights: of no engine",
+            "for each in self._engine_networks() if self.is_sharded(each)",
+            "for each in ()",
+        ),
     ),
     *errors(
         "planning/strategy.py",

@@ -226,6 +226,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         trained = {id(each.network) for each in self._trained.values() if self.engines}
         self._frozen = [network for network in self._frozen if id(network) not in trained]
         self._frozen_engines = [self._watch(network) for network in self._frozen]
+        self._gathering = [NoSavedWeights(each) for each in self._engine_networks() if self.is_sharded(each)]
         held = {id(parameter) for network in self._engine_networks() for parameter in network.parameters()}
         for tensor in [*(p for p in module.parameters() if id(p) not in held), *module.buffers()]:
             torch.distributed.broadcast(tensor.data, 0)
@@ -249,8 +250,6 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
                 model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
             )
             self._backwards[role] = 0
-            if self.is_sharded(trained.network):
-                self._gathering.append(NoSavedWeights(trained.network))
 
     def _watch(self, network: nn.Module) -> Any:
         """Let a sharded network gather its weights when it is called."""

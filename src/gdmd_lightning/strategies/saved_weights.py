@@ -3,13 +3,11 @@
 A graph keeps views of weights, such as ``weight.t()`` of a linear layer, and with them what was gathered, although
 DeepSpeed lets go of its own reference: after a forward pass with gradient a network would be whole on every rank.
 DeepSpeed's ``memory_efficient_linear`` replaces ``torch.nn.functional.linear`` for the whole process; here views are
-replaced, of any layer, and only those of the networks that are trained.
+replaced, of any layer, and only those of networks in shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +42,32 @@ class NoSavedWeights:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._running: list[nn.Module] = []
-        self._calls: list[ExitStack] = []
+        self._running: list[nn.Module] = []  # the innermost last
+        self._calls: list[saved_tensors_hooks] = []
         self._handles: list[Any] = []
         for module in network.modules():
-            self._add(module, lambda module, _: self._running.append(module), lambda *_: self._running.pop())
-        self._add(network, lambda *_: self._begin(), lambda *_: self._calls.pop().close())
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._handles.append(network.register_forward_pre_hook(self._begin))
+        self._handles.append(network.register_forward_hook(self._end, always_call=True))
 
     def remove(self) -> None:
         """Let graphs keep them again."""
         for handle in self._handles:
             handle.remove()
 
-    def _add(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_pre_hook(lambda *call: before(*call) and None))
-        self._handles.append(module.register_forward_hook(lambda *call: after(*call) and None, always_call=True))
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._running.append(module)
 
-    def _begin(self) -> None:
-        call = ExitStack()
-        call.enter_context(saved_tensors_hooks(self._pack, _unpack))
-        self._calls.append(call)
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _begin(self, *_: Any) -> None:
+        self._calls.append(saved_tensors_hooks(self._pack, _unpack))
+        self._calls[-1].__enter__()
+
+    def _end(self, *_: Any) -> None:
+        self._calls.pop().__exit__()
 
     def _pack(self, tensor: Tensor) -> Tensor | _View:
         storage = tensor.untyped_storage().data_ptr()
