@@ -2439,11 +2439,12 @@ MUTATIONS = [
             "self.trace.add(self._missing - moment)",
             "self.trace.add(-moment)",
         ),
+        ("gathering: adapters alone", "network = TEACHER if adapters else self._role", "network = self._role"),
         ("gathering: buckets forgotten", 'split.buckets() if split.kind in ("zero1", "zero2") else 0', "0"),
         (
             "gathering: a backward pass as an evaluation",
-            "learned=True) if split.weights",
-            "learned=False) if split.weights",
+            "learned=not adapters)",
+            "learned=False)",
         ),
     ),
     *errors(

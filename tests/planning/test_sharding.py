@@ -254,6 +254,14 @@ def test_a_backward_pass_gathers_what_a_learned_network_needs(tiny_pipeline, mon
         }  # fmt: skip
 
 
+def test_a_backward_pass_of_adapters_gathers_the_network_that_they_are_on(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(
+        Split, "gathered", lambda split, *_, learned: split.weights_in_shards * (10**9 if learned else 10**7)
+    )
+    phases = planned(tiny_pipeline, fsdp2(), 2, lora=LoRA(2, 4)).phases
+    assert {name for name, size in phases.items() if 10**7 <= size < 2 * 10**7} == phases.keys() - {"optimizer step"}
+
+
 def test_buckets_of_gradients_exist_in_backward_passes(tiny_pipeline):
     small, large = (
         planned(tiny_pipeline, deepspeed(stage=1, config={"zero_optimization": {"reduce_bucket_size": size}}), 2)

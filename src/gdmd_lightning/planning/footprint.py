@@ -31,7 +31,7 @@ from gdmd_lightning.planning.trace import Autocast, FusedAttention, Trace
 from gdmd_lightning.prompts import Prompt, PromptBatch
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
-from gdmd_lightning.roles import TEACHER, Roles
+from gdmd_lightning.roles import TEACHER, AdapterRoles, Roles
 
 META = torch.device("meta")
 LOWER = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -121,13 +121,19 @@ class _TracedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         split = self.strategy.split_of(self._role)
-        moment = split.gathered(self.roles.standalone(self._role), learned=True) if split.weights_in_shards else 0
-        moment += split.buckets() if split.kind in ("zero1", "zero2") else 0
+        moment = self._gathered() + (split.buckets() if split.kind in ("zero1", "zero2") else 0)
         self.trace.add(moment)
         # Not loss.backward(): a torch function mode that sees it called is off inside, where blocks are recomputed.
         torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
         self.trace.add(self._missing - moment)
         self._missing = 0
+
+    def _gathered(self) -> int:
+        """Bytes that are whole for the moment in a backward pass; adapters are on the teacher's network."""
+        adapters = isinstance(self.roles, AdapterRoles)
+        network = TEACHER if adapters else self._role
+        split = self.strategy.split_of(network)
+        return split.gathered(_network_of(self.roles, network), learned=not adapters)
 
     def step(self, role: str) -> bool:
         split = self.strategy.split_of(role)
@@ -372,7 +378,7 @@ def _gathering(roles: Roles, strategy: Strategy, trace: Trace) -> Iterator[None]
     """Inside, the weights in shards of a network that is evaluated are whole for the moment."""
     handles = []
     for name, split in strategy.splits.items():
-        network = roles.standalone(name)
+        network = _network_of(roles, name)
         size = split.gathered(network, learned=False)
         if size:
             handles.append(network.register_forward_pre_hook(lambda *_, size=size: trace.add(size)))
@@ -382,6 +388,14 @@ def _gathering(roles: Roles, strategy: Strategy, trace: Trace) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _network_of(roles: Roles, role: str) -> nn.Module:
+    """What is called when a role is evaluated."""
+    if isinstance(roles, AdapterRoles):
+        network: nn.Module = roles.get_submodule(role) if role in roles.heads else roles.network
+        return network
+    return roles.standalone(role)
 
 
 def _shapes(roles: Roles, role: str) -> list[Shape]:
