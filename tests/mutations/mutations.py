@@ -2464,7 +2464,8 @@ MUTATIONS = [
         ("saved weights: place in the gathered tensor lost", "weight.storage_offset() + saved.offset", "saved.offset"),
         ("saved weights: any weight of a storage", "storage and 0 <= start < weight.numel()", "storage"),
         ("saved weights: hooks stay", "            handle.remove()\n", "            pass\n"),
-        ("saved weights: an error leaves the module", ", always_call=True", ""),
+        ("saved weights: an error leaves the module", "(self._leave, always_call=True)", "(self._leave)"),
+        ("saved weights: an error leaves the call", "(self._end, always_call=True)", "(self._end)"),
     ),
     *errors(
         "strategies/partitions.py",
@@ -2642,7 +2643,7 @@ MUTATIONS = [
         "ranks.py",
         ("test_ranks.py",),
         ("own rows only", "    return torch.cat(parts)\n", "    return rows\n"),
-        ("rows of the first rank", "rows.chunk(ranks)[rank]", "rows.chunk(ranks)[0]"),
+        ("own part is that of the first rank", "rows.chunk(ranks)[rank]", "rows.chunk(ranks)[0]"),
         ("groups of ranks confused", "groups + rank * (int(groups[-1]) + 1)", "groups"),
         ("sum over ranks", "(together / ranks).unbind()", "together.unbind()"),
         ("a rank's own figures", "    distributed.all_reduce(together)\n", ""),
