@@ -112,14 +112,15 @@ def forget_gathered(network: nn.Module) -> None:
 
 @contextmanager
 def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A parameter's values, gathered inside if they are not; then all ranks must enter."""
-    gathered = getattr(parameter, "ds_status", None) is None or parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
-    if not gathered:
+    """A parameter's values; if they are not gathered, they are inside, and all ranks must enter."""
+    status = getattr(parameter, "ds_status", None)
+    released = status is not None and status.name != "AVAILABLE"
+    if released:
         parameter.all_gather()  # type: ignore[attr-defined]
     try:
         yield parameter.data
     finally:
-        if not gathered:
+        if released:
             parameter.partition()  # type: ignore[attr-defined]
 
 
