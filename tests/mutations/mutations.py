@@ -2439,6 +2439,12 @@ MUTATIONS = [
             "self.trace.add(self._missing - moment)",
             "self.trace.add(-moment)",
         ),
+        ("gathering: gradients at every backward pass", "        self._missing = 0\n\n", "\n"),
+        (
+            "gathering: a head as its network",
+            "roles.get_submodule(role) if role in roles.heads else roles.network",
+            "roles.network",
+        ),
         ("gathering: adapters alone", "network = TEACHER if adapters else self._role", "network = self._role"),
         ("gathering: buckets forgotten", 'split.buckets() if split.kind in ("zero1", "zero2") else 0', "0"),
         (

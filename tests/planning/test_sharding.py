@@ -1,10 +1,15 @@
 """Bytes of a network under every strategy follow from the numbers of its parameters."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+from cases import build_any
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
@@ -236,6 +241,27 @@ def test_gradients_in_shards_of_fsdp2_are_freed_before_a_backward_pass(tiny_pipe
     assert split.phases["rollout"] == alone.phases["rollout"]
     left = split.phases["optimizer step"] - alone.phases["optimizer step"]  # what else is alive then differs a little
     assert abs(left) < Split("fsdp2", 2).gradients(shapes) / 2
+
+
+def test_gradients_in_shards_are_counted_once_for_several_backward_passes(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(Split, "gathered", lambda *_, **__: 0)
+    micro = {"micro_batch_size": 2}
+    alone, split = plan(tiny.module(tiny_pipeline, DMD, **micro), 4), planned(tiny_pipeline, fsdp2(), 2, **micro)
+    shard = Split("fsdp2", 2).gradients(shapes_of(tiny.family(tiny_pipeline).sketch().parameters()))
+    assert abs(split.phases["optimizer step"] - alone.phases["optimizer step"]) < shard / 2
+
+
+def test_a_head_on_a_network_in_shards_gathers_itself(tiny_pipeline, monkeypatch):
+    asked = set()
+
+    def gathered(split, network, learned):
+        asked.add(type(network).__name__)
+        return 0
+
+    monkeypatch.setattr(Split, "gathered", gathered)
+    module = build_any(tiny_pipeline, "dmd2", "sd3", lora=True)
+    plan(module, 4, strategy=read_strategy(trainer(fsdp2(), 2), module))
+    assert asked == {"SD3Transformer2DModel", "FeatureHead"}
 
 
 def test_a_backward_pass_gathers_what_a_learned_network_needs(tiny_pipeline, monkeypatch):

@@ -74,6 +74,7 @@ def test_different_stages_train_as_one_process_and_resume_to_the_bit(folder, pla
         assert torch.equal(resumed["weights"][name], value), name
     size = sum(parameter.numel() * 4 for parameter in network().parameters())
     assert whole["teacher_bytes"] <= size * (1 / 2 + 0.05)
+    assert whole["hooks"] == 0  # ours, after the training
     names = {path.name for path in Path(half).iterdir()}
     assert names == {"generator", "critic", "manifest.json", "rest.ckpt"}
     assert not any(name.startswith("teacher") for name in consolidated(half)["state_dict"])

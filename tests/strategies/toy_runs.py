@@ -16,6 +16,7 @@ from torch import nn
 from toy_gan import ToyGAN
 
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions, shards
+from gdmd_lightning.strategies.saved_weights import NoSavedWeights
 
 torch.set_num_threads(1)
 ROWS, WORLD = 8, int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,6 +120,10 @@ def run(case: dict, folder: Path) -> dict:
         shards.write_pieces = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     trainer.fit(module, loader, ckpt_path=case.get("resume"))
     found = {"losses": observe.losses, "norms": observe.norms, "steps": trainer.global_step}
+    hooks = [
+        hook for each in module.modules() for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
+    ]
+    found["hooks"] = sum(isinstance(getattr(hook, "__self__", None), NoSavedWeights) for hook in hooks)
     if case.get("large"):
         found["peak"], found["large_bytes"] = module.peak, partitions.bytes_held(module.large)
         found["half_bytes"] = partitions.bytes_held(module.third)
