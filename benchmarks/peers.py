@@ -2,7 +2,7 @@
 
 git clone https://github.com/NVlabs/FastGen && git clone https://github.com/Harahan/RTDMD
 OMP_NUM_THREADS=1 .venv/bin/python benchmarks/peers.py --peer FastGen --peer RTDMD [--size tiny] [--samples fresh]
-    [--compile blocks]
+    [--compile blocks] [--profile]
 
 The code of the other projects is imported from these checkouts; docs/performance.md says which of it runs.
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +28,10 @@ from unittest.mock import MagicMock
 
 import lightning.pytorch as pl
 import torch
-from counting import Counted
+from counting import Counted, Time, time_in_products, time_of
 from random_teachers import write_pipeline
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.data.prompt_data import PromptDataModule
@@ -44,6 +46,8 @@ GUIDANCE, DECAY, RATE = 3.0, 0.99, 1e-4
 SIZES = {"tiny": (2, 4), "mid": (6, 12)}
 """Layers and 32-wide heads of the transformer."""
 SIDE = 64
+SKIPPED = 2
+"""Updates at the start that no median counts."""
 UNUSED_BY_AN_UPDATE = ("av", "boto3", "botocore", "cv2", "ftfy", "hydra", "imageio", "loguru", "pynvml", "wandb")
 UNUSED_BY_AN_UPDATE += ("webdataset",)
 """What FastGen imports to log, to read data and to reach cloud storage."""
@@ -182,12 +186,14 @@ def predicted(network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Con
 
 
 class Turns(pl.Callback):
-    """After each update of the module, one of every peer; all are timed."""
+    """After each update of the module, one of every peer; all are timed, and the last of each is profiled if asked."""
 
     def __init__(self, kinds: dict[str, Callable[..., Any]], options: Any) -> None:
         self.kinds, self.options = kinds, options
         self.seconds: dict[str, list[float]] = {name: [] for name in ("ours", *kinds)}
         self.counts = {name: Counted() for name in self.seconds}
+        self.times: dict[str, Time] = {}
+        self.recorded: profile | None = None
 
     def on_train_start(self, trainer, module):
         network = module.roles.standalone("teacher")
@@ -200,15 +206,28 @@ class Turns(pl.Callback):
             self.counts["ours"].watch(module.roles.standalone(role))
         self.since = time.perf_counter()
 
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if len(self.seconds["ours"]) == self.options.updates + SKIPPED:  # the one more of --profile
+            self.recorded = profile(activities=[ProfilerActivity.CPU])
+            self.recorded.start()
+
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
-        self.seconds["ours"].append(time.perf_counter() - self.since)
+        if self.recorded is None:
+            self.seconds["ours"].append(time.perf_counter() - self.since)
+        else:
+            self.recorded.stop()
+            self.times["ours"] = time_of(self.recorded)
         texts = [prompt.text for prompt in batch.prompts]
         conditioning, empty = module.embeddings(texts), module.embeddings([""] * len(texts))
         real = torch.randn(len(texts), *module.latent_shape)
         for name, peer in self.peers.items():
-            began = time.perf_counter()
-            peer.update(conditioning, empty, real)
-            self.seconds[name].append(time.perf_counter() - began)
+            update = partial(peer.update, conditioning, empty, real)
+            if self.recorded is None:
+                began = time.perf_counter()
+                update()
+                self.seconds[name].append(time.perf_counter() - began)
+            else:
+                self.times[name] = time_in_products(update)
         self.since = time.perf_counter()
 
 
@@ -240,10 +259,9 @@ def peers_in(places: list[Path]) -> dict[str, Callable[..., Any]]:
 
 
 def report(turns: Turns, options: Any) -> None:
-    skipped = 2
-    latents = (len(turns.seconds["ours"])) * options.batch_size
+    latents = (len(turns.seconds["ours"]) + options.profile) * options.batch_size
     per_latent = {name: (count.all / latents, count.trained / latents) for name, count in turns.counts.items()}
-    seconds = {name: each[skipped:] for name, each in turns.seconds.items()}
+    seconds = {name: each[SKIPPED:] for name, each in turns.seconds.items()}
     for name, each in seconds.items():
         every, trained = per_latent[name]
         print(f"{name}: {statistics.median(each):.3f} s per update; {every:.2f} evaluations per sample, "
@@ -255,6 +273,8 @@ def report(turns: Turns, options: Any) -> None:
         ratio = statistics.median(ratios)
         print(f"ours / {name}: median {ratio:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}; "
               f"at equal work {ratio * work[name] / work['ours']:.3f}")  # fmt: skip
+    for name, times in turns.times.items():
+        print(f"{name}, profiled: {times}")
 
 
 def main() -> None:
@@ -267,6 +287,7 @@ def main() -> None:
     parser.add_argument("--fake_score_updates", type=int, default=3)
     parser.add_argument("--samples", choices=("fresh", "reused"), default="fresh", help="ours, for the fake score")
     parser.add_argument("--compile", choices=("none", "blocks"), default="none", help="ours; no peer offers it")
+    parser.add_argument("--profile", action="store_true", help="one more update of each, by kinds of operators")
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
@@ -283,8 +304,9 @@ def main() -> None:
         )  # fmt: skip
         turns = Turns(kinds, options)
         trainer = pl.Trainer(
-            accelerator="cpu", devices=1, max_steps=options.updates + 2, max_epochs=-1, logger=False,
-            callbacks=[turns], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            accelerator="cpu", devices=1, max_steps=options.updates + SKIPPED + options.profile, max_epochs=-1,
+            callbacks=[turns], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
         )  # fmt: skip
         prompts = Path(place) / "prompts.txt"  # few, so that ours has them encoded, as it is with the peers
         prompts.write_text("".join(f"a red circle and {i} squares\n" for i in range(options.batch_size)))

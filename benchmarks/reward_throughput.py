@@ -1,6 +1,7 @@
 """Pictures per second of a reward of CLIP's size with random weights: in batches against one by one, in pairs.
 
-Usage: ``python benchmarks/reward_throughput.py [--reward hpsv2] [--network vit-b-32] [--threads 1] [--pictures 32]``
+Usage: ``python benchmarks/reward_throughput.py [--reward hpsv2] [--network vit-b-32] [--threads 1] [--pictures 32]
+[--profile]``
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from counting import time_in_products
 
 from gdmd_lightning.families.sketch import ARCHITECTURES
 from gdmd_lightning.locations import resolve
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--per_prompt", type=int, default=8, help="pictures of one prompt, as samples and targets")
     parser.add_argument("--side", type=int, default=512, help="height and width of the pictures, in pixels")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="each once more, by kinds of operators")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -112,6 +116,9 @@ def main() -> None:
         f"{options.side}x{options.side}, {options.per_prompt} per prompt, {options.threads} threads, {options.pairs} "
         "pairs)"
     )
+    if options.profile:
+        for how, size in zip(("one by one", "in a batch"), sizes, strict=True):
+            print(f"{how}, profiled: {time_in_products(partial(clock.time, reward, images, prompts, size))}")
 
 
 if __name__ == "__main__":
