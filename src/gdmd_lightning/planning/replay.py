@@ -147,13 +147,16 @@ class Replay:
     def _call(self, block: _Block, kind: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs, spec = tree_flatten((args, kwargs))
         gradient = torch.is_grad_enabled()
-        learned = block.learned() if gradient else []
-        try:
-            key = (kind, gradient, self.modes, block.key(), str(spec), signature(inputs), _flags(inputs, gradient))
-        except NotRepeatable:
+        with torch._C.DisableTorchFunction():  # else every attribute of a parameter that is read here passes all modes
+            learned = block.learned() if gradient else []
+            through = gradient and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+            try:
+                key = (kind, gradient, self.modes, block.key(), str(spec), signature(inputs), _flags(inputs, gradient))
+            except NotRepeatable:
+                key = None
+        if key is None:
             return run(*args, **kwargs)
         known = self._known.get(key, _NOT_KNOWN)
-        through = gradient and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
         if known is None or (learned and not through):
             return run(*args, **kwargs)
         # The last block is the first of a backward pass, and tells what that of the others does.
