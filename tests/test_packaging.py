@@ -28,6 +28,7 @@ FLOORS = {
     "ranks": 0,
     "schedules": 0,
     "strategies": 0,
+    "pictures": 0,
     "streams": 0,
     "latents": 1,
     "families": 2,

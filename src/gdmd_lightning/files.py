@@ -7,6 +7,7 @@ the next write of the same name removes it: at once on that host, after a day on
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -63,6 +64,27 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write bytes, or text as UTF-8, to ``path``; arguments and errors as :func:`atomic_file`."""
     with atomic_file(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append_lines(path: Path, content: bytes) -> None:
+    """Add lines to a file, all or none; a missing file is created, a missing directory is not.
+
+    If the last line is not complete, as a killed process may leave it, it is ended first.
+
+    Raises:
+        WriteError: If the disk is full or the place cannot be written.
+    """
+    with failures_named(path), path.open("a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before:
+            file.seek(before - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
+        try:
+            if (written := file.write(content)) != len(content):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes fit")
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 @contextmanager

@@ -29,6 +29,12 @@ def stream(*name: object) -> torch.Generator:
     return torch.Generator().manual_seed(named_seed(*name))
 
 
+def streams_of(noise: Tensor) -> list[torch.Generator]:
+    """A stream for each row of noise ``[B, ...]``, which the row itself determines, whatever batch it is in."""
+    rows = noise.detach().float().cpu().numpy()
+    return [stream("noise", hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest()) for row in rows]
+
+
 def python_stream(*name: object) -> random.Random:
     """Random stream of a name, for choices and shuffles of Python objects."""
     return random.Random(" ".join(map(str, name)))

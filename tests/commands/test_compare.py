@@ -11,7 +11,7 @@ import yaml
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.methods.checkpointing import read_checkpoint
-from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.metrics.intervals import Interval
 from gdmd_lightning.studies.arms import Arm
 from gdmd_lightning.studies.comparison import Comparison
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard

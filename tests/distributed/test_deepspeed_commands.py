@@ -76,6 +76,8 @@ def test_sd3_in_shards_trains_resumes_consolidates_and_exports(run_cli, runs, mo
     assert is_sharded(whole)
     assert {file.name for file in whole.parent.iterdir()} == {"last.ckpt"}
     assert (runs / "runs" / "sd3" / "whole" / "pictures" / "000002.png").is_file()
+    kept = runs / "runs" / "sd3" / "whole" / "evaluations" / "prompts" / "000002"
+    assert len((kept / "pictures.jsonl").read_text().splitlines()) == len(list(kept.glob("*.png"))) == 5
     resumed = fit(run_cli, runs, "half", "--ckpt_path", str(half))
     one, other = (read_checkpoint(str(path)) for path in (whole, resumed))
     assert one["global_step"] == other["global_step"] == 2

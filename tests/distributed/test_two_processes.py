@@ -49,6 +49,10 @@ def test_ranks_end_with_the_same_networks_from_different_prompts(two_ranks, tmp_
     rows = ds.dataset(list(map(str, parts))).to_table().to_pylist()
     assert {row["rank"] for row in rows} == {0, 1}
     assert (tmp_path / "run" / "pictures" / f"{UPDATES:06d}.png").is_file()
+    kept = tmp_path / "run" / "evaluations" / "shapes" / f"{UPDATES:06d}"
+    listed = [json.loads(line)["file"] for line in (kept / "pictures.jsonl").read_text().splitlines()]
+    assert listed == [f"{row:06d}-0.png" for row in range(6)]
+    assert {path.name for path in kept.iterdir()} == {*listed, "pictures.jsonl"}
     # Ranks draw different noise, so no two states have the same reward, except by chance.
     rewards = [{row["reward_target"] for row in rows if row["rank"] == rank} for rank in (0, 1)]
     assert len(rewards[0] & rewards[1]) <= 1

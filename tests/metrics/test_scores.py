@@ -14,15 +14,8 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.rules import Detection, Rules
 from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
-from gdmd_lightning.metrics.scores import (
-    STATES,
-    GenEvalScore,
-    Interval,
-    RewardScore,
-    TaskScore,
-    bootstrap_share,
-    exact_mean,
-)
+from gdmd_lightning.metrics.intervals import Interval, exact_mean
+from gdmd_lightning.metrics.scores import STATES, GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.shapes import ShapesReward
@@ -125,19 +118,22 @@ def test_parts_of_values_are_averaged_by_name_over_all_pictures():
     assert score.intervals()["x"] == Interval(0.5, 0.0, 0.75)
 
 
-def test_interval_of_parts_covers_their_mean_at_its_stated_rate():
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(60):
-        sizes = rng.integers(1, 5, 80)
-        sums = np.array([(rng.random(size) < rng.beta(7, 3)).sum() for size in sizes])
-        interval = bootstrap_share(sums, sizes)
-        assert interval.mean == pytest.approx(sums.sum() / sizes.sum())
-        covered += interval.low <= 0.7 <= interval.high
-    assert 50 <= covered <= 60
-
-
 def test_interval_of_equal_values_is_a_point():
     assert filled([0.5, 0.5], ["a", "b"]).intervals()["overall"] == Interval(0.5, 0.5, 0.5)
+
+
+def test_values_that_are_added_are_those_of_an_update():
+    prompts = [Prompt("p", {"tag": tag, "parts": parts}) for tag, parts in (("a", ["x", "y"]), ("b", []), ("a", ["x"]))]
+    images = torch.rand(3, 3, 2, 2)
+    updated, added = Parted(), Parted()
+    for score in (updated, added):
+        score.begin(prompts)
+    updated.update(images, prompts)
+    added.update(added.values_of(images[:1], prompts[:1]), prompts[:1])
+    assert len(added.values_of(images, prompts)) == 3  # which adds nothing
+    added.update(updated.values_of(images[1:], prompts[1:]), prompts[1:])
+    assert added.compute() == updated.compute()
+    assert added.intervals() == updated.intervals()
 
 
 def test_geneval_score_of_true_pictures_is_one_in_every_task():

@@ -13,12 +13,13 @@ from gdmd_lightning.cli import main
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.answers import Answers
 from gdmd_lightning.metrics.geneval2 import GenEval2Score
-from gdmd_lightning.metrics.scores import Interval, RewardScore
+from gdmd_lightning.metrics.intervals import Interval
+from gdmd_lightning.metrics.scores import RewardScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.streams import named_seed
 from gdmd_lightning.studies import pipelines
-from gdmd_lightning.studies.folders import intervals, read_folder, score_folder
+from gdmd_lightning.studies.folders import read_folder, score_folder
 from gdmd_lightning.studies.tasks import built_scores
 
 GRAYS = {"0.png": 0, "1.png": 51, "2.png": 102, "3.png": 255}
@@ -31,7 +32,11 @@ class Brightness(Reward):
     name = "brightness"
 
     def __init__(self):
-        self.asked = []
+        self._asked = []
+
+    @property
+    def asked(self):
+        return self._asked
 
     def score(self, images, prompts):
         self.asked.append(tuple(images.shape))
@@ -42,10 +47,14 @@ class PixelAnswers(Answers):
     """Answers whose probabilities are the brightness of a picture, and half of it."""
 
     def __init__(self):
-        self.asked = 0
+        self._asked = 0
+
+    @property
+    def asked(self):
+        return self._asked
 
     def log_probabilities(self, images, questions):
-        self.asked += len(images)
+        self._asked += len(images)
         chances = torch.tensor([1.0, 0.5, 1.0])
         return [(image.mean() * chances[: len(mine)]).log() for image, mine in zip(images, questions, strict=True)]
 
@@ -61,7 +70,7 @@ def asked_folder(folder):
     for name in ("1.png", "2.png", "3.png"):
         pairs, skills = questions[TEXTS[name]]
         rows.append({"file_name": name, "text": TEXTS[name], "vqa_list": pairs, "skills": skills})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed(folder, rows)
     return folder
 
 
@@ -73,13 +82,21 @@ def folder(tmp_path):
     for name, gray in GRAYS.items():
         size = (6, 4) if name == "3.png" else (4, 4)
         Image.new("RGB", size, (gray, gray, gray)).save(place / name)
-    rows = [{"file_name": name, "text": TEXTS[name], "tag": TEXTS[name]} for name in GRAYS]
-    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed(place, [{"file_name": name, "text": TEXTS[name], "tag": TEXTS[name]} for name in GRAYS])
     return place
 
 
-def scored(folder, record, reward=None, settings="s", **options):
-    return score_folder("x", read_folder(folder), [RewardScore(reward or Brightness())], record, settings, **options)
+def scored(folder, record, reward=None, **options):
+    return all_scored(folder, record, [RewardScore(reward or Brightness())], **options)
+
+
+def all_scored(folder, record, scores, **options):
+    settings = {score.name: score.settings() for score in scores}
+    return score_folder("x", read_folder(folder), scores, record, settings, **options)
+
+
+def listed(folder, rows) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_pictures_are_scored_in_batches_of_one_size_and_averaged_by_task(folder, tmp_path):
@@ -93,16 +110,17 @@ def test_pictures_are_scored_in_batches_of_one_size_and_averaged_by_task(folder,
     )
 
 
-def test_scoring_continues_where_it_was_and_notices_a_changed_picture(folder, tmp_path):
-    class Broken(Brightness):
-        def score(self, images, prompts):
-            if len(self.asked) == 1:
-                raise KeyboardInterrupt
-            return super().score(images, prompts)
+def test_scoring_continues_where_it_was_and_notices_a_changed_picture(folder, tmp_path, monkeypatch):
+    def killed(self, images, prompts, whole=Brightness.score):
+        if len(self.asked) == 1:
+            raise KeyboardInterrupt
+        return whole(self, images, prompts)
 
     record = tmp_path / "x.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        scored(folder, record, Broken(), batch_size=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(Brightness, "score", killed)
+        with pytest.raises(KeyboardInterrupt):
+            scored(folder, record, Brightness(), batch_size=2)
     reward = Brightness()
     whole = scored(folder, record, reward, batch_size=2)
     assert sum(shape[0] for shape in reward.asked) == 2
@@ -116,45 +134,134 @@ def test_scoring_continues_where_it_was_and_notices_a_changed_picture(folder, tm
 
 
 def test_record_of_other_scores_is_refused(folder, tmp_path):
-    record = tmp_path / "x.jsonl"
+    record, reward = tmp_path / "x.jsonl", Brightness()
     scored(folder, record)
-    with pytest.raises(UserError, match=r"x\.jsonl: it was made with other scores; remove it, or use another --out"):
-        scored(folder, record, settings="t")
+    before = record.read_text()
+    reward.scale = 2
+    with pytest.raises(UserError, match=r"x\.jsonl: its score 'brightness' had other settings; remove it, or use ano"):
+        scored(folder, record, reward)
+    assert record.read_text() == before
     record.write_text("{}\n")
     with pytest.raises(UserError, match=r"x\.jsonl: not a record of scores; "):
         scored(folder, record)
+    record.write_text('{"settings": "[]"}\n')
+    with pytest.raises(UserError, match=r"x\.jsonl: it was written by an earlier version; remove it"):
+        scored(folder, record)
+
+
+def test_a_further_score_is_added_to_a_record_without_judging_the_others_again(folder, tmp_path):
+    record, first, second = tmp_path / "x.jsonl", Brightness(), Brightness()
+    alone = scored(folder, record, first)
+    second.name = "light"
+    first.asked.clear()
+    both = [RewardScore(first), RewardScore(second)]
+    found = all_scored(folder, record, both, batch_size=3)
+    assert first.asked == []
+    assert sum(shape[0] for shape in second.asked) == 4
+    assert {name: found.scores[name] for name in alone.scores} == alone.scores
+    assert found.scores["light/overall"] == found.scores["brightness/overall"]
+    # And one of them alone keeps the other's values.
+    assert scored(folder, record, first) == alone
+    assert all_scored(folder, record, both) == found
+    assert first.asked == []
+
+
+def test_values_belong_to_a_picture_its_prompt_and_its_metadata(folder, tmp_path):
+    class Wanted(Brightness):
+        def score(self, images, prompts):
+            self.asked.append(tuple(images.shape))
+            return torch.tensor([float(prompt.metadata["wanted"]) for prompt in prompts])
+
+    def row(wanted):
+        return {"file_name": "0.png", "text": "a sign", "wanted": wanted}
+
+    listed(folder, [row(1), row(3)])
+    assert scored(folder, tmp_path / "x.jsonl", Wanted()).scores["brightness/overall"].mean == 2
+    listed(folder, [row(1), row(5)])
+    reward = Wanted()
+    assert scored(folder, tmp_path / "x.jsonl", reward).scores["brightness/overall"].mean == 3
+    assert reward.asked == [(1, 3, 4, 4)]
+
+
+def test_a_reward_that_changes_pictures_in_place_does_not_change_those_of_others(folder, tmp_path):
+    class Darkening(Brightness):
+        name = "darkening"
+
+        def score(self, images, prompts):
+            return images.mul_(0).mean((1, 2, 3))
+
+    alone = scored(folder, tmp_path / "x.jsonl").scores
+    scores = [RewardScore(Darkening()), RewardScore(Brightness())]
+    found = all_scored(folder, tmp_path / "y.jsonl", scores).scores
+    assert {name: found[name] for name in alone} == alone
+
+
+def test_a_task_with_a_single_prompt_has_a_score(folder, tmp_path):
+    listed(folder, [{"file_name": n, "text": n, "tag": "alone" if n == "0.png" else "three"} for n in GRAYS])
+    found = scored(folder, tmp_path / "x.jsonl").scores
+    assert found["brightness/alone"] == Interval(0.0, 0.0, 0.0)
+    assert found["brightness/three"].low < found["brightness/three"].mean < found["brightness/three"].high
+    assert found["brightness/overall"].high == pytest.approx(found["brightness/three"].high / 2)
+
+
+def test_scores_are_means_over_pictures_and_prompts_are_what_is_resampled(folder, tmp_path):
+    """As GenEval's, also where prompts have different numbers of pictures."""
+    listed(folder, [{"file_name": name, "text": "a" if name != "3.png" else "b"} for name in GRAYS])
+    found = scored(folder, tmp_path / "x.jsonl").scores["brightness/overall"]
+    assert found.mean == pytest.approx((0 + 0.2 + 0.4 + 1) / 4)
+    assert (found.low, found.high) == pytest.approx((0.2, 1.0))
+    # Rows of a list of prompts are prompts, even with equal texts.
+    rows = [{"file": name, "prompt": "a", "row": number // 2} for number, name in enumerate(GRAYS)]
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    by_row = scored(folder, tmp_path / "y.jsonl")
+    assert (by_row.pictures, by_row.prompts) == (4, 2)
+    assert (by_row.scores["brightness/overall"].low, by_row.scores["brightness/overall"].high) == pytest.approx(
+        (0.1, 0.7)
+    )
+
+
+def test_pictures_are_turned_as_their_cameras_say_and_deep_ones_are_refused(folder, tmp_path):
+    reward, exif = Brightness(), Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (6, 4)).save(folder / "turned.jpg", exif=exif)
+    listed(folder, [{"file_name": "turned.jpg", "text": "a"}])
+    scored(folder, tmp_path / "x.jsonl", reward)
+    assert reward.asked == [(1, 3, 6, 4)]
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(folder / "deep.png")
+    listed(folder, [{"file_name": "deep.png", "text": "a"}])
+    with pytest.raises(UserError, match=r"deep\.png: not a readable image: its pixels have more than 8 bits \(mode I"):
+        scored(folder, tmp_path / "y.jsonl")
 
 
 def test_skills_of_pictures_are_means_over_questions(asked_folder, tmp_path):
     """Those of the torchmetric, with intervals; the record keeps the parts, and one without them is continued."""
     record, answers = tmp_path / "x.jsonl", PixelAnswers()
     score = GenEval2Score(answers, "arithmetic")
-    found = score_folder("x", read_folder(asked_folder), [score], record, "s", batch_size=2)
+    found = all_scored(asked_folder, record, [score], batch_size=2)
     dark, bright = 51 / 255, (102 / 255, 1.0)
     expected = {
-        "geneval2/overall": (0.75 * dark + 5 / 6 * sum(bright) / 2) / 2,
+        "geneval2/overall": (0.75 * dark + 5 / 6 * sum(bright)) / 3,
         "geneval2/skill/attribute": 0.5 * dark,
-        # Pictures of a prompt are averaged first.
-        "geneval2/skill/object": (dark + 2.5 * sum(bright) / 2) / 4,
+        "geneval2/skill/object": (dark + 2.5 * sum(bright)) / 7,
     }
     assert {name: each.mean for name, each in found.scores.items()} == pytest.approx(expected, abs=1e-6)
     assert found.scores["geneval2/skill/object"].low < expected["geneval2/skill/object"] - 0.1
     assert answers.asked == 3
-    assert score_folder("x", read_folder(asked_folder), [score], record, "s") == found
+    assert all_scored(asked_folder, record, [score]) == found
     assert answers.asked == 3
     first, *rows = record.read_text().splitlines()
     assert [len(json.loads(row)["parts"]["geneval2"]) for row in rows] == [2, 3, 3]
     older = [json.loads(row) for row in rows]
     del older[1]["parts"]
     record.write_text("\n".join([first, *map(json.dumps, older)]) + "\n")
-    assert score_folder("x", read_folder(asked_folder), [score], record, "s") == found
+    assert all_scored(asked_folder, record, [score]) == found
     assert answers.asked == 4
 
 
 def test_skills_of_one_picture_per_prompt_are_those_of_the_metric(asked_folder, tmp_path):
     shots = read_folder(asked_folder)[:2]
     score = GenEval2Score(PixelAnswers())
-    folder = score_folder("x", shots, [score], tmp_path / "x.jsonl", "s").scores
+    folder = score_folder("x", shots, [score], tmp_path / "x.jsonl", {}).scores
     images = torch.stack([torch.full((3, 4, 4), GRAYS[shot.file.name] / 255) for shot in shots])
     prompts = [shot.prompt for shot in shots]
     score.begin(prompts)
@@ -172,22 +279,9 @@ def test_table_of_evaluate_has_the_skills(asked_folder, tmp_path, monkeypatch, c
     header, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
     assert cells["geneval2/skill/attribute"] == "0.100"
-    assert cells["geneval2/skill/object"] == "0.487"
+    assert cells["geneval2/skill/object"] == "0.529"
     (written,) = json.loads(Path("out/scores.json").read_text())
     assert set(written["scores"]["geneval2/skill/object"]) == {"mean", "low", "high"}
-
-
-def test_intervals_are_over_prompts_not_pictures():
-    draw = np.random.default_rng(0)
-    means = draw.random(40)
-    one = intervals(list(means), [Prompt(f"p{i}") for i in range(40)])
-    # Ten equal pictures of each prompt are no more evidence than one.
-    ten = intervals(list(np.repeat(means, 10)), [Prompt(f"p{i}") for i in range(40) for _ in range(10)])
-    assert set(ten) == {"overall"}
-    for end in ("mean", "low", "high"):
-        assert getattr(ten["overall"], end) == pytest.approx(getattr(one["overall"], end), abs=1e-12)
-    assert ten["overall"].high - ten["overall"].low > 0.1
-    assert intervals([0.25, 0.75], [Prompt("p")] * 2)["overall"] == Interval(0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +337,7 @@ def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_
     assert (one["pictures"], one["prompts"]) == (4, 2)
     assert one["scores"] == other["scores"]
     first, *rows = map(json.loads, Path("out/mine.jsonl").read_text().splitlines())
-    assert json.loads(first["settings"]) == scores
+    assert first["settings"]["brightness"]["reward"]["class"] == "Brightness"
     assert {row["prompt"] for row in rows} == {"dark", "bright"}
     assert all(set(row["scores"]) == {"brightness"} for row in rows)
 

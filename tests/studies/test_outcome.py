@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.metrics.intervals import Interval
 from gdmd_lightning.studies.outcome import Outcome, estimate, value
 from gdmd_lightning.studies.page import sentences, write_page
 from gdmd_lightning.studies.scorecards import Row, TrainingCost

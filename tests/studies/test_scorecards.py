@@ -3,7 +3,7 @@
 import pytest
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.metrics.intervals import Interval
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
 
 SCORES = {"shapes/overall": Interval(0.5, 0.4, 0.6), "geneval/colors": Interval(0.25, 0.25, 0.25)}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from gdmd_lightning.callbacks.kept_pictures import KeptPictures
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
@@ -25,6 +28,7 @@ from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
+from gdmd_lightning.streams import streams_of
 
 
 @ranged
@@ -32,8 +36,10 @@ class GenerationEvaluation(pl.Callback):
     """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
 
     Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
-    TensorBoard and to ``pictures/`` in the run's directory. The teacher's scores are computed once, at the first
-    evaluation, kept in checkpoints, and logged with each evaluation as ``teacher/<score>/<task>``, a level line.
+    TensorBoard and to ``pictures/`` in the run's directory. Every picture is kept as PNG in ``evaluations/``, in a
+    directory for the teacher and one for each evaluation, with a list of prompts, seeds and all scores; an evaluation
+    that was interrupted continues from there when the run is resumed. The teacher's scores are computed once, at the
+    first evaluation, kept in checkpoints, and logged with each evaluation as ``teacher/<score>/<task>``, a level line.
 
     Args:
         scores: What to compute.
@@ -50,6 +56,8 @@ class GenerationEvaluation(pl.Callback):
         teacher_steps, teacher_guidance: Steps and guidance scale of the teacher in the grid and the scores.
         score_teacher: Whether the teacher is scored; a picture costs ``teacher_steps`` evaluations of its network, or
             twice as many with guidance.
+        keep_pictures: ``all``, ``latest`` for those of the teacher and the latest evaluation (lists of all are kept),
+            or ``none``, with which an interrupted evaluation starts anew.
         seed: Seed of the noise.
 
     Attributes:
@@ -68,6 +76,7 @@ class GenerationEvaluation(pl.Callback):
         teacher_guidance: NonNegative = 3.0,
         score_teacher: bool = True,
         per_prompt: Count = 1,
+        keep_pictures: Literal["all", "latest", "none"] = "all",
         seed: Seed = 0,
         column: str = COLUMN,
         split: str = SPLIT,
@@ -75,6 +84,7 @@ class GenerationEvaluation(pl.Callback):
     ) -> None:
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
+        self.keep_pictures = keep_pictures
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.columns_of_prompts = {"column": column, "split": split, "tag": tag}
         found = read_evaluation_prompts(prompts, count, column=column, split=split, tag=tag)
@@ -135,11 +145,10 @@ class GenerationEvaluation(pl.Callback):
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         """Evaluate now."""
         if self.score_teacher and not self.teacher:
-            with module.roles.lockstep("teacher"):
-                self._score(trainer, module, partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance))
+            teacher = partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance)
+            self._score(trainer, module, "teacher", teacher)
             self.teacher = {name: float(value) for name, value in self._values().items()}
-        with module.roles.lockstep("ema"):
-            seconds = self._score(trainer, module, module.generate)
+        seconds = self._score(trainer, module, "ema", partial(_of_generator, module))
         values = self._values()
         others = tuple(f"{name}/" for name in self._names_of_others(trainer))
         kept = {name: value for name, value in module.provenance.scores.items() if name.startswith(others)}
@@ -147,24 +156,61 @@ class GenerationEvaluation(pl.Callback):
         module.provenance = replace(module.provenance, scores=scores)
         measured: dict[str, Any] = {f"eval/{name}": value for name, value in values.items()}
         measured |= {f"teacher/{name}": value for name, value in self.teacher.items()}
-        log_figures(trainer, module, {**measured, "eval/seconds_per_picture": seconds})
+        measured |= {} if math.isnan(seconds) else {"eval/seconds_per_picture": seconds}
+        log_figures(trainer, module, measured)
         directory = run_directory(trainer)
         if self.columns:
             self._draw(trainer, module, directory / "pictures")
 
-    def _score(self, trainer: pl.Trainer, module: DistillationModule, generate: Generate) -> float:
-        """Fill the scores with a generator's pictures; the seconds that one picture took."""
-        return evaluate(
-            generate,
-            self.prompts,
-            self.scores,
-            module.latent_shape,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            device=module.device,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+    def _score(self, trainer: pl.Trainer, module: DistillationModule, role: str, generate: Generate) -> float:
+        """Fill the scores with a generator's pictures on all ranks; the seconds that one picture took."""
+        kept = None if self.keep_pictures == "none" else self._kept(trainer, module, role)
+
+        def keep(*made: Any) -> None:
+            with warn_if_not_written():
+                if kept is not None:
+                    kept.keep(*made)
+
+        with module.roles.lockstep(role):
+            seconds = evaluate(
+                generate,
+                self.prompts,
+                self.scores,
+                module.latent_shape,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                device=module.device,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                known={} if kept is None else kept.known(self.prompts),
+                keep=keep,
+            )
+        trainer.strategy.barrier()  # the lists of all ranks are complete
+        if kept is not None and trainer.is_global_zero:
+            with warn_if_not_written():
+                kept.finish()
+                if self.keep_pictures == "latest" and role != "teacher":
+                    kept.remove_earlier()
+        return seconds
+
+    def _kept(self, trainer: pl.Trainer, module: DistillationModule, role: str) -> KeptPictures:
+        """Where the pictures of the teacher, or of the averaged generator at this update, are kept."""
+        of_teacher, levels = role == "teacher", module.sigmas.tolist()
+        drawn_by = module.teacher_digest if of_teacher else f"{module.weights_digest(role)} {levels} {module.sampler}"
+        settings = f"{self.state_key} {role} {drawn_by} {module.latent_shape}"
+        key = hashlib.sha256(settings.encode()).hexdigest()[:32]
+        name = role if of_teacher else f"{module.updates:06d}"
+        directory = run_directory(trainer) / "evaluations" / self._name(trainer) / name
+        return KeptPictures(directory, key, self.per_prompt, self.seed, trainer.global_rank)
+
+    def _name(self, trainer: pl.Trainer) -> str:
+        """That of the prompts, with a number if an evaluation before this one has the same."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        evaluations = [each for each in callbacks if isinstance(each, GenerationEvaluation)]
+        names = [re.sub(r"[^\w.-]+", "-", Path(each.source).stem) or "prompts" for each in evaluations]
+        place = evaluations.index(self)
+        number = names[: place + 1].count(names[place])
+        return names[place] if number == 1 else f"{names[place]}-{number}"
 
     def _names_of_others(self, trainer: pl.Trainer) -> set[str]:
         """Names of the scores of the run's other evaluations."""
@@ -195,12 +241,26 @@ class GenerationEvaluation(pl.Callback):
             },
             texts,
         )
-        with warn_if_not_written(), atomic_file(directory / f"{module.updates:06d}.png") as part:
+        # The first evaluation has the plain names; those of the others would replace its pictures.
+        name = self._name(trainer) if self._is_further(trainer) else ""
+        with warn_if_not_written(), atomic_file(directory / name / f"{module.updates:06d}.png") as part:
             figure.savefig(part, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with warn_if_not_written():
-                    logger.experiment.add_figure("teacher and generator", figure, module.updates)
+                    tag = "teacher and generator" + (f", {name}" if name else "")
+                    logger.experiment.add_figure(tag, figure, module.updates)
+
+    def _is_further(self, trainer: pl.Trainer) -> bool:
+        """Whether an evaluation before this one draws a grid, too."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        drawing = [each for each in callbacks if isinstance(each, GenerationEvaluation) and each.columns]
+        return drawing.index(self) > 0
+
+
+def _of_generator(module: DistillationModule, noise: Tensor, texts: list[str]) -> Tensor:
+    # Streams of their own, so that a picture does not depend on batches and ranks.
+    return module.generate(noise, texts, rngs=streams_of(noise))
 
 
 def _of_teacher(module: DistillationModule, steps: int, guidance: float, noise: Tensor, texts: list[str]) -> Tensor:

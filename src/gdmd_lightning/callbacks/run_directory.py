@@ -17,7 +17,7 @@ from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.files import write_atomically
 
 CHECKPOINTS = "checkpoints"
-RESULTS = (f"{CHECKPOINTS}/*.ckpt", "gradient_rewards/*", "pictures/*", "metrics.csv")
+RESULTS = (f"{CHECKPOINTS}/*.ckpt", "gradient_rewards/*", "pictures/*", "evaluations/*", "metrics.csv")
 UNNAMED = "lightning_logs"
 
 

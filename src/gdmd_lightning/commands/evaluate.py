@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -130,11 +129,12 @@ def _score_folders(options: Namespace) -> int:
     columns = {name: options[name] for name in ("column", "split", "tag")}
     prompts = read_evaluation_prompts(options.prompts, options.count, **columns) if pipelines else []
     scores = built_scores(options.scores) if options.scores else shapes_scores()
+    settings = {score.name: score.settings() for score in scores}
     for score in scores:
         for asked in [*([shot.prompt for shot in each] for each in shots.values()), prompts]:
             score.check(asked)
         score.prepare()
-    device, settings = usable_device(options.device), json.dumps(options.scores, sort_keys=True)
+    device = usable_device(options.device)
     rows = []
     with output_directory(options.out):
         for name, path in pipelines:

@@ -24,7 +24,7 @@ from gdmd_lightning.engines.placement import Placement
 from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
-from gdmd_lightning.families.fingerprint import weights_fingerprint
+from gdmd_lightning.families.fingerprint import fingerprint, weights_fingerprint
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.checkpointing import check_finite, check_fits, content_digest, learned
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
@@ -271,6 +271,16 @@ class RoleModule(pl.LightningModule):
     def world_size(self) -> int:
         """Number of ranks; 1 without a trainer."""
         return 1 if self._trainer is None else self._trainer.world_size
+
+    def weights_digest(self, role: str) -> str:
+        """Digest of the teacher's weights and of a role's own; all ranks must call it."""
+        if self._placement is not None and isinstance(self.roles, ShardedRoles):
+            weights = self._placement.fingerprint(self.roles.standalone(role))
+        else:
+            state = self.roles.state_dict()
+            names = [*self.roles.start_names(), *self.roles.names_of(role)]
+            weights = fingerprint((name, state[name]) for name in names)
+        return f"{self.teacher_digest} {weights}"
 
     # Training.
 

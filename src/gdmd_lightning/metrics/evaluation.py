@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gdmd_lightning.metrics.intervals import Value
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import Prompt
 
 Generate = Callable[[Tensor, list[str]], Tensor]
 """``generate(noise [B, C, H, W], texts) -> pictures [B, 3, H, W] in [0, 1]``."""
+
+Keep = Callable[[Sequence[int], Tensor, Sequence[Prompt], Mapping[str, Sequence[Value]]], None]
+"""Gets pictures with their indices in the test set, their prompts, and their values by score."""
 
 
 def fixed_noise(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -40,6 +45,8 @@ def evaluate(
     device: torch.device = torch.device("cpu"),
     rank: int = 0,
     world_size: int = 1,
+    known: Mapping[int, Mapping[str, Value]] | None = None,
+    keep: Keep | None = None,
 ) -> float:
     """Generate a picture for each prompt and add all of them to the scores.
 
@@ -53,27 +60,36 @@ def evaluate(
         device: Device of the noise and the scores.
         rank: Rank of this process.
         world_size: Number of processes.
+        known: Values by score of pictures that were judged before, by their index: they are neither made nor judged.
+        keep: Gets what is made.
 
     Returns:
-        Seconds of generation per picture.
+        Seconds of generation per picture; NaN if none was made.
     """
+    known = known or {}
+    mine = range(rank, len(prompts), world_size)
+    before, missing = [i for i in mine if i in known], [i for i in mine if i not in known]
     for score in scores:
         score.begin(prompts)
         score.to(device)
+        if before:
+            score.update([known[i][score.name] for i in before], [prompts[i] for i in before])
         score.place(device)
-    mine = range(rank, len(prompts), world_size)
     seconds = 0.0
-    for start in range(0, len(mine), batch_size):
-        rows = mine[start : start + batch_size]
+    for start in range(0, len(missing), batch_size):
+        rows = missing[start : start + batch_size]
         noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
         began = time.perf_counter()
         images = generate(noise, [prompts[i].text for i in rows])
         images[0, 0, 0, 0].item()  # wait for the device
         seconds += time.perf_counter() - began
+        asked = [prompts[i] for i in rows]
+        values = {score.name: score.values_of(images, asked) for score in scores}
         for score in scores:
-            # A copy for each: a reward may change its input in place.
-            score.update(images.clone(), [prompts[i] for i in rows])
+            score.update(values[score.name], asked)
+        if keep is not None:
+            keep(rows, images, asked, values)
     for score in scores:
         # Between evaluations their networks would only take memory from the training.
         score.place(torch.device("cpu"))
-    return seconds / max(len(mine), 1)
+    return seconds / len(missing) if missing else math.nan

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from torchmetrics.utilities import dim_zero_cat
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
+from gdmd_lightning.metrics.intervals import NO_TASK, Interval, Value, exact_mean, intervals
 from gdmd_lightning.metrics.settings import described
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
 from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.shapes.detector import ShapesDetector
 
-NO_TASK = "all"
 STATES = {
     "values": torch.float32,
     "tasks": torch.long,
@@ -31,18 +29,6 @@ STATES = {
     "part_counts": torch.long,
 }
 """What a score keeps: values and task of each picture, value and name of each part, parts of each picture."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class TaskScore(Metric):
@@ -119,19 +105,26 @@ class TaskScore(Metric):
         self.names_of_parts = list(dict.fromkeys(name for prompt in prompts for name in self.part_names(prompt)))
 
     @torch.no_grad()
-    def update(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Judge pictures ``[B, 3, H, W]`` in [0, 1] and add their values."""
-        values, parts = self.judge_parts(images, prompts)
+    def values_of(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Value]:
+        """Judge pictures ``[B, 3, H, W]`` in [0, 1]; their values are not added."""
+        # A copy: a reward may change its input in place, and others judge the same pictures.
+        values, parts = self.judge_parts(images.clone(), prompts)
+        each = zip(values.float().tolist(), parts, strict=True)
+        return [Value(value, tuple(mine.float().tolist())) for value, mine in each]
+
+    def update(self, judged: Tensor | Sequence[Value], prompts: Sequence[Prompt]) -> None:
+        """Judge pictures ``[B, 3, H, W]`` in [0, 1] and add their values, or add values of pictures judged before."""
+        values = self.values_of(judged, prompts) if isinstance(judged, Tensor) else judged
         names = [self.part_names(prompt) for prompt in prompts]
-        added: dict[str, Any] = {
-            "values": values,
+        added: dict[str, list[Any]] = {
+            "values": [each.value for each in values],
             "tasks": [self.task_names.index(task_of(prompt)) for prompt in prompts],
-            "parts": torch.cat(parts),
+            "parts": [part for each in values for part in each.parts],
             "part_numbers": [self.names_of_parts.index(name) for each in names for name in each],
             "part_counts": [len(each) for each in names],
         }
         for state, dtype in STATES.items():
-            getattr(self, state).append(torch.as_tensor(added[state], dtype=dtype, device=self.device))
+            getattr(self, state).append(torch.tensor(added[state], dtype=dtype, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """``overall``, if the prompts have tasks their means, and the means of parts; in float64 on the CPU."""
@@ -146,60 +139,10 @@ class TaskScore(Metric):
     def intervals(self) -> dict[str, Interval]:
         """Like ``compute``, with 95% bootstrap intervals: pictures are resampled, within their tasks."""
         values, tasks, parts, numbers, counts = (dim_zero_cat(getattr(self, state)).cpu() for state in STATES)
-        by_task = [values[tasks == i].double().numpy() for i in range(len(self.task_names))]
-        out = {"overall": bootstrap_mean(by_task)}
-        if self.task_names != [NO_TASK]:
-            out |= {name: bootstrap_mean([part]) for name, part in zip(self.task_names, by_task, strict=True)}
-        owners = torch.arange(len(counts)).repeat_interleave(counts)
-        for i, name in enumerate(self.names_of_parts):
-            mine = numbers == i
-            sizes = owners[mine].bincount()
-            sums = torch.zeros(len(sizes), dtype=torch.float64).index_add(0, owners[mine], parts[mine].double())
-            out[name] = bootstrap_share(sums[sizes > 0].numpy(), sizes[sizes > 0].numpy())
-        return out
-
-
-def exact_mean(values: Tensor) -> Tensor:
-    """Mean of ``[N]`` in float64 on the CPU, of the exact sum: ranks and batches may order the values in any way.
-
-    NaN if there is none.
-    """
-    mean = math.fsum(values.tolist()) / len(values) if len(values) else math.nan
-    return torch.tensor(mean, dtype=torch.float64)
-
-
-def bootstrap_mean(parts: list[Any]) -> Interval:
-    """Mean of the means of the parts, with the 95% bootstrap interval of resampling within each part."""
-    from scipy.stats import bootstrap
-
-    def mean_of_means(*samples: Any, axis: int = -1) -> Any:
-        return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
-
-    mean = float(mean_of_means(*parts))
-    if all(part.min() == part.max() for part in parts):
-        return Interval(mean, mean, mean)
-    # Percentile method: bias correction is undefined if all pictures of a task have the same value.
-    result = bootstrap(parts, mean_of_means, n_resamples=2000, method="percentile", rng=0)
-    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
-
-
-def bootstrap_share(sums: Any, sizes: Any) -> Interval:
-    """``sum(sums) / sum(sizes)``, a mean over parts of pictures, with the 95% interval of resampling the pictures.
-
-    Args:
-        sums: Of the parts of each picture, ``[N]``.
-        sizes: Number of its parts, positive, ``[N]``.
-    """
-    from scipy.stats import bootstrap
-
-    def share(sums: Any, sizes: Any, axis: int = -1) -> Any:
-        return sums.sum(axis=axis) / sizes.sum(axis=axis)
-
-    mean, each = float(share(sums, sizes)), sums / sizes
-    if each.min() == each.max():
-        return Interval(mean, mean, mean)
-    result = bootstrap((sums, sizes), share, paired=True, n_resamples=2000, method="percentile", rng=0)
-    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+        of_pictures = [tuple(mine.tolist()) for mine in parts.split(counts.tolist())]
+        names = [[self.names_of_parts[i] for i in mine.tolist()] for mine in numbers.split(counts.tolist())]
+        found = [Value(value, mine) for value, mine in zip(values.tolist(), of_pictures, strict=True)]
+        return intervals(found, [self.task_names[i] for i in tasks.tolist()], names, range(len(found)))
 
 
 def task_of(prompt: Prompt) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,10 +18,12 @@ from tqdm import tqdm
 from gdmd_lightning.data.rows import numbered_rows, parsed
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
-from gdmd_lightning.metrics.scores import NO_TASK, Interval, TaskScore, bootstrap_mean, bootstrap_share, task_of
+from gdmd_lightning.metrics.intervals import Interval, Value, intervals
+from gdmd_lightning.metrics.scores import TaskScore, task_of
+from gdmd_lightning.pictures import LIST
 from gdmd_lightning.prompts import Prompt
 
-LISTS = ("pictures.jsonl", "metadata.jsonl")
+LISTS = (LIST, "metadata.jsonl")
 """As ``sample`` writes it, and as image folders have it."""
 FORM = '{"file": ..., "prompt": ..., "metadata": {...}} or {"file_name": ..., "text": ..., further keys}'
 
@@ -33,23 +35,13 @@ class Shot:
     Args:
         file: The picture.
         prompt: Its prompt with metadata.
+        owner: What the pictures of one prompt have in common: its row in the list of prompts where that is known, else
+            its text.
     """
 
     file: Path
     prompt: Prompt
-
-
-@dataclass(frozen=True)
-class Value:
-    """A picture's value of a score.
-
-    Args:
-        value: The value.
-        parts: Its parts, see :class:`TaskScore`.
-    """
-
-    value: float
-    parts: tuple[float, ...] = ()
+    owner: Hashable
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,9 @@ def _shot(directory: Path, row: Any, where: str) -> Shot:
     place = directory / row[file]
     if not place.is_file():
         raise UserError(f"no such picture: {str(place)!r}", where=where)
-    return Shot(place, Prompt(row[text], metadata if isinstance(metadata, dict) else {}))
+    known = isinstance(row.get("row"), int) and ours
+    prompt = Prompt(row[text], metadata if isinstance(metadata, dict) else {})
+    return Shot(place, prompt, row["row"] if known else prompt.text)
 
 
 def score_folder(
@@ -107,7 +101,7 @@ def score_folder(
     shots: Sequence[Shot],
     scores: Sequence[TaskScore],
     record: Path,
-    settings: str,
+    settings: Mapping[str, Any],
     device: str = "cpu",
     batch_size: int = 32,
 ) -> FolderScores:
@@ -117,101 +111,48 @@ def score_folder(
         name: Name of the directory in tables.
         shots: The pictures.
         scores: What to compute.
-        record: JSON lines: the scores' settings, then for each picture its digest and prompt, and its value and the
-            parts of the value by score.
-        settings: Names what the scores are; a record of others is not continued.
+        record: JSON lines: the settings of each score, then for each picture its digest, prompt and metadata, and its
+            value and the parts of the value by score. Further scores may be added to it.
+        settings: Of each score, by its name, as they were before it judged anything: attributes may change meanwhile.
         device: Where the scores' networks are.
         batch_size: Pictures scored at once.
 
     Raises:
-        UserError: If a picture cannot be read or judged, or the record is of other scores.
+        UserError: If a picture cannot be read or judged, or the record has a score with other settings.
     """
     for score in scores:
         score.check([shot.prompt for shot in shots])
     digests = [hashlib.sha256(shot.file.read_bytes()).hexdigest() for shot in shots]
-    known = _read_record(record, settings)
-    keys = [(digest, shot.prompt.text) for digest, shot in zip(digests, shots, strict=True)]
+    there, known = _read_record(record, settings)
     prompts = [shot.prompt for shot in shots]
-    absent = [i for i, key in enumerate(keys) if not _is_complete(known.get(key, {}), scores, prompts[i])]
+    keys = [_key(digest, prompt) for digest, prompt in zip(digests, prompts, strict=True)]
+
+    def lacks(i: int, score: TaskScore) -> bool:
+        """Whether a picture has no value of a score, or not all of its parts."""
+        value = known.get(keys[i], {}).get(score.name)
+        return value is None or len(value.parts) != len(score.part_names(prompts[i]))
+
+    absent = [i for i in range(len(shots)) if any(lacks(i, score) for score in scores)]
     with tqdm(desc=f"scoring {name}", unit="picture", total=len(shots), initial=len(shots) - len(absent)) as bar:
         for rows, images in _batches([shots[i].file for i in absent], batch_size):
-            mine = [absent[row] for row in rows]
-            values = judged(scores, images, [prompts[i] for i in mine], torch.device(device))
-            for number, i in enumerate(mine):
-                known[keys[i]] = {**known.get(keys[i], {}), **{score: values[score][number] for score in values}}
-            _write_record(record, settings, known)
-            bar.update(len(mine))
+            for score in scores:
+                mine = [row for row in rows if lacks(absent[row], score)]
+                if not mine:
+                    continue
+                score.place(torch.device(device))
+                pictures = images[[row - rows[0] for row in mine]].to(device)
+                values = score.values_of(pictures, [prompts[absent[row]] for row in mine])
+                for row, value in zip(mine, values, strict=True):
+                    known.setdefault(keys[absent[row]], {})[score.name] = value
+            _write_record(record, there, known)
+            bar.update(len(rows))
     found: dict[str, Interval] = {}
+    owners, tasks = [shot.owner for shot in shots], [task_of(prompt) for prompt in prompts]
     for score in scores:
-        mine_of = [known[key][score.name] for key in keys]
         names = [score.part_names(prompt) for prompt in prompts]
-        by_name = {
-            **intervals([each.value for each in mine_of], prompts),
-            **part_intervals([each.parts for each in mine_of], names, prompts),
-        }
+        by_name = intervals([known[key][score.name] for key in keys], tasks, names, owners)
         found |= {f"{score.name}/{task}": interval for task, interval in by_name.items()}
-    return FolderScores(name, len(shots), len({prompt.text for prompt in prompts}), found)
-
-
-def _is_complete(known: Mapping[str, Value], scores: Sequence[TaskScore], prompt: Prompt) -> bool:
-    """Whether a picture has a value of every score, with its parts."""
-    return all(
-        score.name in known and len(known[score.name].parts) == len(score.part_names(prompt)) for score in scores
-    )
-
-
-@torch.no_grad()
-def judged(
-    scores: Sequence[TaskScore], images: Tensor, prompts: Sequence[Prompt], device: torch.device
-) -> dict[str, list[Value]]:
-    """One value per picture by score."""
-    found = {}
-    for score in scores:
-        score.place(device)
-        values, parts = score.judge_parts(images.to(device), prompts)
-        each = zip(values.float().tolist(), parts, strict=True)
-        found[score.name] = [Value(value, tuple(mine.float().tolist())) for value, mine in each]
-    return found
-
-
-def intervals(values: Sequence[float], prompts: Sequence[Prompt]) -> dict[str, Interval]:
-    """Mean by task and over the tasks, with 95% bootstrap intervals over prompts.
-
-    The pictures of a prompt are averaged first: they are no independent samples of the test set.
-
-    Args:
-        values: One for each picture.
-        prompts: The prompt of each picture.
-    """
-    by_task: dict[str, dict[str, list[float]]] = {}
-    for value, prompt in zip(values, prompts, strict=True):
-        by_task.setdefault(task_of(prompt), {}).setdefault(prompt.text, []).append(value)
-    parts = {task: np.array([np.mean(each) for each in by_text.values()]) for task, by_text in by_task.items()}
-    overall = {"overall": bootstrap_mean(list(parts.values()))}
-    return overall if list(parts) == [NO_TASK] else {**overall, **{t: bootstrap_mean([p]) for t, p in parts.items()}}
-
-
-def part_intervals(
-    parts: Sequence[Sequence[float]], names: Sequence[Sequence[str]], prompts: Sequence[Prompt]
-) -> dict[str, Interval]:
-    """Mean over the parts of each name, with 95% bootstrap intervals over prompts.
-
-    Args:
-        parts: Of each picture.
-        names: Of its parts.
-        prompts: The prompt of each picture.
-    """
-    by_name: dict[str, dict[str, list[list[float]]]] = {}
-    for mine, named, prompt in zip(parts, names, prompts, strict=True):
-        for name in dict.fromkeys(named):
-            chosen = [value for value, other in zip(mine, named, strict=True) if other == name]
-            by_name.setdefault(name, {}).setdefault(prompt.text, []).append(chosen)
-    found = {}
-    for name, by_text in by_name.items():
-        sums = np.array([np.mean([np.sum(each) for each in pictures]) for pictures in by_text.values()])
-        sizes = np.array([np.mean([len(each) for each in pictures]) for pictures in by_text.values()])
-        found[name] = bootstrap_share(sums, sizes)
-    return found
+    return FolderScores(name, len(shots), len(set(owners)), found)
 
 
 def _batches(files: Sequence[Path], size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -231,43 +172,58 @@ def _batches(files: Sequence[Path], size: int) -> Iterator[tuple[list[int], Tens
 
 
 def _load(file: Path) -> Tensor:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"not a readable image: {error}", where=str(file)) from error
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
-Key = tuple[str, str]
-"""Digest of a picture, and its prompt."""
+Key = tuple[str, str, str]
+"""Digest of a picture, its prompt, and the digest of the prompt's metadata, empty if it has none."""
 
 
-def _read_record(record: Path, settings: str) -> dict[Key, dict[str, Value]]:
+def _key(digest: str, prompt: Prompt) -> Key:
+    metadata = json.dumps(prompt.metadata, sort_keys=True, default=str)
+    return digest, prompt.text, hashlib.sha256(metadata.encode()).hexdigest() if prompt.metadata else ""
+
+
+def _read_record(record: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Key, dict[str, Value]]]:
+    """Settings of all scores, those of the record and the given ones, and what the record has."""
+    here = json.loads(json.dumps(settings))
     if not record.is_file():
-        return {}
+        return here, {}
     another = "remove it, or use another --out"
     try:
-        first, *rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+        first, *rows = [json.loads(line) for line in record.read_bytes().splitlines()]
         there = first["settings"]
-        known = {(row["picture"], row["prompt"]): _values(row["scores"], row.get("parts", {})) for row in rows}
+        known = {
+            (row["picture"], row["prompt"], row.get("metadata", "")): _values(row["scores"], row.get("parts", {}))
+            for row in rows
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("not a record of scores", where=str(record), remedy=another) from error
-    if there != settings:
-        raise UserError("it was made with other scores", where=str(record), remedy=another)
-    return known
+    if not isinstance(there, dict):
+        raise UserError("it was written by an earlier version", where=str(record), remedy=another)
+    if other := [name for name in here if name in there and there[name] != here[name]]:
+        raise UserError(f"its score {other[0]!r} had other settings", where=str(record), remedy=another)
+    return {**there, **here}, known
 
 
 def _values(scores: dict[str, Any], parts: dict[str, Any]) -> dict[str, Value]:
     return {name: Value(float(value), tuple(map(float, parts.get(name, ())))) for name, value in scores.items()}
 
 
-def _write_record(record: Path, settings: str, known: dict[Key, dict[str, Value]]) -> None:
+def _write_record(record: Path, settings: dict[str, Any], known: dict[Key, dict[str, Value]]) -> None:
     rows: list[Any] = [{"settings": settings}]
-    for (digest, text), values in known.items():
+    for (digest, text, metadata), values in known.items():
         row = {"picture": digest, "prompt": text, "scores": {name: each.value for name, each in values.items()}}
         parts = {name: each.parts for name, each in values.items() if each.parts}
-        rows.append({**row, "parts": parts} if parts else row)
-    write_atomically(record, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows.append({**row, **({"metadata": metadata} if metadata else {}), **({"parts": parts} if parts else {})})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(record, text.encode("utf-8", "backslashreplace"))

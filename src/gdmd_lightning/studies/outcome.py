@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.metrics.intervals import Interval
 from gdmd_lightning.studies.scorecards import Row
 from gdmd_lightning.studies.tasks import Task
 from gdmd_lightning.studies.watch import WATCHED

@@ -7,8 +7,6 @@ them is in memory.
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import os
 import re
@@ -20,22 +18,21 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
 from gdmd_lightning.configuration.restore import picture_size
 from gdmd_lightning.data.readers import PromptSource, is_endless, open_source
 from gdmd_lightning.errors import UserError, without_middle
-from gdmd_lightning.files import atomic_file, failures_named, write_atomically
+from gdmd_lightning.files import append_lines, atomic_file, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import content_digest
+from gdmd_lightning.pictures import LIST, encode_png, picture_name, to_bytes
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.strategies.shards import is_sharded
 from gdmd_lightning.streams import draw_noise, stream
 
 FILE_NAME = re.compile(r"(\d{6,})-(\d+)\.png")
-LIST = "pictures.jsonl"
 QUOTED = 60  # characters of a prompt in a message
 ANOTHER_DIRECTORY = "give another directory, or remove the pictures in this one"
 
@@ -57,7 +54,7 @@ class Picture:
     @property
     def name(self) -> str:
         """The file's name."""
-        return f"{self.row:06d}-{self.number}.png"
+        return picture_name(self.row, self.number)
 
     def rng(self, seed: int) -> torch.Generator:
         """Random stream of this picture: its initial noise, then the noise that a stochastic sampler adds."""
@@ -266,27 +263,13 @@ def write_pictures(
     done = existing.wanted - existing.missing
     with tqdm(desc="sampling", unit="picture", total=existing.wanted, initial=done) as bar:
         while pictures := list(islice(absent, batch)):
-            pixels = (255 * generate(module, pictures, origin)).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            pixels = to_bytes(generate(module, pictures, origin))
             for picture, one in zip(pictures, pixels, strict=True):
                 chunks = {"prompt": picture.prompt.text, "method": type(module).__name__, **origin.text_chunks()}
                 chunks |= {"row": str(picture.row), "number": str(picture.number)}
                 write_atomically(out / picture.name, encode_png(one, chunks))
-                _append(out / LIST, _line(picture, origin))
+                append_lines(out / LIST, _line(picture, origin))
             bar.update(len(pictures))
-
-
-def encode_png(pixels: Tensor, chunks: dict[str, str]) -> bytes:
-    """A PNG file.
-
-    Args:
-        pixels: ``[H, W, 3]``, 8 bits.
-        chunks: Text chunks by their keys.
-    """
-    info, file = PngInfo(), io.BytesIO()
-    for key, value in chunks.items():
-        info.add_text(key, value)
-    Image.fromarray(pixels.numpy()).save(file, "PNG", pnginfo=info)
-    return file.getvalue()
 
 
 def write_list(pictures: Iterable[Picture], origin: Origin, out: Path) -> None:
@@ -313,15 +296,3 @@ def _line(picture: Picture, origin: Origin) -> bytes:
     }
     metadata = {"metadata": picture.prompt.metadata} if picture.prompt.metadata else {}
     return json.dumps({**row, **metadata}, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Add a line to a file, whole or not at all."""
-    with failures_named(path), path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            if (written := file.write(line)) != len(line):
-                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes fit")
-        except OSError:
-            file.truncate(before)
-            raise

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.metrics.evaluation import evaluate
-from gdmd_lightning.metrics.scores import Interval
+from gdmd_lightning.metrics.intervals import Interval
 from gdmd_lightning.studies.contestants import Contestant
 from gdmd_lightning.studies.tasks import Task
 from gdmd_lightning.studies.watch import Watch

@@ -15,7 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from gdmd_lightning.metrics.attributes import FreeChoices, free_choices
 from gdmd_lightning.metrics.distance import frechet_distance, total_variation
 from gdmd_lightning.metrics.evaluation import Generate, fixed_noise
-from gdmd_lightning.metrics.scores import Interval, bootstrap_mean
+from gdmd_lightning.metrics.intervals import Interval, Units, bootstrap
 from gdmd_lightning.metrics.variety import pairwise_distance
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, Range, Seed, ranged
@@ -70,11 +70,11 @@ class Watch:
         distances = pairwise_distance(images.unflatten(0, (-1, self.samples))).cpu()
         mine, truth = free_choices(images, self.prompts, ShapesDetector(), COLORS), true_choices(self)
         return {
-            "diversity": bootstrap_mean([distances.numpy()]),
+            "diversity": bootstrap([Units.single(distances.numpy())]),
             "color_bias": _choice_interval(mine.color, truth.color),
             "position_bias": _choice_interval(mine.position, truth.position),
             "size_bias": _choice_interval(mine.size, truth.size),
-            "latent_std": bootstrap_mean([latents.flatten(1).std(1).double().cpu().numpy()]),
+            "latent_std": bootstrap([Units.single(latents.flatten(1).std(1).double().cpu().numpy())]),
             "latent_distance": _distance_interval(_pooled(latents), self._reference(contestant), self.samples),
         }
 
