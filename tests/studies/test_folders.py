@@ -348,15 +348,15 @@ def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_
         (["--pictures", "x"], "--pictures: 'x' is not NAME=PATH"),
         (["--pictures", "a/b=x"], "--pictures: 'a/b=x' is not NAME=PATH"),
         (["--pictures", "a=x", "--pictures", "a=y"], "--pictures: a name is given twice"),
-        (["--pictures", "a=x", "--checkpoint", "b=y"], "--pictures: checkpoints and pictures cannot be scored"),
-        (
-            ["--scores", '[{"class_path": "GenEvalScore"}]'],
-            "--scores: only with --pictures or --pipeline; ",
-        ),
+        (["--pictures", "a=x", "--checkpoint", "a=y"], "--pictures: a name is given twice"),
+        (["--scores", '[{"class_path": "GenEvalScore"}]'], "--scores: there is nothing to score; give --pictures, "),
         (["--steps", "3"], "--steps: only with --pipeline; "),
-        (["--pictures", "a=x", "--seed", "3"], "--seed: only with --pipeline; "),
-        (["--pictures", "a=x", "--count", "3"], "--count: only with --pipeline; "),
-        (["--pipeline", "a=x", "--teacher_steps", "3"], "--teacher_steps: only for checkpoints and the teacher; "),
+        (["--checkpoint", "a=x", "--seed", "3"], "--seed: only with --pipeline, or with --checkpoint and --scores; "),
+        (["--pictures", "a=x", "--per_prompt", "3"], "--per_prompt: only with --pipeline, or with --checkpoint and"),
+        (["--pictures", "a=x", "--count", "3"], "--count: only with --pipeline or --checkpoint; "),
+        (["--pipeline", "a=x", "--teacher", "y"], "--teacher: only with --checkpoint; "),
+        (["--checkpoint", "a=x", "--batch_size", "3"], "--batch_size: only with --scores, --pictures or --pipeline; "),
+        (["--pipeline", "a=x", "--teacher_steps", "3"], "--teacher_steps: only for Shapes' teacher, without --scores"),
         (["--pictures", "a=nowhere"], "nowhere: it has no pictures.jsonl"),
         (["--pictures", "a=x", "--batch_size", "0"], "--batch_size: it is 0"),
     ],
@@ -430,6 +430,30 @@ def test_pipeline_that_cannot_be_loaded_or_fails_is_one_line(complaint, tiny_pip
     assert not (tmp_path / "out").exists()
     odd = complaint(*usual, "--pipeline", f"b={tiny_pipeline}", "--height", "33", "--width", "32")
     assert odd.startswith(f"--pipeline {tiny_pipeline}: fails: ValueError: ")
+
+
+def test_evaluate_draws_checkpoints_as_sample_does_and_scores_them_with_anything(
+    recorded_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    last = str(recorded_run / "checkpoints" / "last.ckpt")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    scores = '[{"class_path": "RewardScore", "init_args": {"reward": {"class_path": "tiny.Brightness"}}}]'
+    drawn = ["--per_prompt=2", "--seed=5", "--trust=tiny"]
+    main(["sample", last, "prompts.txt", "samples", *drawn])
+    asked = ["--checkpoint", f"mine={last}", "--pictures", "same=samples", "--prompts=prompts.txt", "--scores", scores]
+    main(["evaluate", *asked, *drawn, "--out=out", "--batch_size=8"])
+    same, mine = json.loads(Path("out/scores.json").read_text())
+    assert (mine["name"], mine["pictures"], mine["prompts"]) == ("mine", 4, 2)
+    assert mine["scores"] == same["scores"]
+    names = {path.name: path.read_bytes() for path in Path("samples").glob("*.png")}
+    assert {path.name: path.read_bytes() for path in Path("out/mine").glob("*.png")} == names
+    Path("out/mine/000001-1.png").unlink()
+    main(["evaluate", *asked, *drawn, "--out=out", "--batch_size=8"])
+    assert {path.name: path.stat().st_size > 0 for path in Path("out/mine").glob("*.png")} == dict.fromkeys(names, True)
+    with pytest.raises(SystemExit):
+        main(["evaluate", *asked, "--seed=6", "--trust=tiny", "--out=out"])
+    assert "made with seed '5', not '6'; give another directory" in capsys.readouterr().err
 
 
 def test_evaluate_scores_what_sample_has_written(recorded_run, tmp_path, monkeypatch, capsys):

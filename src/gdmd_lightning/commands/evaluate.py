@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,11 +21,12 @@ from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps
 
 if TYPE_CHECKING:
     from gdmd_lightning.methods.base import DistillationModule
+    from gdmd_lightning.prompts import Prompt
     from gdmd_lightning.studies.tasks import Task
 
 
 def main(arguments: list[str]) -> int:
-    """``evaluate [--checkpoint NAME=PATH ...]`` or ``evaluate --pictures NAME=DIR ... --config scores.yaml``."""
+    """``evaluate [--checkpoint NAME=PATH ...]``, or with ``--scores``, ``--pictures`` or ``--pipeline``: any scores."""
     parser = ArgumentParser(
         prog="gdmd_lightning evaluate", description=__doc__, exit_on_error=False, allow_abbrev=False
     )
@@ -34,9 +37,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", action="config", help="YAML file with these options, such as scores")
     parser.add_argument(
-        "--scores", type=list[dict], default=[], help="of pictures and pipelines; default: those of Shapes"
+        "--scores", type=list[dict], default=[], help="to compute; default: those of Shapes, next to its teacher's"
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures of a directory scored at once")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures scored, or drawn by a checkpoint, at once")
     parser.add_argument("--steps", type=int, default=30, help="steps of pipelines")
     parser.add_argument("--pipeline_guidance", type=float, default=4.5, help="guidance scale of pipelines")
     parser.add_argument("--height", type=int | None, default=None, help="height of pipelines' pictures, in pixels")
@@ -44,8 +47,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of pipelines"
     )
-    parser.add_argument("--per_prompt", type=int, default=1, help="pictures of a prompt by each pipeline")
-    parser.add_argument("--seed", type=int, default=0, help="seed of pipelines' noise")
+    parser.add_argument("--per_prompt", type=int, default=1, help="pictures of a prompt that are drawn and kept")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their noise")
     add_loading_options(parser)
     parser.add_argument("--teacher_steps", type=int, default=30, help="steps of the guided teacher")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="guidance scale of the teacher")
@@ -59,28 +62,40 @@ def main(arguments: list[str]) -> int:
     check_options(options, steps=Steps, pipeline_guidance=NonNegative, height=Count, width=Count)
     check_options(options, per_prompt=Count, seed=Seed)
     _refuse_unused(options, parser.get_defaults())
-    return _score_folders(options) if options.pictures or options.pipeline else _score_generators(options)
+    return _score_pictures(options) if _keeps_pictures(options) else _score_generators(options)
 
 
-OF_PIPELINES = ("steps", "pipeline_guidance", "height", "width", "dtype", "per_prompt", "seed")
-OF_DIRECTORIES = ("scores", "batch_size")
+OF_PIPELINES = ("steps", "pipeline_guidance", "height", "width", "dtype")
+OF_CHECKPOINTS = ("teacher", "trust")
 OF_PROMPTS = ("prompts", "count", "column", "split", "tag")
-OF_CHECKPOINTS = ("teacher", "trust", "teacher_steps", "guidance_scale")
+OF_DRAWINGS = ("per_prompt", "seed")
+OF_TEACHERS = ("teacher_steps", "guidance_scale")
+
+
+def _keeps_pictures(options: Namespace) -> bool:
+    """Whether pictures are files that are scored, and not those of Shapes' teacher and of checkpoints next to it."""
+    return bool(options.pictures or options.pipeline or options.scores)
 
 
 def _refuse_unused(options: Namespace, defaults: Namespace) -> None:
     """Fail if an option would be ignored."""
-    directories = bool(options.pictures or options.pipeline)
+    files = _keeps_pictures(options)
+    drawn = bool(options.pipeline or options.checkpoint)
     unused = {
-        "--pipeline": () if options.pipeline else (*OF_PIPELINES, *(OF_PROMPTS if directories else ())),
-        "--pictures or --pipeline": () if directories else OF_DIRECTORIES,
-        "--checkpoint": OF_CHECKPOINTS if directories else (),
+        "with --pipeline": () if options.pipeline else OF_PIPELINES,
+        "with --pipeline or --checkpoint": OF_PROMPTS if files and not drawn else (),
+        "with --checkpoint": OF_CHECKPOINTS if files and not options.checkpoint else (),
+        "with --pipeline, or with --checkpoint and --scores": () if files and drawn else OF_DRAWINGS,
+        "with --scores, --pictures or --pipeline": () if files else ("batch_size",),
+        "for Shapes' teacher, without --scores, --pictures and --pipeline": OF_TEACHERS if files else (),
     }
-    for wanted, names in unused.items():
+    for when, names in unused.items():
         for name in names:
             if options[name] != defaults[name]:
-                what = "only for checkpoints and the teacher" if wanted == "--checkpoint" else f"only with {wanted}"
-                raise UserError(what, where=f"--{name}", remedy="leave it out, or make pictures with sample first")
+                raise UserError(f"only {when}", where=f"--{name}", remedy="leave it out")
+    if files and not (drawn or options.pictures):
+        remedy = "give --pictures, --pipeline or --checkpoint"
+        raise UserError("there is nothing to score", where="--scores", remedy=remedy)
 
 
 def _score_generators(options: Namespace) -> int:
@@ -106,16 +121,12 @@ def _score_generators(options: Namespace) -> int:
     return 0
 
 
-def _score_folders(options: Namespace) -> int:
-    if options.checkpoint:
-        raise UserError(
-            "checkpoints and pictures cannot be scored together",
-            where="--pictures",
-            remedy="make pictures of the checkpoints with sample, and give their directories too",
-        )
-    pictures = [_named(given, "--pictures") for given in options.pictures]
-    pipelines = [_named(given, "--pipeline") for given in options.pipeline]
-    named = [name for name, _ in [*pictures, *pipelines]]
+def _score_pictures(options: Namespace) -> int:
+    """Score directories, and what checkpoints and pipelines draw into directories of OUT."""
+    pictures, pipelines, checkpoints = (
+        [_named(given, f"--{kind}") for given in options[kind]] for kind in ("pictures", "pipeline", "checkpoint")
+    )
+    named = [name for name, _ in [*pictures, *pipelines, *checkpoints]]
     if len(set(named)) < len(named):
         raise UserError("a name is given twice", where="--pictures", remedy="give each row of the table its own name")
     from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
@@ -127,7 +138,7 @@ def _score_folders(options: Namespace) -> int:
 
     shots = {name: read_folder(Path(directory)) for name, directory in pictures}
     columns = {name: options[name] for name in ("column", "split", "tag")}
-    prompts = read_evaluation_prompts(options.prompts, options.count, **columns) if pipelines else []
+    prompts = read_evaluation_prompts(options.prompts, options.count, **columns) if pipelines or checkpoints else []
     scores = built_scores(options.scores) if options.scores else shapes_scores()
     settings = {score.name: score.settings() for score in scores}
     for score in scores:
@@ -135,13 +146,16 @@ def _score_folders(options: Namespace) -> int:
             score.check(asked)
         score.prepare()
     device = usable_device(options.device)
+    draw = [_drawing_of_checkpoint(options, name, path, prompts, device) for name, path in checkpoints]
     rows = []
     with output_directory(options.out):
         for name, path in pipelines:
             how = {"height": options.height, "width": options.width, "dtype": options.dtype, "seed": options.seed}
             drawing = Drawing(path, options.steps, options.pipeline_guidance, **how)
             draw_pictures(drawing, prompts, options.per_prompt, options.out / name, device)
-            shots[name] = read_folder(options.out / name)
+        for drawn in draw:
+            drawn()
+        shots |= {name: read_folder(options.out / name) for name, _ in [*pipelines, *checkpoints]}
         for name, each in shots.items():
             record = options.out / f"{name}.jsonl"
             rows.append(score_folder(name, each, scores, record, settings, device, options.batch_size))
@@ -149,6 +163,26 @@ def _score_folders(options: Namespace) -> int:
     print(folder_table(rows))
     print(f"\nscores: {options.out / 'scores.json'}\neach picture: {options.out}/NAME.jsonl")
     return 0
+
+
+def _drawing_of_checkpoint(
+    options: Namespace, name: str, path: str, prompts: Sequence[Prompt], device: str
+) -> Callable[[], object]:
+    """What makes the pictures that OUT/NAME lacks, as ``sample`` does, after a check of those that are there."""
+    from gdmd_lightning.configuration.restore import load_module
+    from gdmd_lightning.studies.sampling import Origin, Picture, complete, existing_pictures, open_checkpoint
+
+    digest, size = open_checkpoint(path)
+    origin, out = Origin(options.seed, Path(path).name, digest, *size), options.out / name
+    wanted = [Picture(row, n, prompt) for row, prompt in enumerate(prompts) for n in range(options.per_prompt)]
+    existing = existing_pictures(out, wanted, origin)
+    load = partial(load_module, path, device, role="ema", teacher=options.teacher, trust=options.trust)
+
+    def draw() -> None:
+        out.mkdir(exist_ok=True)
+        complete(out, wanted, existing, origin, load, options.batch_size)
+
+    return draw
 
 
 def _named(given: str, option: str) -> tuple[str, str]:

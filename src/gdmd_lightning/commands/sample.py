@@ -7,8 +7,8 @@ a picture depends on its prompt's row, its number, the seed, its size and the ch
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -22,20 +22,15 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import output_directory
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Whole
 
+if TYPE_CHECKING:
+    from gdmd_lightning.methods.base import DistillationModule
+
 
 def main(arguments: list[str]) -> int:
     """``sample CHECKPOINT PROMPTS OUT``."""
     options = _parse(arguments)
     from gdmd_lightning.configuration.restore import load_module
-    from gdmd_lightning.studies.sampling import (
-        LIST,
-        Origin,
-        existing_pictures,
-        open_checkpoint,
-        wanted_pictures,
-        write_list,
-        write_pictures,
-    )
+    from gdmd_lightning.studies.sampling import Origin, complete, existing_pictures, open_checkpoint, wanted_pictures
 
     out, device = options.out, usable_device(options.device)
     digest, trained = open_checkpoint(options.checkpoint)
@@ -45,22 +40,13 @@ def main(arguments: list[str]) -> int:
     columns = options.column, options.split
     wanted = wanted_pictures(options.prompts, *columns, options.count, options.per_prompt, options.tag)
     existing = existing_pictures(out, wanted, origin)
-    seconds = 0.0
+    loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
+
+    def load() -> DistillationModule:
+        return load_module(options.checkpoint, device, size=(height, width), **loading)
+
     with output_directory(out):
-        if existing.missing:
-            loading = {"role": "ema", "teacher": options.teacher, "trust": options.trust}
-            module = load_module(options.checkpoint, device, size=(height, width), **loading)
-            if existing.names or (out / LIST).exists():
-                write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
-            began = time.perf_counter()
-            try:
-                write_pictures(module, wanted, existing, origin, out, options.batch_size)
-            except KeyboardInterrupt:
-                print("run the same command again to continue")
-                raise
-            seconds = (time.perf_counter() - began) / existing.missing
-        if existing.names:  # otherwise the list was written in the order of the prompts
-            write_list(wanted, origin, out)
+        seconds = complete(out, wanted, existing, origin, load, options.batch_size)
     print(f"pictures: {out} ({existing.missing} made, {existing.wanted - existing.missing} existed)")
     print(f"seconds per picture: {seconds:.3f}" if existing.missing else "all pictures existed")
     return 0

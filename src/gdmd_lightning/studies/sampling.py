@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -270,6 +271,44 @@ def write_pictures(
                 write_atomically(out / picture.name, encode_png(one, chunks))
                 append_lines(out / LIST, _line(picture, origin))
             bar.update(len(pictures))
+
+
+def complete(
+    out: Path,
+    wanted: Iterable[Picture],
+    existing: Existing,
+    origin: Origin,
+    load: Callable[[], DistillationModule],
+    batch: int,
+) -> float:
+    """Make what a directory lacks, and list all wanted pictures.
+
+    Args:
+        out: An existing directory.
+        wanted: The requested pictures, which are iterated over several times.
+        existing: What ``out`` already has.
+        origin: What the pictures have in common.
+        load: Loads the module; called only if something is missing.
+        batch: Pictures made at once.
+
+    Returns:
+        Seconds per picture made; 0 if none was.
+    """
+    seconds = 0.0
+    if existing.missing:
+        module = load()
+        if existing.names or (out / LIST).exists():
+            write_list((p for p in wanted if p.name in existing.names) if existing.names else (), origin, out)
+        began = time.perf_counter()
+        try:
+            write_pictures(module, wanted, existing, origin, out, batch)
+        except KeyboardInterrupt:
+            print("run the same command again to continue")
+            raise
+        seconds = (time.perf_counter() - began) / existing.missing
+    if existing.names:  # otherwise the list was written in the order of the prompts
+        write_list(wanted, origin, out)
+    return seconds
 
 
 def write_list(pictures: Iterable[Picture], origin: Origin, out: Path) -> None:
