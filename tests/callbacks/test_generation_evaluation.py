@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.image import imread
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.refl import ReFL
@@ -177,6 +178,23 @@ def test_several_pictures_of_a_prompt_have_different_noise(tiny_pipeline, tmp_pa
     trainer = tiny.train(quick(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path)
     assert trainer.logged_metrics["eval/brightness/overall"].isfinite()
     assert tests.state_key != evaluation().state_key
+
+
+def test_trainer_validate_evaluates_a_checkpoint_once(tiny_pipeline, tmp_path):
+    tests = evaluation(every_n_updates=2, score_teacher=True, teacher_steps=2)
+    saved = tiny.SaveAfter(2, tmp_path / "two.ckpt")
+    trained = tiny.train(quick(tiny_pipeline), 2, callbacks=[tests, saved], default_root_dir=tmp_path / "fit")
+    module, again = quick(tiny_pipeline), evaluation(every_n_updates=2, score_teacher=True, teacher_steps=2)
+    validating = tiny.trainer(1, callbacks=[again], default_root_dir=tmp_path / "validate", logger=False)
+    (found,) = validating.validate(module, datamodule=PromptDataModule("shapes"), ckpt_path=tmp_path / "two.ckpt")
+    for name in ("eval/brightness/overall", "teacher/brightness/overall"):
+        assert found[name] == pytest.approx(float(trained.logged_metrics[name]), abs=1e-7)
+    assert (tmp_path / "validate" / "evaluations" / "shapes" / "000002" / "pictures.jsonl").is_file()
+    # And a run that trains does not validate.
+    steps = []
+    module.validation_step = lambda *given: steps.append(given)
+    tiny.train(module, 1, default_root_dir=tmp_path)
+    assert not steps
 
 
 def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):

@@ -33,7 +33,7 @@ from gdmd_lightning.streams import streams_of
 
 @ranged
 class GenerationEvaluation(pl.Callback):
-    """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
+    """Scores the generator at regular intervals, at the end and in ``trainer.validate``, next to its teacher.
 
     Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
     TensorBoard and to ``pictures/`` in the run's directory. Every picture is kept as PNG in ``evaluations/``, in a
@@ -140,6 +140,12 @@ class GenerationEvaluation(pl.Callback):
         assert isinstance(pl_module, DistillationModule)
         last = trainer.global_step >= trainer.max_steps > 0
         if pl_module.updates % self.every_n_updates == 0 or last:
+            self.run(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate once in ``trainer.validate``."""
+        assert isinstance(pl_module, DistillationModule)
+        if trainer.validating:
             self.run(trainer, pl_module)
 
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
@@ -269,6 +275,9 @@ def _of_teacher(module: DistillationModule, steps: int, guidance: float, noise: 
 
 def log_figures(trainer: pl.Trainer, module: DistillationModule, measured: dict[str, Any]) -> None:
     """Log figures at this update, once in every logger; callbacks such as ``ModelCheckpoint`` see them too."""
+    if trainer.validating:
+        module.log_dict(measured, batch_size=1)  # Lightning logs them once, and returns them from validate
+        return
     # Loggers are called here: Lightning would log them at its own interval, not at all or again and again.
     module.log_dict(measured, logger=False, batch_size=1)
     trainer.logged_metrics.update(measured)

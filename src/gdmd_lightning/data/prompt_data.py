@@ -177,6 +177,13 @@ class PromptDataModule(LightningDataModule):
         loader = PromptLoader(self._stream, self.num_workers)
         return loader if self.trainer is None else InTransitLoader(loader)
 
+    def val_dataloader(self) -> list[DataLoader[int]]:
+        """One batch without a prompt for ``trainer.validate``, in which callbacks evaluate; none while a run trains."""
+        if self.trainer is None or not self.trainer.validating:
+            return []
+        nothing: Any = range(self.trainer.world_size)
+        return [DataLoader(nothing)]
+
     def texts(self) -> Iterator[str]:
         """Texts of one pass over the source; for an endless one, all texts that it draws from."""
         if isinstance(self.prompts, ShapesPrompts):

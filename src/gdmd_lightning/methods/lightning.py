@@ -387,6 +387,13 @@ class RoleModule(pl.LightningModule):
         self.log_dict(seconds | {"train/seconds": sum(seconds.values())}, batch_size=len(batch))
         return {"record": done.record, "logs": logs}
 
+    def on_validation_start(self) -> None:
+        """Move text encoders and VAE to the device, for ``trainer.validate``."""
+        self.family.to(self.device)
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """Nothing: ``trainer.validate`` is for callbacks such as ``GenerationEvaluation``, with their own prompts."""
+
     def _engine_kind(self) -> type[LightningEngine]:
         if self.multi_engine is not None:
             return DeepSpeedEngine
