@@ -1702,6 +1702,16 @@ MUTATIONS = [
         ("overlap the other way", "< max_overlap for other", "> max_overlap for other"),
     ),
     *errors(
+        "geneval/rules.py",
+        ("geneval/test_rules.py",),
+        (
+            "earlier of equal scores first",
+            'np.argsort(scores, kind="stable")[::-1]',
+            'np.argsort(-scores, kind="stable")',
+        ),
+        ("scores in float64", "for found in detections], dtype=np.float32)", "for found in detections])"),
+    ),
+    *errors(
         "rewards/geneval.py",
         ("geneval/test_geneval_reward.py",),
         ("grading ignored", 'if self.grading == "graded":', "if True:"),
