@@ -629,6 +629,7 @@ MUTATIONS = [
         "geneval/metadata.py",
         ("geneval/test_metadata.py",),
         ("excluded clauses unchecked", 'prompt.metadata.get("exclude", [])', "[]"),
+        ("unknown keys of a clause ignored", "sorted(clause.keys() - set(KEYS[kind]), key=str)", "[]"),
         ("landmark out of range", "and 0 <= position[1] < clauses", "and 0 <= position[1]"),
     ),
     *errors(
