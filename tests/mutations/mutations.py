@@ -1956,6 +1956,7 @@ MUTATIONS = [
     *errors(
         "rewards/ocr.py",
         ("rewards/test_published_rewards.py",),
+        ("whole prompt wanted in a picture", "isinstance(text, str) and text != prompt.text", "isinstance(text, str)"),
         ("picture upside down for OCR", "picture[..., ::-1]", "picture[::-1]"),
         (
             "distance longer than the text",

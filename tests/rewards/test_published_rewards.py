@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from gdmd_lightning.data.readers import open_source
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized, pad_square
 from gdmd_lightning.prompts import Prompt
@@ -22,7 +23,7 @@ from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.rewards.hpsv2 import HPSv2
 from gdmd_lightning.rewards.image_reward import ImageReward, build, published_sizes, renamed
 from gdmd_lightning.rewards.network import distinct
-from gdmd_lightning.rewards.ocr import OCRReward, similarity
+from gdmd_lightning.rewards.ocr import OCRReward, similarity, wanted
 from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.shapes.detector import ShapesDetector
 
@@ -409,6 +410,16 @@ def test_ocr_reads_rendered_text(ocr):
     pictures = written("OPEN 24 HOURS").expand(3, -1, -1, -1)
     assert checked_score(ocr, pictures, prompts).tolist() == pytest.approx([1, 0, 0])
     assert checked_score(ocr, torch.ones(1, 3, 64, 64), prompts[:1]).item() == 0
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_ocr_wants_the_quoted_text_of_prompts_under_the_key_text(ocr, tmp_path, name):
+    (tmp_path / name).write_text('[{"text": "it says \\"open\\""}]'.strip("[]" if name == "p.jsonl" else ""))
+    (prompt,) = open_source(str(tmp_path / name), column="text").read()
+    assert wanted(prompt) == "open"
+    (tmp_path / name).write_text('[{"text": "a sign"}]'.strip("[]" if name == "p.jsonl" else ""))
+    with pytest.raises(UserError, match="prompt 'a sign' asks for no text"):
+        ocr.check(list(open_source(str(tmp_path / name), column="text").read()))
 
 
 def test_ocr_refuses_a_prompt_without_text(ocr):
