@@ -1779,7 +1779,7 @@ MUTATIONS = [
         ("rewards/test_hpsv3.py",),
         ("deviation as the score", "weight.dtype))[:, 0]", "weight.dtype))[:, 1]"),
         ("positions of rows and columns", 'inputs["position_ids"] = (', "_ = ("),
-        ("head in half precision", 'network["backbone"].to(self.dtype)', "network.to(self.dtype)"),
+        ("head of HPSv3 in half precision", "cast_but_head(network, self.dtype)", "network.to(self.dtype)"),
         ("prompt left out", "self.instruction.replace(PLACE, text)", "self.instruction"),
         ("token of the reward in prompts accepted", "check_texts(texts, (REWARD,), self.where)", "pass"),
         (
@@ -1925,8 +1925,14 @@ MUTATIONS = [
         ),
     ),
     *errors(
+        "rewards/heads.py",
+        ("rewards/test_published_rewards.py",),
+        ("head in half precision", 'if name != "head":', "if True:"),
+    ),
+    *errors(
         "rewards/aesthetic.py",
         ("rewards/test_published_rewards.py",),
+        ("aesthetic embedding rounded", "head(embedding)[:, 0]", "head(embedding.to(self.dtype))[:, 0]"),
         (
             "embedding not normalized",
             "F.normalize(clip.get_image_features(pixels).pooler_output.float(), dim=-1)",

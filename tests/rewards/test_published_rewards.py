@@ -222,12 +222,19 @@ def test_score_of_plain_pictures_keeps_no_graph(places, name):
     assert MADE[name](places).score(pictures(48, 48), PROMPTS).grad_fn is None
 
 
+def precisions(network):
+    """The precisions of a network's weights, and of its head's, if it has one."""
+    weights = dict(network.named_parameters())
+    head = {weight.dtype for key, weight in weights.items() if key.startswith("head.")}
+    return {weight.dtype for key, weight in weights.items() if not key.startswith("head.")}, head
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_in_bfloat16_score_nearly_the_same_in_float32(places, name):
     exact, rounded = (MADE[name](places, dtype=dtype) for dtype in ("float32", "bfloat16"))
     expected, scores = exact.score(pictures(48, 48), PROMPTS), rounded.score(pictures(48, 48), PROMPTS)
     assert scores.dtype == torch.float32
-    assert {weight.dtype for weight in rounded.network.parameters()} == {torch.bfloat16}
+    assert precisions(rounded.network) == precisions(rounded.sketch())
     assert 0 < ((scores - expected) / expected.abs().clamp(min=1)).abs().max() < 0.25
 
 
@@ -242,8 +249,7 @@ def test_sketch_has_the_networks_weights_on_the_meta_device(places, name):
     reward = MADE[name](places)
     sketch = dict(reward.sketch().named_parameters())
     assert {weight.device.type for weight in sketch.values()} == {"meta"}
-    network = reward.network
-    weights = dict((network["clip"] if name == "aesthetic" else network).named_parameters())
+    weights = dict(reward.network.named_parameters())
     assert {key: weight.shape for key, weight in sketch.items()} == {
         key: weight.shape for key, weight in weights.items()
     }
@@ -279,8 +285,20 @@ def test_pad_square_is_that_of_hpsv2_up_to_rounding(height, width):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sketch_has_the_precision_of_the_weights(places, name):
-    sketch = MADE[name](places, dtype="bfloat16").sketch()
-    assert {weight.dtype for weight in sketch.parameters()} == {torch.bfloat16}
+    head = {torch.float32} if name in ("aesthetic", "image_reward") else set()
+    assert precisions(MADE[name](places, dtype="bfloat16").sketch()) == ({torch.bfloat16}, head)
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward"])
+def test_pictures_have_scores_of_their_own_in_bfloat16(places, tmp_path, name):
+    """The published aesthetic head gives about 5.6, where bfloat16 has steps of 1/32."""
+    file = {"aesthetic": "head", "image_reward": "image_reward"}[name]
+    weights = torch.load(places[file], weights_only=True)
+    weights[next(key for key in weights if key.endswith("layers.7.bias"))].fill_(5.6)
+    torch.save(weights, tmp_path / "w.pt")
+    reward = MADE[name]({**places, file: str(tmp_path / "w.pt")}, dtype="bfloat16")
+    images = pictures(48, 48, 32) * torch.linspace(0.1, 1, 32)[:, None, None, None]
+    assert len(reward.score(images, [Prompt("a red circle")] * 32).unique()) >= 30
 
 
 def test_distinct_texts_keep_their_order():

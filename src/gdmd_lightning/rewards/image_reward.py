@@ -15,7 +15,7 @@ from gdmd_lightning.families.preprocessing import center_crop, normalized
 from gdmd_lightning.families.pretrained import AGAIN, is_local, load_any
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, ranged
-from gdmd_lightning.rewards.heads import regression_head
+from gdmd_lightning.rewards.heads import cast_but_head, regression_head
 from gdmd_lightning.rewards.network import NetworkReward, Precision
 from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
@@ -54,7 +54,7 @@ class ImageReward(NetworkReward):
         path: ``ImageReward.pt``, its directory, or the hub id ``THUDM/ImageReward``. Sizes are read from the weights.
         tokenizer: Directory or hub id of the ``BertTokenizer``: ``bert-base-uncased``.
         name: Name in logs.
-        dtype: Precision of the weights.
+        dtype: Precision of the two transformers' weights; the head stays in float32.
         batch_size: Pictures that the network sees at once.
 
     Raises:
@@ -85,12 +85,15 @@ class ImageReward(NetworkReward):
             self._tokenizer = self._loaded_tokenizer()
         return network
 
+    def cast(self, network: Any) -> nn.Module:
+        return cast_but_head(network, self.dtype)
+
     def sketch(self) -> nn.Module:
         with torch.device("meta"):
             if not is_local(self.path):
-                return build(published_sizes(), self.where, self.path).to(self.dtype)
+                return self.cast(build(published_sizes(), self.where, self.path))
             file = find_file(self.path, FILE, self.where)
-            return build(renamed(read_weights(file, self.where)), self.where, str(file)).to(self.dtype)
+            return self.cast(build(renamed(read_weights(file, self.where)), self.where, str(file)))
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         pixels = normalized(center_crop(images, network["vision"].config.image_size)).to(self.dtype)
@@ -103,7 +106,7 @@ class ImageReward(NetworkReward):
             encoder_hidden_states=patches,
             encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
         ).last_hidden_state
-        scores: Tensor = (network["head"](read[:, 0])[:, 0].float() - MEAN) / STD
+        scores: Tensor = (network["head"](read[:, 0].float())[:, 0] - MEAN) / STD
         return scores
 
     def _loaded_tokenizer(self) -> Any:
