@@ -1640,6 +1640,8 @@ MUTATIONS = [
     *errors(
         "families/pretrained.py",
         ("rewards/test_rewards.py", "rewards/test_published_rewards.py"),
+        ("missing file asked of the hub", "named or place.suffix.lower() in WEIGHTS_SUFFIXES", "named"),
+        ("path of three names asked of the hub", 'path.count("/") > 1', "False"),
         ("random weights accepted", "    check_complete(found, where, path,", "    print(found, where, path,"),
         ("random weights of a file accepted", "if wrong := sorted(map(str, keys[kind])):", "if wrong := []:"),
     ),

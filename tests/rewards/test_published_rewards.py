@@ -349,6 +349,15 @@ def test_broken_weights_are_refused_before_anything_is_loaded(places, tmp_path, 
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("path", ["w/x.pt", "w/x.pth", "w/x.bin", "w/x.ckpt", "w/x.safetensors", "a/b/c"])
+@pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
+@pytest.mark.usefixtures("no_network")
+def test_missing_file_under_a_relative_path_is_not_asked_of_the_hub(places, name, path):
+    key = {"hpsv2": "hps", "aesthetic": "head", "image_reward": "image_reward"}[name]
+    with pytest.raises(UserError, match=rf"^reward '{name}': there is no file '{path}'; give "):
+        MADE[name]({**places, key: path})
+
+
 @pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
 @pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
 def test_weights_of_another_network_are_refused(places, tmp_path, name, change):
