@@ -1976,6 +1976,7 @@ MUTATIONS = [
     *errors(
         "rewards/catalog.py",
         ("commands/test_rewards_command.py",),
+        ("file of any model found", "if self.file in COMMON else", "if False else"),
         ("cache of the hub not searched", "return Path(found) if isinstance(found, str) else None", "return None"),
     ),
     *errors(
