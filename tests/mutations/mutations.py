@@ -1955,6 +1955,8 @@ MUTATIONS = [
     *errors(
         "rewards/image_reward.py",
         ("rewards/test_published_rewards.py",),
+        ("width without a whole head", " or (width is not None and found[width] % HEAD_WIDTH)", ""),
+        ("weights of no size", "or 0 in found or", "or"),
         ("padding read", "            attention_mask=tokens.attention_mask,\n", ""),
         ("score of the last token", "read[:, 0]", "read[:, -1]"),
         ("score not standardized", "- MEAN) / STD", "- MEAN)"),
@@ -2119,6 +2121,11 @@ MUTATIONS = [
         ("depth off by one", "if level > DEEPEST:", "if level >= DEEPEST:"),
         ("prompt limit off by one", "if len(text) > LONGEST_PROMPT:", "if len(text) >= LONGEST_PROMPT:"),
         ("nul in a prompt", 'if "\\0" in text:', "if False:"),
+    ),
+    *errors(
+        "data/rows.py",
+        ("data/test_prompt_sets.py",),
+        ("one of two columns read", "if names.count(wanted) > 1:", "if False:"),
     ),
     *errors(
         "data/json_list.py",

@@ -375,6 +375,27 @@ def test_weights_of_another_network_are_refused(places, tmp_path, name, change):
         reward.score(pictures(48, 48), PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("blip.visual_encoder.patch_embed.proj.weight", (32, 3, 16, 16)),
+        ("blip.visual_encoder.patch_embed.proj.weight", (64,)),
+        ("blip.visual_encoder.patch_embed.proj.weight", (64, 3, 0, 0)),
+        ("blip.visual_encoder.pos_embed", (64,)),
+        ("blip.visual_encoder.blocks.0.mlp.fc1.bias", ()),
+        ("blip.text_encoder.embeddings.word_embeddings.weight", (64,)),
+        ("blip.text_encoder.embeddings.word_embeddings.weight", (12, 96)),
+        ("blip.text_encoder.embeddings.position_embeddings.weight", ()),
+    ],
+)
+def test_image_reward_weights_of_impossible_sizes_are_refused_in_one_line(places, key, shape):
+    weights = renamed(torch.load(places["image_reward"], weights_only=True) | {key: torch.zeros(shape)})
+    with pytest.raises(UserError) as refused:
+        build(weights, "here", "x.pt")
+    assert str(refused.value).startswith("here: the weights in 'x.pt' are not those of ImageReward: '")
+    assert str(refused.value).endswith(f"is of shape {shape}; save or download it again")
+
+
 def test_weights_in_safetensors_score_the_same(places, tmp_path):
     tensors = torch.load(places["image_reward"], weights_only=True)
     save_file({name: value.clone() for name, value in tensors.items()}, tmp_path / "weights.safetensors")
