@@ -1,4 +1,4 @@
-"""Atomic writes: a file or directory appears under its name complete, or not at all.
+"""Atomic writes: a file or directory appears under its name complete, or not at all. Digests of what was written.
 
 Everything is first written next to its final place, on the same file system, and then renamed, which POSIX makes
 atomic. A process killed at any time leaves the previous version. At worst a temporary ``NAME.PID@HOST.part`` remains;
@@ -8,12 +8,13 @@ the next write of the same name removes it: at once on that host, after a day on
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -166,6 +167,22 @@ def make_directory(path: Path) -> None:
             probe.touch()
         finally:
             _remove(probe)
+
+
+def files_digest(directory: Path, files: Iterable[Path]) -> str:
+    """Digest of files below a directory: their names in it, their sizes and every byte, in any order of ``files``.
+
+    It reads everything: a few seconds for 8 GB on one core.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(directory)} {file.stat().st_size}".encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def temporary_name(path: Path) -> Path:

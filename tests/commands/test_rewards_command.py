@@ -9,7 +9,7 @@ from gdmd_lightning import components
 from gdmd_lightning.cli import main
 from gdmd_lightning.rewards import catalog
 from gdmd_lightning.rewards.base import Reward
-from gdmd_lightning.rewards.catalog import REWARDS
+from gdmd_lightning.rewards.catalog import COMMON, REWARDS
 
 
 @pytest.fixture
@@ -61,6 +61,22 @@ def test_weights_in_a_directory_and_in_the_hubs_cache_are_found(listed, tmp_path
     assert lines["HPSv2"][1] == f"found: {by_name}"
     assert lines["ImageReward"][1:] == [f"found: {by_id}", "not found: hf download google-bert/bert-base-uncased"]
     assert lines["CLIPScore"][1] == f"found: {cached}"
+
+
+def test_file_with_a_name_that_many_models_have_is_found_by_hub_id_only(listed, tmp_path):
+    for name in COMMON:
+        (tmp_path / name).write_text("abc")
+    assert not any(line.startswith("found") for lines in listed("--directory", tmp_path).values() for line in lines)
+    (tmp_path / "facebook/mask2former-swin-small-coco-instance").mkdir(parents=True)
+    place = tmp_path / "facebook/mask2former-swin-small-coco-instance/model.safetensors"
+    place.write_text("abc")
+    lines = listed("--directory", tmp_path)
+    assert lines["GenEvalReward"][1:] == [f"found: {place}", "not found: hf download openai/clip-vit-large-patch14"]
+
+
+def test_no_other_name_is_in_the_list_twice():
+    sources = {(each.file, each.source) for entry in REWARDS for each in entry.weights if each.file not in COMMON}
+    assert len({file for file, _ in sources}) == len(sources)
 
 
 def test_package_that_is_absent_is_named(listed, monkeypatch):

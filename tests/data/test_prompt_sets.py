@@ -104,6 +104,18 @@ def test_text_list_gets_the_name_of_its_file_as_tag(tmp_path: Path, name: str) -
     assert pairs(tmp_path / name, tag="file") == [("a cat", "test"), ("a dog", "test")]
 
 
+def test_two_columns_with_the_name_of_the_prompts_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array(["c"])]
+    parquet.write_table(pyarrow.table(columns, names=["prompt", "prompt", "tag"]), tmp_path / "p.parquet")
+    (tmp_path / "p.csv").write_text("tag,prompt,tag\na,b,c\n")
+    assert refusal(tmp_path / "p.parquet") == "p.parquet: 2 columns 'prompt'; rename all but one"
+    assert refusal(tmp_path / "p.csv", tag="tag") == "p.csv:1: 2 columns 'tag'; rename all but one"
+    assert [prompt.text for prompt in open_source(str(tmp_path / "p.csv")).read()] == ["b"]
+
+
 def test_pickapic_captions_are_read_without_the_pictures_next_to_them(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet

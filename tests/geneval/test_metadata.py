@@ -29,6 +29,14 @@ def test_the_test_prompts_of_shapes_pass():
         ({"include": []}, "include is []; use a list of clauses"),
         ({"include": "circle"}, "include is 'circle'; use a list of clauses"),
         ({"include": ["circle"]}, "a clause is 'circle'; use an object with 'class' and 'count'"),
+        (
+            {"include": [{**CIRCLE, "colour": "red"}]},
+            "a clause of include has an unknown key 'colour'; use class, count, color, position",
+        ),
+        (
+            {"include": [CIRCLE], "exclude": [{**CIRCLE, "color": "red"}]},
+            "a clause of exclude has an unknown key 'color'; use class, count",
+        ),
         ({"include": [{"count": 1}]}, "class is None; use a name"),
         ({"include": [{"class": "circle"}]}, "count is None; use an integer of at least 1"),
         ({"include": [{"class": "circle", "count": 0}]}, "count is 0; use an integer of at least 1"),

@@ -8,9 +8,10 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gdmd_lightning.geneval.rules import Detection, Rules, Verdict, relations, verdict
+from gdmd_lightning.geneval.rules import Detection, Rules, Verdict, counted, relations, verdict
 
 
 def at(label: str, x: float, y: float, score: float = 0.95, color: str | None = None, size: float = 10) -> Detection:
@@ -130,6 +131,27 @@ def test_verdict_binds_each_color_to_its_class():
 
 def test_verdict_does_not_accept_an_object_without_a_color():
     assert not verdict(dogs(1), asked("colors", clause("dog", color="red"))).correct
+
+
+@pytest.mark.parametrize(("first", "second", "correct"), [("red", "blue", False), ("blue", "red", True)])
+def test_the_later_of_two_objects_with_equal_scores_ranks_first(first: str, second: str, correct: bool):
+    """What the original answers: ``np.argsort(scores)[::-1]`` of two equal scores is ``[1, 0]``."""
+    found = [at("dog", 0, 0, 0.9, first), at("cat", 40, 0, 0.9, first), at("dog", 20, 0, 0.9, second)]
+    assert verdict(found, asked("colors", clause("dog", color="red"))).correct is correct
+
+
+def test_equal_scores_rank_from_the_last_to_the_first_in_a_class_of_many():
+    """The original's order with its own NumPy, for as many objects of a class as it sorts by insertion."""
+    found = dogs(16, score=0.95)
+    ranked = counted(found, asked("single_object", clause("dog")), Rules(max_per_class=5))
+    assert ranked == {"dog": found[:10:-1]}
+
+
+@pytest.mark.parametrize("tag", ["single_object", "counting"])
+def test_a_float32_score_equal_to_the_threshold_does_not_count(tag: str):
+    """In float64 the float32 next to 0.3 is greater than 0.3; the original compares in float32."""
+    rules = Rules(counting_threshold=0.3)
+    assert not verdict(dogs(1, score=float(np.float32(0.3))), asked(tag, clause("dog")), rules).correct
 
 
 # Positions.

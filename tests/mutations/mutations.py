@@ -629,6 +629,7 @@ MUTATIONS = [
         "geneval/metadata.py",
         ("geneval/test_metadata.py",),
         ("excluded clauses unchecked", 'prompt.metadata.get("exclude", [])', "[]"),
+        ("unknown keys of a clause ignored", "sorted(clause.keys() - set(KEYS[kind]), key=str)", "[]"),
         ("landmark out of range", "and 0 <= position[1] < clauses", "and 0 <= position[1]"),
     ),
     *errors(
@@ -1643,6 +1644,8 @@ MUTATIONS = [
     *errors(
         "families/pretrained.py",
         ("rewards/test_rewards.py", "rewards/test_published_rewards.py"),
+        ("missing file asked of the hub", "named or place.suffix.lower() in WEIGHTS_SUFFIXES", "named"),
+        ("path of three names asked of the hub", 'path.count("/") > 1', "False"),
         ("random weights accepted", "    check_complete(found, where, path,", "    print(found, where, path,"),
         ("random weights of a file accepted", "if wrong := sorted(map(str, keys[kind])):", "if wrong := []:"),
     ),
@@ -1704,6 +1707,16 @@ MUTATIONS = [
         "geneval/rules.py",
         ("geneval/test_geneval_reward.py",),
         ("overlap the other way", "< max_overlap for other", "> max_overlap for other"),
+    ),
+    *errors(
+        "geneval/rules.py",
+        ("geneval/test_rules.py",),
+        (
+            "earlier of equal scores first",
+            'np.argsort(scores, kind="stable")[::-1]',
+            'np.argsort(-scores, kind="stable")',
+        ),
+        ("scores in float64", "for found in detections], dtype=np.float32)", "for found in detections])"),
     ),
     *errors(
         "rewards/geneval.py",
@@ -1772,7 +1785,7 @@ MUTATIONS = [
         ("rewards/test_hpsv3.py",),
         ("deviation as the score", "weight.dtype))[:, 0]", "weight.dtype))[:, 1]"),
         ("positions of rows and columns", 'inputs["position_ids"] = (', "_ = ("),
-        ("head in half precision", 'network["backbone"].to(self.dtype)', "network.to(self.dtype)"),
+        ("head of HPSv3 in half precision", "cast_but_head(network, self.dtype)", "network.to(self.dtype)"),
         ("prompt left out", "self.instruction.replace(PLACE, text)", "self.instruction"),
         ("token of the reward in prompts accepted", "check_texts(texts, (REWARD,), self.where)", "pass"),
         (
@@ -1830,6 +1843,9 @@ MUTATIONS = [
         "studies/pipelines.py",
         ("studies/test_folders.py",),
         ("metadata of drawn pictures lost", '"metadata": prompt.metadata}', '"metadata": {}}'),
+        ("pictures of others taken over", "each.name in LISTS or each.suffix.lower() in known", "False"),
+        ("replaced weights of a pipeline unnoticed", '"content": _content(drawing.path)', '"content": None'),
+        ("records of downloads count as weights", 'p.startswith(".")', "False"),
         ("pictures of other settings kept", "!= settings:", "!= settings and False:"),
         ("one noise for all drawn pictures", "torch.Generator().manual_seed(seed)", "torch.Generator().manual_seed(0)"),
         ("steps of a pipeline ignored", "num_inference_steps=drawing.steps", "num_inference_steps=1"),
@@ -1965,8 +1981,14 @@ MUTATIONS = [
         ),
     ),
     *errors(
+        "rewards/heads.py",
+        ("rewards/test_published_rewards.py",),
+        ("head in half precision", 'if name != "head":', "if True:"),
+    ),
+    *errors(
         "rewards/aesthetic.py",
         ("rewards/test_published_rewards.py",),
+        ("aesthetic embedding rounded", "head(embedding)[:, 0]", "head(embedding.to(self.dtype))[:, 0]"),
         (
             "embedding not normalized",
             "F.normalize(clip.get_image_features(pixels).pooler_output.float(), dim=-1)",
@@ -1987,6 +2009,8 @@ MUTATIONS = [
     *errors(
         "rewards/image_reward.py",
         ("rewards/test_published_rewards.py",),
+        ("width without a whole head", " or (width is not None and found[width] % HEAD_WIDTH)", ""),
+        ("weights of no size", "or 0 in found or", "or"),
         ("padding read", "            attention_mask=tokens.attention_mask,\n", ""),
         ("score of the last token", "read[:, 0]", "read[:, -1]"),
         ("score not standardized", "- MEAN) / STD", "- MEAN)"),
@@ -1996,6 +2020,7 @@ MUTATIONS = [
     *errors(
         "rewards/ocr.py",
         ("rewards/test_published_rewards.py",),
+        ("whole prompt wanted in a picture", "isinstance(text, str) and text != prompt.text", "isinstance(text, str)"),
         ("picture upside down for OCR", "picture[..., ::-1]", "picture[::-1]"),
         (
             "distance longer than the text",
@@ -2007,6 +2032,7 @@ MUTATIONS = [
     *errors(
         "rewards/catalog.py",
         ("commands/test_rewards_command.py",),
+        ("file of any model found", "if self.file in COMMON else", "if False else"),
         ("cache of the hub not searched", "return Path(found) if isinstance(found, str) else None", "return None"),
     ),
     *errors(
@@ -2149,6 +2175,11 @@ MUTATIONS = [
         ("depth off by one", "if level > DEEPEST:", "if level >= DEEPEST:"),
         ("prompt limit off by one", "if len(text) > LONGEST_PROMPT:", "if len(text) >= LONGEST_PROMPT:"),
         ("nul in a prompt", 'if "\\0" in text:', "if False:"),
+    ),
+    *errors(
+        "data/rows.py",
+        ("data/test_prompt_sets.py",),
+        ("one of two columns read", "if names.count(wanted) > 1:", "if False:"),
     ),
     *errors(
         "data/json_list.py",

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from gdmd_lightning.data.readers import open_source
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, normalized, pad_square
 from gdmd_lightning.prompts import Prompt
@@ -22,7 +23,7 @@ from gdmd_lightning.rewards.geneval import GenEvalReward
 from gdmd_lightning.rewards.hpsv2 import HPSv2
 from gdmd_lightning.rewards.image_reward import ImageReward, build, published_sizes, renamed
 from gdmd_lightning.rewards.network import distinct
-from gdmd_lightning.rewards.ocr import OCRReward, similarity
+from gdmd_lightning.rewards.ocr import OCRReward, similarity, wanted
 from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.shapes.detector import ShapesDetector
 
@@ -221,12 +222,19 @@ def test_score_of_plain_pictures_keeps_no_graph(places, name):
     assert MADE[name](places).score(pictures(48, 48), PROMPTS).grad_fn is None
 
 
+def precisions(network):
+    """The precisions of a network's weights, and of its head's, if it has one."""
+    weights = dict(network.named_parameters())
+    head = {weight.dtype for key, weight in weights.items() if key.startswith("head.")}
+    return {weight.dtype for key, weight in weights.items() if not key.startswith("head.")}, head
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_in_bfloat16_score_nearly_the_same_in_float32(places, name):
     exact, rounded = (MADE[name](places, dtype=dtype) for dtype in ("float32", "bfloat16"))
     expected, scores = exact.score(pictures(48, 48), PROMPTS), rounded.score(pictures(48, 48), PROMPTS)
     assert scores.dtype == torch.float32
-    assert {weight.dtype for weight in rounded.network.parameters()} == {torch.bfloat16}
+    assert precisions(rounded.network) == precisions(rounded.sketch())
     assert 0 < ((scores - expected) / expected.abs().clamp(min=1)).abs().max() < 0.25
 
 
@@ -241,8 +249,7 @@ def test_sketch_has_the_networks_weights_on_the_meta_device(places, name):
     reward = MADE[name](places)
     sketch = dict(reward.sketch().named_parameters())
     assert {weight.device.type for weight in sketch.values()} == {"meta"}
-    network = reward.network
-    weights = dict((network["clip"] if name == "aesthetic" else network).named_parameters())
+    weights = dict(reward.network.named_parameters())
     assert {key: weight.shape for key, weight in sketch.items()} == {
         key: weight.shape for key, weight in weights.items()
     }
@@ -278,8 +285,20 @@ def test_pad_square_is_that_of_hpsv2_up_to_rounding(height, width):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sketch_has_the_precision_of_the_weights(places, name):
-    sketch = MADE[name](places, dtype="bfloat16").sketch()
-    assert {weight.dtype for weight in sketch.parameters()} == {torch.bfloat16}
+    head = {torch.float32} if name in ("aesthetic", "image_reward") else set()
+    assert precisions(MADE[name](places, dtype="bfloat16").sketch()) == ({torch.bfloat16}, head)
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward"])
+def test_pictures_have_scores_of_their_own_in_bfloat16(places, tmp_path, name):
+    """The published aesthetic head gives about 5.6, where bfloat16 has steps of 1/32."""
+    file = {"aesthetic": "head", "image_reward": "image_reward"}[name]
+    weights = torch.load(places[file], weights_only=True)
+    weights[next(key for key in weights if key.endswith("layers.7.bias"))].fill_(5.6)
+    torch.save(weights, tmp_path / "w.pt")
+    reward = MADE[name]({**places, file: str(tmp_path / "w.pt")}, dtype="bfloat16")
+    images = pictures(48, 48, 32) * torch.linspace(0.1, 1, 32)[:, None, None, None]
+    assert len(reward.score(images, [Prompt("a red circle")] * 32).unique()) >= 30
 
 
 def test_distinct_texts_keep_their_order():
@@ -330,6 +349,15 @@ def test_broken_weights_are_refused_before_anything_is_loaded(places, tmp_path, 
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("path", ["w/x.pt", "w/x.pth", "w/x.bin", "w/x.ckpt", "w/x.safetensors", "a/b/c"])
+@pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
+@pytest.mark.usefixtures("no_network")
+def test_missing_file_under_a_relative_path_is_not_asked_of_the_hub(places, name, path):
+    key = {"hpsv2": "hps", "aesthetic": "head", "image_reward": "image_reward"}[name]
+    with pytest.raises(UserError, match=rf"^reward '{name}': there is no file '{path}'; give "):
+        MADE[name]({**places, key: path})
+
+
 @pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
 @pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
 def test_weights_of_another_network_are_refused(places, tmp_path, name, change):
@@ -345,6 +373,27 @@ def test_weights_of_another_network_are_refused(places, tmp_path, name, change):
     reward = MADE[name]({**places, key: str(tmp_path / "weights.safetensors")})
     with pytest.raises(UserError, match=rf"the weights in .* are not those of this network: 1 {change}, the first "):
         reward.score(pictures(48, 48), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("blip.visual_encoder.patch_embed.proj.weight", (32, 3, 16, 16)),
+        ("blip.visual_encoder.patch_embed.proj.weight", (64,)),
+        ("blip.visual_encoder.patch_embed.proj.weight", (64, 3, 0, 0)),
+        ("blip.visual_encoder.pos_embed", (64,)),
+        ("blip.visual_encoder.blocks.0.mlp.fc1.bias", ()),
+        ("blip.text_encoder.embeddings.word_embeddings.weight", (64,)),
+        ("blip.text_encoder.embeddings.word_embeddings.weight", (12, 96)),
+        ("blip.text_encoder.embeddings.position_embeddings.weight", ()),
+    ],
+)
+def test_image_reward_weights_of_impossible_sizes_are_refused_in_one_line(places, key, shape):
+    weights = renamed(torch.load(places["image_reward"], weights_only=True) | {key: torch.zeros(shape)})
+    with pytest.raises(UserError) as refused:
+        build(weights, "here", "x.pt")
+    assert str(refused.value).startswith("here: the weights in 'x.pt' are not those of ImageReward: '")
+    assert str(refused.value).endswith(f"is of shape {shape}; save or download it again")
 
 
 def test_weights_in_safetensors_score_the_same(places, tmp_path):
@@ -409,6 +458,16 @@ def test_ocr_reads_rendered_text(ocr):
     pictures = written("OPEN 24 HOURS").expand(3, -1, -1, -1)
     assert checked_score(ocr, pictures, prompts).tolist() == pytest.approx([1, 0, 0])
     assert checked_score(ocr, torch.ones(1, 3, 64, 64), prompts[:1]).item() == 0
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_ocr_wants_the_quoted_text_of_prompts_under_the_key_text(ocr, tmp_path, name):
+    (tmp_path / name).write_text('[{"text": "it says \\"open\\""}]'.strip("[]" if name == "p.jsonl" else ""))
+    (prompt,) = open_source(str(tmp_path / name), column="text").read()
+    assert wanted(prompt) == "open"
+    (tmp_path / name).write_text('[{"text": "a sign"}]'.strip("[]" if name == "p.jsonl" else ""))
+    with pytest.raises(UserError, match="prompt 'a sign' asks for no text"):
+        ocr.check(list(open_source(str(tmp_path / name), column="text").read()))
 
 
 def test_ocr_refuses_a_prompt_without_text(ocr):

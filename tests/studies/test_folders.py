@@ -1,6 +1,8 @@
 """Directories of pictures, scored by anything, over prompts, and without scoring a picture twice."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +360,8 @@ def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_
         (["--checkpoint", "a=x", "--batch_size", "3"], "--batch_size: only with --scores, --pictures or --pipeline; "),
         (["--pipeline", "a=x", "--teacher_steps", "3"], "--teacher_steps: only for Shapes' teacher, without --scores"),
         (["--pictures", "a=nowhere"], "nowhere: it has no pictures.jsonl"),
+        (["--pipeline", "..=x"], "--pipeline: '..=x' is not NAME=PATH; give a name, then the path"),
+        (["--pipeline", ".=x"], "--pipeline: '.=x' is not NAME=PATH; give a name, then the path"),
         (["--pictures", "a=x", "--batch_size", "0"], "--batch_size: it is 0"),
     ],
 )
@@ -395,7 +399,36 @@ def test_evaluate_draws_a_pipeline_once_and_scores_it(tiny_pipeline, tmp_path, m
     assert {path.name: path.read_bytes() for path in Path("out/tiny").glob("*.png")} == drawn
     with pytest.raises(SystemExit):
         main([*arguments, "--out", "out", "--pipeline_guidance", "2"])
-    assert "out/tiny: its pictures were drawn with other settings or prompts; remove it" in capsys.readouterr().err
+    assert (
+        "out/tiny: its pictures were drawn with other weights, settings or prompts; remove it"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["pictures.jsonl", "metadata.jsonl", "000000-0.png", "mine.JPG"])
+def test_pictures_of_others_are_not_taken_over(tiny_pipeline, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    drawing = pipelines.Drawing(str(tiny_pipeline), 1, 1.0, 32, 32)
+    with pytest.raises(UserError, match=f"it has '{name}', which was not drawn by --pipeline; use another name"):
+        pipelines.draw_pictures(drawing, [Prompt("a red circle")], 1, tmp_path, "cpu")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(name, b"mine")]
+
+
+def test_weights_replaced_under_the_same_path_are_noticed(tiny_pipeline, tmp_path):
+    pipeline, out = tmp_path / "pipeline", tmp_path / "out"
+    shutil.copytree(tiny_pipeline, pipeline)
+    drawing = pipelines.Drawing(str(pipeline), 1, 1.0, 32, 32)
+    pipelines.draw_pictures(drawing, [Prompt("a red circle")], 1, out, "cpu")
+    (pipeline / ".cache").mkdir()
+    (pipeline / ".cache" / "downloaded").write_text("today")
+    pipelines.draw_pictures(drawing, [Prompt("a red circle")], 1, out, "cpu")
+    weights = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match="its pictures were drawn with other weights, settings or prompts"):
+        pipelines.draw_pictures(drawing, [Prompt("a red circle")], 1, out, "cpu")
 
 
 def test_pictures_are_those_that_the_pipeline_draws_with_these_settings(tiny_pipeline, tmp_path):

@@ -187,7 +187,7 @@ def _drawing_of_checkpoint(
 
 def _named(given: str, option: str) -> tuple[str, str]:
     name, separator, path = given.partition("=")
-    if not separator or not name or "/" in name:
+    if not separator or name in ("", ".", "..") or "/" in name:
         raise UserError(f"{given!r} is not NAME=PATH", where=option, remedy="give a name, then the path")
     return name, path
 

@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
         action="append",
         default=[],
         metavar="DIR",
-        help="look for weights here too: DIR/FILE or DIR/HUB_ID/FILE; may be given several times",
+        help="look for weights here too: DIR/HUB_ID/FILE, or DIR/FILE if one model alone has a file of that name; "
+        "may be given several times",
     )
     options = parser.parse_args(arguments)
     for directory in options.directory:

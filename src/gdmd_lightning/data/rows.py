@@ -153,7 +153,7 @@ def with_tag(value: object, where: str, metadata: dict[str, Any] | None = None) 
 
 
 def check_columns(there: Iterable[object], column: str, tag: str | None, where: str) -> None:
-    """Check that a table or an object has the prompt's column and that of the tag, if there is one.
+    """Check that a table or an object has the prompt's column and that of the tag, if there is one, once each.
 
     Raises:
         UserError: If it does not.
@@ -163,3 +163,5 @@ def check_columns(there: Iterable[object], column: str, tag: str | None, where: 
         if wanted is not None and wanted not in names:
             remedy = f"it has {listed(names)}; set {setting} to one of them, or rename it"
             raise UserError(f"no column {wanted!r}", where=where, remedy=remedy)
+        if names.count(wanted) > 1:
+            raise UserError(f"{names.count(wanted)} columns {wanted!r}", where=where, remedy="rename all but one")

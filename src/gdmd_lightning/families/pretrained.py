@@ -20,9 +20,17 @@ TRAINING_ONLY = "criterion."
 """Weights of a training loss, which published files leave out."""
 
 
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
 def is_local(path: str) -> bool:
-    """Whether a path is meant as a place on this machine, not as a hub id."""
-    return Path(path).expanduser().is_absolute() or path.startswith(".") or Path(path).exists()
+    """Whether a path is meant as a place on this machine, not as a hub id; the place need not exist.
+
+    A file of weights is one, and so is anything with more than one slash, which no hub id has.
+    """
+    place = Path(path)
+    named = place.expanduser().is_absolute() or path.startswith(".") or path.count("/") > 1
+    return named or place.suffix.lower() in WEIGHTS_SUFFIXES or place.exists()
 
 
 def check_directory(path: str, where: str, kind: str, types: Sequence[str] = ()) -> None:

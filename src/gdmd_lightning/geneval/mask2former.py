@@ -147,7 +147,7 @@ class Mask2FormerDetector(Detector):
             Detection(CLASSES[label], box, score)
             for label, box, score in zip(found.classes.tolist(), boxes, found.scores.tolist(), strict=True)
         ]
-        # The rules rank objects by score, and those with equal scores by their place.
+        # The rules rank objects by score, and those with equal scores by their place, the last first.
         by_class = counted(detections, prompt.metadata, self.rules)
         wanted: dict[str, int] = {}
         for clause in prompt.metadata.get("include", []):

@@ -10,6 +10,8 @@ from gdmd_lightning.geneval.classes import TASKS
 from gdmd_lightning.geneval.rules import RELATIONS
 from gdmd_lightning.prompts import Prompt
 
+KEYS = {"include": ("class", "count", "color", "position"), "exclude": ("class", "count")}
+"""The keys of a clause that the rules read."""
 REMEDY = "use data.source: shapes or geneval, or a .jsonl file with 'include' in each line"
 
 
@@ -41,12 +43,13 @@ def check_metadata(
             if not isinstance(clauses, list) or (key == "include" and not clauses):
                 raise _wrong(prompt, where, f"{key} is {clauses!r}", "use a list of clauses")
             for clause in clauses:
-                _check_clause(prompt, where, clause, len(include), classes, colors)
+                _check_clause(prompt, where, key, clause, len(include), classes, colors)
 
 
 def _check_clause(
     prompt: Prompt,
     where: str,
+    kind: str,
     clause: Any,
     clauses: int,
     classes: Collection[str] | None,
@@ -54,6 +57,9 @@ def _check_clause(
 ) -> None:
     if not isinstance(clause, Mapping):
         raise _wrong(prompt, where, f"a clause is {clause!r}", "use an object with 'class' and 'count'")
+    if unknown := sorted(clause.keys() - set(KEYS[kind]), key=str):  # "colour" would be judged as any color
+        right = f"use {', '.join(KEYS[kind])}"
+        raise _wrong(prompt, where, f"a clause of {kind} has an unknown key {unknown[0]!r}", right)
     name, count, color = clause.get("class"), clause.get("count"), clause.get("color")
     if not isinstance(name, str) or (classes is not None and name not in classes):
         right = "use a name" if classes is None else f"use one of {', '.join(classes)}"

@@ -81,8 +81,8 @@ def verdict(detections: Sequence[Detection], metadata: Mapping[str, Any], rules:
     """Judge one picture: correct if every ``include`` clause holds and no ``exclude`` clause does.
 
     Args:
-        detections: All objects found in the picture, in any order; objects with equal scores rank in the
-            order given.
+        detections: All objects found in the picture, in any order; of objects of a class with equal scores the later
+            ranks first, as in the original.
         metadata: What the prompt asks for, in GenEval's form.
         rules: Thresholds and the order of color and count.
     """
@@ -136,11 +136,15 @@ def relations(box: Box, landmark: Box, position_threshold: float = 0.1) -> set[s
 def counted(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules) -> dict[str, list[Detection]]:
     """The objects that count, by class, most confident first."""
     threshold = rules.counting_threshold if metadata.get("tag") == "counting" else rules.score_threshold
+    # The original sorts the float32 scores of each class by `np.argsort(scores)[::-1]`, so that the later of two equal
+    # ones ranks first. With its NumPy (1.23) that is the stable order for up to 16 scores; newer versions order equal
+    # scores differently on each kind of CPU, so that the order is asked for by name here.
+    scores = np.array([found.score for found in detections], dtype=np.float32)
     by_class: dict[str, list[Detection]] = {}
-    for found in sorted(detections, key=lambda detection: -detection.score):
-        objects = by_class.setdefault(found.label, [])
-        if found.score > threshold and len(objects) < rules.max_per_class:
-            objects.append(found)
+    for row in np.argsort(scores, kind="stable")[::-1].tolist():
+        objects = by_class.setdefault(detections[row].label, [])
+        if scores[row] > threshold and len(objects) < rules.max_per_class:
+            objects.append(detections[row])
     if rules.max_overlap == 1:
         return by_class
     return {label: _apart(objects, rules.max_overlap) for label, objects in by_class.items()}

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.files import atomic_file
+from gdmd_lightning.files import atomic_file, files_digest
 from gdmd_lightning.strategies.shards import ShardedCheckpoint, ShardError, consolidated, is_sharded
 
 if TYPE_CHECKING:
@@ -164,12 +164,7 @@ def content_digest(path: str) -> str:
     """
     read_checkpoint(path, in_memory=False)
     if is_sharded(path):
-        digest = hashlib.blake2b(digest_size=8)
-        for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "blake2b").digest())
-        return digest.hexdigest()
+        return files_digest(Path(path), (each for each in Path(path).rglob("*") if each.is_file()))
     with zipfile.ZipFile(path) as archive:
         parts = [f"{part.filename} {part.file_size} {part.CRC}" for part in archive.infolist()]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

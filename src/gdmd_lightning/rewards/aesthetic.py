@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,7 +13,7 @@ from gdmd_lightning.families.pretrained import check_directory, load_pretrained
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, ranged
-from gdmd_lightning.rewards.heads import regression_head
+from gdmd_lightning.rewards.heads import cast_but_head, regression_head
 from gdmd_lightning.rewards.network import NetworkReward, Precision
 from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
@@ -29,7 +30,7 @@ class AestheticScore(NetworkReward):
         path: Directory or hub id of the ``CLIPModel``: ``openai/clip-vit-large-patch14``.
         head: The head's weights, ``sac+logos+ava1-l14-linearMSE.pth``, or their directory.
         name: Name in logs.
-        dtype: Precision of the weights.
+        dtype: Precision of CLIP's weights; the head stays in float32.
         batch_size: Pictures that the network sees at once.
 
     Raises:
@@ -54,16 +55,22 @@ class AestheticScore(NetworkReward):
         fill(head, weights, self.where, str(file))
         return nn.ModuleDict({"clip": _without_texts(clip), "head": head})
 
+    def cast(self, network: Any) -> nn.Module:
+        return cast_but_head(network, self.dtype)
+
     def sketch(self) -> nn.Module:
         from transformers import CLIPModel
 
-        return _without_texts(sketch_model(CLIPModel, self.path)).to(self.dtype)
+        clip: Any = sketch_model(CLIPModel, self.path)
+        with torch.device("meta"):
+            head = regression_head(clip.config.projection_dim)
+        return self.cast(nn.ModuleDict({"clip": _without_texts(clip), "head": head}))
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         clip, head = network["clip"], network["head"]
         pixels = normalized(center_crop(images, clip.config.vision_config.image_size)).to(self.dtype)
         embedding = F.normalize(clip.get_image_features(pixels).pooler_output.float(), dim=-1)
-        scores: Tensor = head(embedding.to(self.dtype))[:, 0]
+        scores: Tensor = head(embedding)[:, 0]
         return scores
 
 

@@ -6,6 +6,9 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+COMMON = ("model.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.txt")
+"""Names of files that many models have: alone in a directory they do not say of which model they are."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -27,9 +30,13 @@ class Weights:
         return f"hf download {self.source}"
 
     def find(self, directories: tuple[Path, ...]) -> Path | None:
-        """The file in one of the directories, below them by hub id, or in the cache of the hub's library."""
+        """The file in one of the directories, below them by hub id, or in the cache of the hub's library.
+
+        A file with a name of :data:`COMMON` is looked for by hub id only.
+        """
         for directory in directories:
-            for place in (directory / self.file, directory / self.source / self.file):
+            by_id, by_name = directory / self.source / self.file, directory / self.file
+            for place in (by_id,) if self.file in COMMON else (by_name, by_id):
                 if place.is_file():
                     return place
         if "://" in self.source:

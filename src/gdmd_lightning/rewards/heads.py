@@ -1,7 +1,8 @@
-"""The regression head that LAION's aesthetic predictor and ImageReward share."""
+"""The regression head that LAION's aesthetic predictor and ImageReward share, and the precision of heads."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -21,3 +22,14 @@ def regression_head(width: int) -> nn.Sequential:
         nn.Linear(64, 16),
         nn.Linear(16, 1),
     )
+
+
+def cast_but_head(network: nn.ModuleDict, dtype: torch.dtype) -> nn.ModuleDict:
+    """Move all parts of a network to a precision in place, except ``head``, which stays in float32.
+
+    Scores of different pictures differ by less than the steps of half precision, which are 1/32 for bfloat16 at 5.6.
+    """
+    for name, part in network.items():
+        if name != "head":
+            part.to(dtype)
+    return network

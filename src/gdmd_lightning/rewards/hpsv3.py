@@ -18,6 +18,7 @@ from gdmd_lightning.families.sketch import configurations
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import Count, ranged
+from gdmd_lightning.rewards.heads import cast_but_head
 from gdmd_lightning.rewards.network import NetworkReward, Precision
 from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
@@ -101,9 +102,7 @@ class HPSv3(NetworkReward):
         return nn.ModuleDict({"backbone": backbone, "head": head})
 
     def cast(self, network: Any) -> nn.Module:
-        network["backbone"].to(self.dtype)
-        both: nn.Module = network
-        return both
+        return cast_but_head(network, self.dtype)
 
     def sketch(self) -> nn.Module:
         from transformers import Qwen2VLModel

@@ -15,7 +15,7 @@ from gdmd_lightning.families.preprocessing import center_crop, normalized
 from gdmd_lightning.families.pretrained import AGAIN, is_local, load_any
 from gdmd_lightning.locations import resolve
 from gdmd_lightning.ranges import Count, ranged
-from gdmd_lightning.rewards.heads import regression_head
+from gdmd_lightning.rewards.heads import cast_but_head, regression_head
 from gdmd_lightning.rewards.network import NetworkReward, Precision
 from gdmd_lightning.rewards.weights import check_file, fill, find_file, read_weights
 
@@ -54,7 +54,7 @@ class ImageReward(NetworkReward):
         path: ``ImageReward.pt``, its directory, or the hub id ``THUDM/ImageReward``. Sizes are read from the weights.
         tokenizer: Directory or hub id of the ``BertTokenizer``: ``bert-base-uncased``.
         name: Name in logs.
-        dtype: Precision of the weights.
+        dtype: Precision of the two transformers' weights; the head stays in float32.
         batch_size: Pictures that the network sees at once.
 
     Raises:
@@ -85,12 +85,15 @@ class ImageReward(NetworkReward):
             self._tokenizer = self._loaded_tokenizer()
         return network
 
+    def cast(self, network: Any) -> nn.Module:
+        return cast_but_head(network, self.dtype)
+
     def sketch(self) -> nn.Module:
         with torch.device("meta"):
             if not is_local(self.path):
-                return build(published_sizes(), self.where, self.path).to(self.dtype)
+                return self.cast(build(published_sizes(), self.where, self.path))
             file = find_file(self.path, FILE, self.where)
-            return build(renamed(read_weights(file, self.where)), self.where, str(file)).to(self.dtype)
+            return self.cast(build(renamed(read_weights(file, self.where)), self.where, str(file)))
 
     def judge(self, network: Any, images: Tensor, texts: list[str]) -> Tensor:
         pixels = normalized(center_crop(images, network["vision"].config.image_size)).to(self.dtype)
@@ -103,7 +106,7 @@ class ImageReward(NetworkReward):
             encoder_hidden_states=patches,
             encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
         ).last_hidden_state
-        scores: Tensor = (network["head"](read[:, 0])[:, 0].float() - MEAN) / STD
+        scores: Tensor = (network["head"](read[:, 0].float())[:, 0] - MEAN) / STD
         return scores
 
     def _loaded_tokenizer(self) -> Any:
@@ -127,36 +130,43 @@ def build(weights: Mapping[str, Tensor], where: str, source: str) -> nn.Module:
     """Vision transformer, cross-attending text encoder and head of the sizes that the weights have, unfilled.
 
     Raises:
-        UserError: If a weight that tells a size is missing.
+        UserError: If a weight that tells a size is missing, or tells an impossible one.
     """
     from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    try:
-        patch = weights["vision.embeddings.patch_embedding.weight"].shape
-        vision = BlipVisionConfig(
-            hidden_size=patch[0],
-            intermediate_size=weights["vision.encoder.layers.0.mlp.fc1.bias"].shape[0],
-            num_hidden_layers=_count(weights, "vision.encoder.layers."),
-            num_attention_heads=patch[0] // HEAD_WIDTH,
-            image_size=patch[-1] * isqrt(weights["vision.embeddings.position_embedding"].shape[1] - 1),
-            patch_size=patch[-1],
-            layer_norm_eps=1e-6,
-        )
-        words, width = weights["text.embeddings.word_embeddings.weight"].shape
-        text = BlipTextConfig(
-            vocab_size=words,
-            hidden_size=width,
-            encoder_hidden_size=patch[0],
-            intermediate_size=weights["text.encoder.layer.0.intermediate.dense.bias"].shape[0],
-            num_hidden_layers=_count(weights, "text.encoder.layer."),
-            num_attention_heads=width // HEAD_WIDTH,
-            max_position_embeddings=weights["text.embeddings.position_embeddings.weight"].shape[0],
-            layer_norm_eps=1e-12,
-            is_decoder=True,  # builds the attention to the picture; the mask stays that of an encoder
-        )
-    except KeyError as error:
-        raise UserError(f"{source!r} has no weight {error}", where=where, remedy=AGAIN) from error
+    def shape(name: str, dimensions: int, width: int | None = None) -> tuple[int, ...]:
+        """The shape of a weight; its dimension ``width`` is one of attention heads."""
+        if name not in weights:
+            raise UserError(f"{source!r} has no weight {name!r}", where=where, remedy=AGAIN)
+        found = tuple(weights[name].shape)
+        if len(found) != dimensions or 0 in found or (width is not None and found[width] % HEAD_WIDTH):
+            what = f"the weights in {source!r} are not those of ImageReward: {name!r} is of shape {found}"
+            raise UserError(what, where=where, remedy=AGAIN)
+        return found
+
+    patch = shape("vision.embeddings.patch_embedding.weight", 4, width=0)
+    words, width = shape("text.embeddings.word_embeddings.weight", 2, width=1)
+    vision = BlipVisionConfig(
+        hidden_size=patch[0],
+        intermediate_size=shape("vision.encoder.layers.0.mlp.fc1.bias", 1)[0],
+        num_hidden_layers=_count(weights, "vision.encoder.layers."),
+        num_attention_heads=patch[0] // HEAD_WIDTH,
+        image_size=patch[-1] * isqrt(shape("vision.embeddings.position_embedding", 3)[1] - 1),
+        patch_size=patch[-1],
+        layer_norm_eps=1e-6,
+    )
+    text = BlipTextConfig(
+        vocab_size=words,
+        hidden_size=width,
+        encoder_hidden_size=patch[0],
+        intermediate_size=shape("text.encoder.layer.0.intermediate.dense.bias", 1)[0],
+        num_hidden_layers=_count(weights, "text.encoder.layer."),
+        num_attention_heads=width // HEAD_WIDTH,
+        max_position_embeddings=shape("text.embeddings.position_embeddings.weight", 2)[0],
+        layer_norm_eps=1e-12,
+        is_decoder=True,  # builds the attention to the picture; the mask stays that of an encoder
+    )
     parts = {
         "vision": BlipVisionModel(vision),
         "text": BlipTextModel(text, add_pooling_layer=False),

@@ -21,8 +21,8 @@ class OCRReward(Reward):
     """``1 - distance / length`` of the wanted text and what is read, in [0, 1]; 1 if the picture contains the text.
 
     The distance is Levenshtein's, in letters, without spaces and case, and at most the length. The wanted text is the
-    prompt's metadata ``text``, or what stands in double quotes in the prompt. The OCR is that of the package
-    ``rapidocr``, whose wheel carries the networks (PP-OCR, Apache 2.0); it runs on the CPU.
+    prompt's metadata ``text``, or what stands in double quotes in the prompt if there is none or it is the prompt. The
+    OCR is that of the package ``rapidocr``, whose wheel carries the networks (PP-OCR, Apache 2.0); it runs on the CPU.
 
     Source: TextDiffuser's accuracy as 2505.05470 (Flow-GRPO) rewards it.
 
@@ -74,7 +74,8 @@ class OCRReward(Reward):
 def wanted(prompt: Prompt) -> str:
     """The text that a picture should show; empty if the prompt names none."""
     text = prompt.metadata.get("text")
-    if isinstance(text, str):
+    # A row read with `column: text` is metadata as a whole, with the prompt under that key; so is what `sample` lists.
+    if isinstance(text, str) and text != prompt.text:
         return text
     quoted = QUOTED.search(prompt.text)
     return next(filter(None, quoted.groups())) if quoted else ""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.hub import loading_problem
-from gdmd_lightning.files import atomic_file, write_atomically
+from gdmd_lightning.files import atomic_file, files_digest, write_atomically
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import named_seed
 from gdmd_lightning.studies.folders import LISTS
@@ -47,6 +47,10 @@ class Drawing:
 def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, out: Path, device: str) -> None:
     """Draw the pictures that a directory lacks, one by one, and list them as ``sample`` does.
 
+    ``drawn_with.json`` in the directory names what they were drawn with: the settings, the prompts, and a digest of
+    every file of a local pipeline, hidden ones excepted, so that weights replaced under the same path are noticed.
+    Of a hub id only the name is known. Pictures of anything else are neither continued nor replaced.
+
     Args:
         drawing: The pipeline and its settings.
         prompts: The prompts.
@@ -55,19 +59,22 @@ def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, 
         device: Where the pipeline runs.
 
     Raises:
-        UserError: If the pipeline cannot be loaded or fails, or the directory has pictures drawn with other settings.
+        UserError: If the pipeline cannot be loaded or fails, or the directory has pictures drawn with other weights,
+            settings or prompts, or by something else.
     """
+    _refuse_others(out)
     wanted = [
         (f"{row:06d}-{number}.png", prompt, named_seed("drawn", drawing.seed, row, number))
         for row, prompt in enumerate(prompts)
         for number in range(per_prompt)
     ]
-    settings = json.dumps({**asdict(drawing), "prompts": [prompt.text for prompt in prompts]}, indent=1) + "\n"
+    what = {**asdict(drawing), "content": _content(drawing.path), "prompts": [prompt.text for prompt in prompts]}
+    settings = json.dumps(what, indent=1) + "\n"
     if (out / SETTINGS).is_file() and (out / SETTINGS).read_text(encoding="utf-8") != settings:
         raise UserError(
-            "its pictures were drawn with other settings or prompts",
+            "its pictures were drawn with other weights, settings or prompts",
             where=str(out),
-            remedy="remove it, or use another --out",
+            remedy="remove it, use another --out, or score it with --pictures",
         )
     missing = [each for each in wanted if not _is_picture(out / each[0])]
     pipeline = _load(drawing, device) if missing else None
@@ -79,6 +86,30 @@ def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, 
     # Metadata on its own: it may have a key "text", such as what a picture should say.
     rows = [{"file": name, "prompt": prompt.text, "metadata": prompt.metadata} for name, prompt, _ in wanted]
     write_atomically(out / LISTS[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _refuse_others(out: Path) -> None:
+    """Fail if a directory has pictures, or a list of them, without the settings that they were drawn with."""
+    if (out / SETTINGS).is_file() or not out.is_dir():
+        return
+    known = Image.registered_extensions()
+    others = sorted(each.name for each in out.iterdir() if each.name in LISTS or each.suffix.lower() in known)
+    if others:
+        raise UserError(
+            f"it has {others[0]!r}, which was not drawn by --pipeline",
+            where=str(out),
+            remedy="use another name or --out, or score it with --pictures",
+        )
+
+
+def _content(path: str) -> str | None:
+    """Digest of a local pipeline's files; None of a hub id."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return None
+    # Hidden files, such as the hub's records of downloads in .cache, are no part of a pipeline.
+    shown = (each for each in directory.rglob("*") if not any(p.startswith(".") for p in each.relative_to(path).parts))
+    return files_digest(directory, (each for each in shown if each.is_file()))
 
 
 def _is_picture(file: Path) -> bool:
