@@ -50,6 +50,9 @@ def test_overall_is_the_mean_of_tasks_and_a_task_with_one_prompt_adds_no_spread(
     assert found["a"] == Interval(1.0, 1.0, 1.0)
     assert found["b"].mean == 0.5
     assert found["b"].low < 0.5 < found["b"].high
+    # Two pictures of each prompt are as good as one, in every task.
+    pairs = of([1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0], [0, 1, 1, 2, 2, 3, 3, 4, 4], ["a"] + ["b"] * 8)
+    assert pairs == found
     overall = found["overall"]
     assert (overall.mean, overall.low, overall.high) == pytest.approx(
         (0.75, 0.5 + found["b"].low / 2, 0.5 + found["b"].high / 2)

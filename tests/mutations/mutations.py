@@ -1856,7 +1856,6 @@ MUTATIONS = [
         ("studies/test_folders.py",),
         ("intervals over pictures", "[shot.owner for shot in shots]", "[shot.file for shot in shots]"),
         ("rows of prompts not known", 'row["row"] if known else prompt.text', "prompt.text"),
-        ("pictures scored again", "if any(lacks(i, score) for score in scores)]", "]"),
         ("scores of a record judged again", "if lacks(absent[row], score)]", "]"),
         ("values of other pictures", "known.setdefault(keys[absent[row]], {})", "known.setdefault(keys[row], {})"),
         ("pictures of another batch judged", "images[[row - rows[0] for row in mine]]", "images[: len(mine)]"),
@@ -1908,6 +1907,15 @@ MUTATIONS = [
         ("known pictures made again", "if i not in known]", "]"),
     ),
     *errors(
+        "metrics/scores.py",
+        ("studies/test_folders.py",),
+        (
+            "a reward changes the pictures of others",
+            "self.judge_parts(images.clone(), prompts)",
+            "self.judge_parts(images, prompts)",
+        ),
+    ),
+    *errors(
         "files.py",
         ("callbacks/test_kept_pictures.py",),
         ("line after an incomplete one lost", 'else b"\\n" + content', "else content"),
@@ -1918,11 +1926,6 @@ MUTATIONS = [
         ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
         ("empty test sets accepted", "if not prompts:", "if False:"),
         ("means over the parts of all names", "exact_mean(parts[numbers == i])", "exact_mean(parts)"),
-        (
-            "a reward changes the pictures of others",
-            "self.judge_parts(images.clone(), prompts)",
-            "self.judge_parts(images, prompts)",
-        ),
         ("parts of another picture", "parts.split(counts.tolist())", "parts.split(counts.flip(0).tolist())"),
     ),
     *errors(

@@ -162,10 +162,26 @@ def test_a_further_score_is_added_to_a_record_without_judging_the_others_again(f
     assert sum(shape[0] for shape in second.asked) == 4
     assert {name: found.scores[name] for name in alone.scores} == alone.scores
     assert found.scores["light/overall"] == found.scores["brightness/overall"]
-    # And one of them alone keeps the other's values.
+    # And one of them alone keeps the other's values, and what it was.
     assert scored(folder, record, first) == alone
     assert all_scored(folder, record, both) == found
     assert first.asked == []
+    second.scale = 2
+    with pytest.raises(UserError, match="its score 'light' had other settings"):
+        all_scored(folder, record, both)
+
+
+def test_of_a_batch_those_pictures_are_judged_that_lack_a_score(folder, tmp_path):
+    record, first, second = tmp_path / "x.jsonl", Brightness(), Brightness()
+    second.name = "light"
+    rows = [{"file_name": name, "text": TEXTS[name]} for name in GRAYS]
+    listed(folder, rows[1:2])
+    scored(folder, record, first)
+    listed(folder, rows)
+    found = all_scored(folder, record, [RewardScore(first), RewardScore(second)])
+    assert sum(shape[0] for shape in first.asked) == sum(shape[0] for shape in second.asked) == 4
+    assert found.scores["brightness/overall"] == found.scores["light/overall"]
+    assert found.scores["light/overall"].mean == pytest.approx((0 + 0.2 + 0.4 + 1) / 4)
 
 
 def test_values_belong_to_a_picture_its_prompt_and_its_metadata(folder, tmp_path):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.hub import loading_problem
 from gdmd_lightning.files import atomic_file, files_digest, write_atomically
+from gdmd_lightning.pictures import LIST, picture_name
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.streams import named_seed
 from gdmd_lightning.studies.folders import LISTS
@@ -63,11 +64,7 @@ def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, 
             settings or prompts, or by something else.
     """
     _refuse_others(out)
-    wanted = [
-        (f"{row:06d}-{number}.png", prompt, named_seed("drawn", drawing.seed, row, number))
-        for row, prompt in enumerate(prompts)
-        for number in range(per_prompt)
-    ]
+    wanted = [(row, number, prompt) for row, prompt in enumerate(prompts) for number in range(per_prompt)]
     what = {**asdict(drawing), "content": _content(drawing.path), "prompts": [prompt.text for prompt in prompts]}
     settings = json.dumps(what, indent=1) + "\n"
     if (out / SETTINGS).is_file() and (out / SETTINGS).read_text(encoding="utf-8") != settings:
@@ -76,16 +73,19 @@ def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, 
             where=str(out),
             remedy="remove it, use another --out, or score it with --pictures",
         )
-    missing = [each for each in wanted if not _is_picture(out / each[0])]
+    missing = [each for each in wanted if not _is_picture(out / picture_name(*each[:2]))]
     pipeline = _load(drawing, device) if missing else None
     write_atomically(out / SETTINGS, settings)  # a pipeline that cannot be loaded leaves nothing
-    for name, prompt, seed in tqdm(missing, desc=f"drawing {out.name}", unit="picture"):
-        picture = _draw(pipeline, drawing, prompt.text, seed)
-        with atomic_file(out / name) as part:
+    for row, number, prompt in tqdm(missing, desc=f"drawing {out.name}", unit="picture"):
+        picture = _draw(pipeline, drawing, prompt.text, named_seed("drawn", drawing.seed, row, number))
+        with atomic_file(out / picture_name(row, number)) as part:
             picture.save(part, "PNG")
     # Metadata on its own: it may have a key "text", such as what a picture should say.
-    rows = [{"file": name, "prompt": prompt.text, "metadata": prompt.metadata} for name, prompt, _ in wanted]
-    write_atomically(out / LISTS[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows = [
+        {"file": picture_name(row, n), "prompt": prompt.text, "row": row, "number": n, "metadata": prompt.metadata}
+        for row, n, prompt in wanted
+    ]
+    write_atomically(out / LIST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _refuse_others(out: Path) -> None:
