@@ -2566,6 +2566,22 @@ MUTATIONS = [
         "planning/footprint.py",
         ("planning/test_plan.py",),
         ("plan: one moment", 'for name in ("exp_avg", "exp_avg_sq")}', 'for name in ("exp_avg",)}'),
+        (
+            "plan: one network per evaluation",
+            'sum(_count("", _tensors(score.sketch())).size for',
+            'max(_count("", _tensors(score.sketch())).size for',
+        ),
+    ),
+    *errors(
+        "planning/report.py",
+        ("planning/test_plan.py",),
+        (
+            "plan: all evaluations at once",
+            "max(map(size_of_scores, _evaluations(settings)), default=0)",
+            "sum(map(size_of_scores, _evaluations(settings)))",
+        ),
+        ("plan: evaluations left out", "({EVALUATION: evaluation} if evaluation else {})", "{}"),
+        ("plan: savings without evaluations", "evaluation = now.phases.get(EVALUATION, 0)", "evaluation = 0"),
     ),
     *errors(
         "strategies/partitions.py",

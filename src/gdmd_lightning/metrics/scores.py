@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -97,6 +97,10 @@ class TaskScore(Metric):
 
     def place(self, device: torch.device) -> None:
         """Move the score's networks, if it has any, to the device of the pictures, or back to the CPU."""
+
+    def sketch(self) -> nn.Module | None:
+        """The score's networks on the meta device, for memory planning; ``None`` if it has none."""
+        return None
 
     def settings(self) -> Any:
         """What the score computes, as plain values: two scores with other settings must not be compared."""
@@ -230,6 +234,9 @@ class RewardScore(TaskScore):
 
     def place(self, device: torch.device) -> None:
         self.reward.to(device)
+
+    def sketch(self) -> nn.Module | None:
+        return self.reward.sketch()
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

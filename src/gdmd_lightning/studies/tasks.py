@@ -93,14 +93,13 @@ def built_scores(settings: list[dict[str, Any]]) -> list[TaskScore]:
     Raises:
         UserError: If a class or an argument is wrong, or two scores have the same name.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
     from gdmd_lightning.configuration.messages import readable_error
+    from gdmd_lightning.configuration.restore import score_parser
     from gdmd_lightning.configuration.suggestions import arguments_of
 
-    parser = ArgumentParser(prog="evaluate", exit_on_error=False)
-    parser.add_argument("--scores", type=list[TaskScore])
+    parser = score_parser("evaluate")
     try:
         scores: list[TaskScore] = parser.instantiate_classes(parser.parse_object({"scores": deepcopy(settings)})).scores
     except (ArgumentError, ValueError, TypeError) as error:
