@@ -1816,6 +1816,18 @@ MUTATIONS = [
         ("callbacks/test_generation_evaluation.py",),
         ("scores loaded at the first evaluation", "            score.prepare()", "            pass"),
         ("one picture of a prompt", "for _ in range(per_prompt)]", "for _ in range(1)]"),
+        (
+            "monitors of other evaluations checked too late",
+            "for each in self._evaluations(trainer):",
+            "for each in [self]:",
+        ),
+    ),
+    *errors(
+        "callbacks/monitored_scores.py",
+        ("callbacks/test_generation_evaluation.py",),
+        ("best: saved between evaluations", "if not interval or interval % every_n_updates:", "if not interval:"),
+        ("best: saved at the end only", "if not interval or interval", "if interval and interval"),
+        ("best: figures of others refused", '(keeper.monitor or "").startswith(figures)', "keeper.monitor"),
     ),
     *errors(
         "methods/base.py",

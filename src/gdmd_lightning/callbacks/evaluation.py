@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from gdmd_lightning.callbacks.monitored_scores import check_monitors
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
@@ -31,9 +32,10 @@ from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
 class GenerationEvaluation(pl.Callback):
     """Scores the generator at regular intervals and at the end, and draws it next to its teacher.
 
-    Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
-    TensorBoard and to ``pictures/`` in the run's directory. The teacher's scores are computed once, at the first
-    evaluation, kept in checkpoints, and logged with each evaluation as ``teacher/<score>/<task>``, a level line.
+    Scores are logged as ``eval/<score>/<task>``. A ``ModelCheckpoint`` can monitor them; its ``every_n_train_steps``
+    must be ``every_n_updates`` or a multiple of it. The image grid goes to TensorBoard and to ``pictures/`` in the
+    run's directory. The teacher's scores are computed once, at the first evaluation, kept in checkpoints, and logged
+    with each evaluation as ``teacher/<score>/<task>``, a level line.
 
     Args:
         scores: What to compute.
@@ -112,7 +114,8 @@ class GenerationEvaluation(pl.Callback):
         """Load what the scores need, so that nothing is missing at the first evaluation, hours later.
 
         Raises:
-            UserError: If another evaluation of the run has a score of the same name, or something is missing.
+            UserError: If another evaluation of the run has a score of the same name, a ``ModelCheckpoint`` would not
+                save the best checkpoint by a score that it monitors, or something is missing.
         """
         if same := self._names_of_others(trainer) & {score.name for score in self.scores}:
             raise UserError(
@@ -120,6 +123,8 @@ class GenerationEvaluation(pl.Callback):
                 where="GenerationEvaluation.scores",
                 remedy="give the reward of one of them another name",
             )
+        for each in self._evaluations(trainer):
+            check_monitors(trainer, [score.name for score in each.scores], each.every_n_updates)
         for score in self.scores:
             score.prepare()
 
@@ -168,9 +173,12 @@ class GenerationEvaluation(pl.Callback):
 
     def _names_of_others(self, trainer: pl.Trainer) -> set[str]:
         """Names of the scores of the run's other evaluations."""
+        return {score.name for each in self._evaluations(trainer) if each is not self for score in each.scores}
+
+    def _evaluations(self, trainer: pl.Trainer) -> list[GenerationEvaluation]:
+        """All evaluations of the run."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [each for each in callbacks if isinstance(each, GenerationEvaluation) and each is not self]
-        return {score.name for each in others for score in each.scores}
+        return [each for each in callbacks if isinstance(each, GenerationEvaluation)]
 
     def _values(self) -> dict[str, Tensor]:
         return {f"{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
