@@ -20,6 +20,7 @@ from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.evaluation import evaluate
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
+from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.shapes.captions import TASKS
 
 
@@ -299,8 +300,22 @@ def test_scores_of_an_evaluation_that_is_gone_are_not_kept(tiny_pipeline, tmp_pa
 
 
 def test_two_evaluations_with_a_score_of_one_name_are_refused_before_training(tiny_pipeline, tmp_path):
-    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two evaluations have a score named 'brightn"):
+    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two scores are named 'brightness'; "):
         tiny.train(quick(tiny_pipeline), 1, callbacks=[evaluation(), evaluation(count=12)], default_root_dir=tmp_path)
+
+
+def test_two_scores_of_one_name_in_one_evaluation_are_refused():
+    scores = [RewardScore(tiny.Brightness()), GenEvalScore(), RewardScore(tiny.Brightness())]
+    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two scores are named 'brightness'; give one"):
+        GenerationEvaluation(scores, count=6)
+
+
+def test_scores_with_a_name_of_their_own_are_reported_side_by_side(tiny_pipeline, tmp_path):
+    scores = [GenEvalScore(), GenEvalScore(name="again"), RewardScore(ShapesReward()), RewardScore(ShapesReward("too"))]
+    tests = GenerationEvaluation(scores, count=6, columns=0, score_teacher=False)
+    found = tiny.train(quick(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path).logged_metrics
+    for one, other in (("geneval", "again"), ("shapes", "too")):
+        assert found[f"eval/{one}/overall"] == found[f"eval/{other}/overall"]
 
 
 def test_a_reward_with_other_settings_does_not_share_a_teachers_scores():

@@ -658,7 +658,8 @@ MUTATIONS = [
         ("callbacks/test_generation_evaluation.py",),
         ("scores of other evaluations dropped", "scores = {**kept, **{", "scores = {**{"),
         ("scores of removed evaluations kept", " if name.startswith(others)}", "}"),
-        ("two evaluations log under one name", "if same := self._names_of_others(trainer) & {", "if same := set() & {"),
+        ("two evaluations log under one name", "[score for each in evaluations for", "[score for each in [self] for"),
+        ("two scores log under one name", "check_names(scores, SCORES)", "pass"),
         ("settings of scores not in the key", '"scores": self._scores_digest', '"scores": len(self.scores)'),
     ),
     *errors(
@@ -1635,6 +1636,7 @@ MUTATIONS = [
         "rewards/combine.py",
         ("rewards/test_rewards.py",),
         ("parts share the pictures", "images.clone() for _", "images for _"),
+        ("name of a combined reward ignored", " if name is None else name", ""),
     ),
     *errors(
         "families/pretrained.py",
@@ -1818,7 +1820,7 @@ MUTATIONS = [
         ("one picture of a prompt", "for _ in range(per_prompt)]", "for _ in range(1)]"),
         (
             "monitors of other evaluations checked too late",
-            "for each in self._evaluations(trainer):",
+            "for each in evaluations:",
             "for each in [self]:",
         ),
     ),
@@ -1861,7 +1863,8 @@ MUTATIONS = [
     *errors(
         "metrics/scores.py",
         ("metrics/test_scores.py",),
-        ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
+        ("GenEval graded as a score", "(detector, name=name)", '(detector, "graded", name)'),
+        ("name of a GenEval score ignored", "(detector, name=name)", "(detector)"),
         ("empty test sets accepted", "if not prompts:", "if False:"),
         ("means over the parts of all names", "exact_mean(parts[numbers == i])", "exact_mean(parts)"),
         ("parts of other pictures drawn", "share, paired=True", "share, paired=False"),
@@ -1883,6 +1886,11 @@ MUTATIONS = [
             """check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")""",
             "pass",
         ),
+    ),
+    *errors(
+        "rewards/shapes.py",
+        ("rewards/test_rewards.py",),
+        ("name of a Shapes reward ignored", "self.name = name", 'self.name = "shapes"'),
     ),
     *errors(
         "rewards/shapes.py",

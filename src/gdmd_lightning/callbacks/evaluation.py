@@ -19,13 +19,14 @@ from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
+from gdmd_lightning.metrics.evaluation import Generate, check_names, evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
+
+SCORES = "GenerationEvaluation.scores"
 
 
 @ranged
@@ -75,6 +76,7 @@ class GenerationEvaluation(pl.Callback):
         split: str = SPLIT,
         tag: str | None = None,
     ) -> None:
+        check_names(scores, SCORES)
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
@@ -117,13 +119,9 @@ class GenerationEvaluation(pl.Callback):
             UserError: If another evaluation of the run has a score of the same name, a ``ModelCheckpoint`` would not
                 save the best checkpoint by a score that it monitors, or something is missing.
         """
-        if same := self._names_of_others(trainer) & {score.name for score in self.scores}:
-            raise UserError(
-                f"two evaluations have a score named {min(same)!r}, and would log under one name",
-                where="GenerationEvaluation.scores",
-                remedy="give the reward of one of them another name",
-            )
-        for each in self._evaluations(trainer):
+        evaluations = self._evaluations(trainer)
+        check_names([score for each in evaluations for score in each.scores], SCORES)
+        for each in evaluations:
             check_monitors(trainer, [score.name for score in each.scores], each.every_n_updates)
         for score in self.scores:
             score.prepare()

@@ -248,11 +248,12 @@ class GenEvalScore(RewardScore):
 
     Args:
         detector: Finds the objects; by default the detector of the Shapes world.
+        name: Name in logs.
     """
 
-    def __init__(self, detector: Detector | None = None) -> None:
+    def __init__(self, detector: Detector | None = None, name: str = "geneval") -> None:
         detector = detector or ShapesDetector()
-        super().__init__(GenEvalReward(detector))
+        super().__init__(GenEvalReward(detector, name=name))
         self.detector = detector
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.metrics.evaluation import check_names
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -104,11 +105,7 @@ def built_scores(settings: list[dict[str, Any]]) -> list[TaskScore]:
         scores: list[TaskScore] = parser.instantiate_classes(parser.parse_object({"scores": deepcopy(settings)})).scores
     except (ArgumentError, ValueError, TypeError) as error:
         raise readable_error(error, "evaluate", arguments_of(parser)) from error
-    names = [score.name for score in scores]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"two have the same name: {', '.join(names)}", where="--scores", remedy="give their rewards a name"
-        )
+    check_names(scores, "--scores")
     return scores
 
 
