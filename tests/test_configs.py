@@ -199,4 +199,6 @@ def test_overlay_of_a_method_on_shapes_builds_that_method_with_its_values(overla
 @pytest.mark.parametrize("family", REAL)
 def test_config_with_adapters_fits_24_gb(family, capsys):
     main(["plan", "--config", f"{family}.yaml", "--config", f"{family}_lora_24gb.yaml", "--gpu_memory", "24"])
-    assert "fits in 24 GiB: yes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fits in 24 GiB: yes" in said
+    assert "\nevaluation   " in said

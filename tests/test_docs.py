@@ -142,6 +142,20 @@ def test_watching_page_parses_and_watches_figures_that_are_logged(tmp_path):
     assert all(f"| `{name}` |" in logged for name in trained)
 
 
+def test_evaluation_page_keeps_the_best_checkpoint_next_to_the_last(fast_fit, tmp_path):
+    (config,) = [block for block in blocks(ROOT / "docs" / "evaluation.md", "yaml") if "ModelCheckpoint" in block]
+    (tmp_path / "best.yaml").write_text(config)
+    with_it = ["--config", str(tmp_path / "best.yaml")]
+    (keeper, evaluation) = parse([*fast_fit, *with_it]).trainer.callbacks
+    assert keeper.init_args.every_n_train_steps == evaluation.init_args.every_n_updates == 100
+    (tmp_path / "best.yaml").write_text(config.replace("100", "1"))
+    small = {"count": 6, "columns": 0, "score_teacher": False}
+    main(["fit", *fast_fit, *with_it, *(f"--trainer.callbacks.{name}={value}" for name, value in small.items())])
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "last.ckpt" in kept
+    assert len(kept) == 2
+
+
 def copied(module):
     """The weights of the trained roles."""
     return {role: [p.detach().clone() for p in module.roles.parameters_of(role)] for role in module.roles.trained}

@@ -1,12 +1,14 @@
 """Evaluation at checkpoints: scores by task, images next to the teacher's, and no effect on the training."""
 
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.image import imread
 
@@ -14,9 +16,12 @@ from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.evaluation import evaluate
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
+from gdmd_lightning.rewards.shapes import ShapesReward
 from gdmd_lightning.shapes.captions import TASKS
 
 
@@ -188,7 +193,7 @@ def test_trainer_validate_evaluates_a_checkpoint_once(tiny_pipeline, tmp_path):
     validating = tiny.trainer(1, callbacks=[again], default_root_dir=tmp_path / "validate", logger=False)
     (found,) = validating.validate(module, datamodule=PromptDataModule("shapes"), ckpt_path=tmp_path / "two.ckpt")
     for name in ("eval/brightness/overall", "teacher/brightness/overall"):
-        assert found[name] == pytest.approx(float(trained.logged_metrics[name]), abs=1e-7)
+        assert found[name] == pytest.approx(float(trained.logged_metrics[name]), rel=1e-6)
     assert (tmp_path / "validate" / "evaluations" / "shapes" / "000002" / "pictures.jsonl").is_file()
     # And a run that trains does not validate.
     steps = []
@@ -207,14 +212,66 @@ def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):
     assert (tmp_path / "pictures" / "000001.png").is_file()
 
 
-def test_monitored_score_chooses_the_best_checkpoint(tiny_pipeline, tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
+class Rehearsed(tiny.Brightness):
+    """Gives the generators that it scores these values, one after the other; each has one batch of pictures."""
 
-    keeper = ModelCheckpoint(tmp_path / "best", monitor="eval/geneval/overall", mode="max", every_n_train_steps=1)
-    scores = GenerationEvaluation([GenEvalScore()], count=6, columns=0, every_n_updates=1)
-    options = {"callbacks": [scores, keeper], "default_root_dir": tmp_path, "enable_checkpointing": True}
-    tiny.train(quick(tiny_pipeline), 2, **options)
-    assert len(list((tmp_path / "best").iterdir())) == 1
+    name = "rehearsed"
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def score(self, images, prompts):
+        return torch.full((len(images),), self.values.pop(0))
+
+
+def keeping(place, score, **options):
+    return ModelCheckpoint(place, monitor=f"eval/{score}/overall", mode="max", **options)
+
+
+@pytest.mark.parametrize(("interval", "best"), [(2, 4), (4, 4), (6, 6)])
+def test_monitored_score_keeps_the_best_checkpoint_and_not_the_last(tiny_pipeline, tmp_path, interval, best):
+    keeper = keeping(tmp_path / "best", "rehearsed", every_n_train_steps=interval)
+    score = RewardScore(Rehearsed(1.0, 3.0, 2.0, 0.0))
+    tests = GenerationEvaluation([score], count=6, columns=0, score_teacher=False, every_n_updates=2)
+    options = {"callbacks": [keeper, tests], "default_root_dir": tmp_path, "enable_checkpointing": True}
+    tiny.train(quick(tiny_pipeline), 8, **options)
+    (kept,) = (tmp_path / "best").iterdir()
+    found = read_provenance(read_checkpoint(str(kept), in_memory=False))
+    assert (found.updates, found.scores["rehearsed/overall"]) == (best, {4: 3.0, 6: 2.0}[best])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "has no every_n_train_steps"),
+        ({"every_n_epochs": 1}, "has no every_n_train_steps"),
+        ({"train_time_interval": timedelta(minutes=1)}, "has no every_n_train_steps"),
+        ({"every_n_train_steps": 3}, "saves every 3 updates"),
+        ({"every_n_train_steps": 1}, "saves every 1 updates"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["eval", "teacher"])
+def test_keeper_of_the_best_that_does_not_save_at_evaluations_is_refused_before_any_score_loads(
+    tiny_pipeline, tmp_path, options, said, kind
+):
+    keeper = ModelCheckpoint(tmp_path, monitor=f"{kind}/other/overall", **options)
+    first = GenerationEvaluation([RewardScore(Prepared(done := []))], count=6, columns=0)
+    second = GenerationEvaluation([RewardScore(Named())], count=6, columns=0, every_n_updates=2)
+    callbacks = {"callbacks": [first, second, keeper], "default_root_dir": tmp_path, "enable_checkpointing": True}
+    with pytest.raises(UserError) as refused:
+        tiny.train(quick(tiny_pipeline), 2, **callbacks)
+    assert str(refused.value) == (
+        f"ModelCheckpoint.monitor: it {said}, and '{kind}/other/overall' is computed every 2; "
+        "set its every_n_train_steps to 2 or a multiple of it"
+    )
+    assert done == []
+
+
+def test_keeper_of_other_figures_may_save_at_any_update(tiny_pipeline, tmp_path):
+    keepers = [ModelCheckpoint(tmp_path), ModelCheckpoint(tmp_path, monitor="train/loss", every_n_train_steps=1)]
+    tests = evaluation(every_n_updates=2)
+    options = {"callbacks": [tests, *keepers], "default_root_dir": tmp_path, "enable_checkpointing": True}
+    tests.setup(tiny.trainer(2, **options), quick(tiny_pipeline), "fit")
 
 
 def test_prompts_that_a_score_cannot_judge_are_refused_at_the_start(tmp_path):
@@ -261,8 +318,22 @@ def test_scores_of_an_evaluation_that_is_gone_are_not_kept(tiny_pipeline, tmp_pa
 
 
 def test_two_evaluations_with_a_score_of_one_name_are_refused_before_training(tiny_pipeline, tmp_path):
-    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two evaluations have a score named 'brightn"):
+    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two scores are named 'brightness'; "):
         tiny.train(quick(tiny_pipeline), 1, callbacks=[evaluation(), evaluation(count=12)], default_root_dir=tmp_path)
+
+
+def test_two_scores_of_one_name_in_one_evaluation_are_refused():
+    scores = [RewardScore(tiny.Brightness()), GenEvalScore(), RewardScore(tiny.Brightness())]
+    with pytest.raises(UserError, match=r"^GenerationEvaluation\.scores: two scores are named 'brightness'; give one"):
+        GenerationEvaluation(scores, count=6)
+
+
+def test_scores_with_a_name_of_their_own_are_reported_side_by_side(tiny_pipeline, tmp_path):
+    scores = [GenEvalScore(), GenEvalScore(name="again"), RewardScore(ShapesReward()), RewardScore(ShapesReward("too"))]
+    tests = GenerationEvaluation(scores, count=6, columns=0, score_teacher=False)
+    found = tiny.train(quick(tiny_pipeline), 1, callbacks=[tests], default_root_dir=tmp_path).logged_metrics
+    for one, other in (("geneval", "again"), ("shapes", "too")):
+        assert found[f"eval/{one}/overall"] == found[f"eval/{other}/overall"]
 
 
 def test_a_reward_with_other_settings_does_not_share_a_teachers_scores():

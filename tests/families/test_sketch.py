@@ -1,6 +1,7 @@
 """A sketch has the shapes of the loaded pipeline without its weights."""
 
 import shutil
+from typing import Any
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.families.sketch import sketch_model
+from gdmd_lightning.geneval.classes import CLASSES
 
 
 def count_parameters(part: nn.Module) -> int:
@@ -105,6 +107,14 @@ def test_shipped_clip_has_the_published_number_of_parameters():
     from transformers import CLIPModel
 
     assert count_parameters(sketch_model(CLIPModel, "openai/clip-vit-large-patch14")) == 427_616_513
+
+
+def test_shipped_detector_has_the_published_number_of_parameters():
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    detector: Any = sketch_model(Mask2FormerForUniversalSegmentation, "facebook/mask2former-swin-small-coco-instance")
+    assert detector.config.num_labels == len(CLASSES)
+    assert count_parameters(detector) == 68_741_083
 
 
 def test_sketch_reports_a_broken_configuration(tiny_pipeline, tmp_path):

@@ -175,6 +175,12 @@ def test_geneval_score_needs_no_detector_in_a_configuration():
     assert isinstance(parsed('{"class_path": "GenEvalScore"}').detector, ShapesDetector)
 
 
+def test_geneval_score_and_its_reward_have_the_name_that_is_given():
+    score = GenEvalScore(name="strict")
+    assert score.name == score.reward.name == "strict"
+    assert GenEvalScore().name == "geneval"
+
+
 def test_geneval_score_takes_a_detector_from_a_configuration():
     detector = '{"class_path": "test_scores.FindsRedCircle", "init_args": {"confidence": 0.7}}'
     score = parsed(f'{{"class_path": "GenEvalScore", "init_args": {{"detector": {detector}}}}}')

@@ -663,7 +663,8 @@ MUTATIONS = [
         ("callbacks/test_generation_evaluation.py",),
         ("scores of other evaluations dropped", "scores = {**kept, **{", "scores = {**{"),
         ("scores of removed evaluations kept", " if name.startswith(others)}", "}"),
-        ("two evaluations log under one name", "if same := self._names_of_others(trainer) & {", "if same := set() & {"),
+        ("two evaluations log under one name", "[score for each in evaluations for", "[score for each in [self] for"),
+        ("two scores log under one name", "check_names(scores, SCORES)", "pass"),
         ("settings of scores not in the key", '"scores": self._scores_digest', '"scores": len(self.scores)'),
     ),
     *errors(
@@ -1640,6 +1641,7 @@ MUTATIONS = [
         "rewards/combine.py",
         ("rewards/test_rewards.py",),
         ("parts share the pictures", "images.clone() for _", "images for _"),
+        ("name of a combined reward ignored", " if name is None else name", ""),
     ),
     *errors(
         "families/pretrained.py",
@@ -1833,6 +1835,18 @@ MUTATIONS = [
         ("callbacks/test_generation_evaluation.py",),
         ("scores loaded at the first evaluation", "            score.prepare()", "            pass"),
         ("one picture of a prompt", "for _ in range(per_prompt)]", "for _ in range(1)]"),
+        (
+            "monitors of other evaluations checked too late",
+            "for each in evaluations:",
+            "for each in [self]:",
+        ),
+    ),
+    *errors(
+        "callbacks/monitored_scores.py",
+        ("callbacks/test_generation_evaluation.py",),
+        ("best: saved between evaluations", "if not interval or interval % every_n_updates:", "if not interval:"),
+        ("best: saved at the end only", "if not interval or interval", "if interval and interval"),
+        ("best: figures of others refused", '(keeper.monitor or "").startswith(figures)', "keeper.monitor"),
     ),
     *errors(
         "methods/base.py",
@@ -1923,7 +1937,8 @@ MUTATIONS = [
     *errors(
         "metrics/scores.py",
         ("metrics/test_scores.py",),
-        ("GenEval graded as a score", "(GenEvalReward(detector))", '(GenEvalReward(detector, "graded"))'),
+        ("GenEval graded as a score", "(detector, name=name)", '(detector, "graded", name)'),
+        ("name of a GenEval score ignored", "(detector, name=name)", "(detector)"),
         ("empty test sets accepted", "if not prompts:", "if False:"),
         ("means over the parts of all names", "exact_mean(parts[numbers == i])", "exact_mean(parts)"),
         ("parts of another picture", "parts.split(counts.tolist())", "parts.split(counts.flip(0).tolist())"),
@@ -1944,6 +1959,11 @@ MUTATIONS = [
             """check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")""",
             "pass",
         ),
+    ),
+    *errors(
+        "rewards/shapes.py",
+        ("rewards/test_rewards.py",),
+        ("name of a Shapes reward ignored", "self.name = name", 'self.name = "shapes"'),
     ),
     *errors(
         "rewards/shapes.py",
@@ -2654,6 +2674,22 @@ MUTATIONS = [
         "planning/footprint.py",
         ("planning/test_plan.py",),
         ("plan: one moment", 'for name in ("exp_avg", "exp_avg_sq")}', 'for name in ("exp_avg",)}'),
+        (
+            "plan: one network per evaluation",
+            'sum(_count("", _tensors(score.sketch())).size for',
+            'max(_count("", _tensors(score.sketch())).size for',
+        ),
+    ),
+    *errors(
+        "planning/report.py",
+        ("planning/test_plan.py",),
+        (
+            "plan: all evaluations at once",
+            "max(map(size_of_scores, _evaluations(settings)), default=0)",
+            "sum(map(size_of_scores, _evaluations(settings)))",
+        ),
+        ("plan: evaluations left out", "({EVALUATION: evaluation} if evaluation else {})", "{}"),
+        ("plan: savings without evaluations", "evaluation = now.phases.get(EVALUATION, 0)", "evaluation = 0"),
     ),
     *errors(
         "strategies/partitions.py",

@@ -2,21 +2,27 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import tiny
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gdmd_lightning.cli import main
+from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.settings import Memory
+from gdmd_lightning.metrics.geneval2 import GenEval2Score
+from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.planning import report
-from gdmd_lightning.planning.footprint import plan
+from gdmd_lightning.planning.footprint import Component, Plan, plan, size_of_scores
+from gdmd_lightning.rewards.clip import CLIPScore
 from gdmd_lightning.roles import LoRA, Optimization
 
 SECOND = "second update"
@@ -191,3 +197,67 @@ def test_plan_command_needs_the_number_of_gpus_for_shares(fast_fit):
     strategy = "--trainer.strategy.class_path=MultiEngineDeepSpeedStrategy"
     with pytest.raises(UserError, match=r"trainer\.devices: it is 'auto'"):
         report.plan_of([*fast_fit, "--trainer.devices=auto", strategy])
+
+
+CLIP = "openai/clip-vit-large-patch14"
+
+
+def of_clip(name, dtype="float32"):
+    reward = {"class_path": "CLIPScore", "init_args": {"path": CLIP, "name": name, "dtype": dtype}}
+    return {"class_path": "RewardScore", "init_args": {"reward": reward}}
+
+
+def evaluating(directory, *evaluations):
+    """Arguments of a run with these evaluations, each a list of scores; their prompts need not exist."""
+    callbacks = [
+        {"class_path": "GenerationEvaluation", "init_args": {"scores": scores, "prompts": "absent.txt"}}
+        for scores in evaluations
+    ]
+    path = directory / "evaluating.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return ["--config", str(path)]
+
+
+def bytes_of(network) -> int:
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
+
+
+def test_plan_has_a_phase_for_the_networks_of_an_evaluation(fast_fit, tmp_path, no_network):
+    scores = [of_clip("half", "bfloat16"), {"class_path": "GenEvalScore"}]
+    expected = bytes_of(CLIPScore(CLIP, dtype="bfloat16").sketch())
+    with_evaluation, without = (report.plan_of([*fast_fit, *more]) for more in (evaluating(tmp_path, scores), []))
+    assert list(with_evaluation.phases.items()) == [*without.phases.items(), ("evaluation", expected)]
+    assert with_evaluation.components == without.components
+    assert with_evaluation.total == without.resident + expected
+    assert f"\nevaluation{expected / report.GIB:>65.2f}\n" in report.table(with_evaluation)
+
+
+def test_of_two_evaluations_the_plan_counts_the_larger(fast_fit, tmp_path):
+    one, two = [of_clip("a")], [of_clip("b", "bfloat16"), of_clip("c", "float16"), of_clip("d", "bfloat16")]
+    found = report.plan_of([*fast_fit, *evaluating(tmp_path, one, two, one)]).phases["evaluation"]
+    assert found == 3 * bytes_of(CLIPScore(CLIP, dtype="bfloat16").sketch())
+
+
+def test_evaluation_of_sd3_places_its_detector_its_color_classifier_and_hps(no_network):
+    (scores,) = report._evaluations(parse(["--config", "sd3.yaml"], "plan"))
+    detector, classifier, hps = 68_741_083, 427_616_513, 986_109_440
+    assert size_of_scores(scores) == pytest.approx(4 * (detector + classifier) + 2 * hps, rel=0.001)
+
+
+def test_scores_sketch_the_networks_that_they_place():
+    network = torch.nn.Linear(3, 2, device="meta")
+    asked = SimpleNamespace(sketch=lambda: network, differentiable=False)
+    assert GenEvalScore(asked).sketch() is network
+    assert GenEval2Score(asked).sketch() is network
+    assert RewardScore(tiny.Brightness()).sketch() is None
+    assert size_of_scores([GenEvalScore(asked), RewardScore(tiny.Brightness())]) == 4 * 8
+
+
+def test_savings_leave_the_evaluation_and_do_not_sketch_it_again(fast_fit, tmp_path, monkeypatch):
+    arguments, evaluation = [*fast_fit, *evaluating(tmp_path, [of_clip("a")])], 10**11
+    now = Plan((Component("much", (), 0, 10**12),), {"evaluation": evaluation})
+    monkeypatch.setattr(report, "size_of_scores", None)
+    monkeypatch.setattr(report, "SWITCHES", (("--model.lora.rank=2",),))
+    found = list(report.savings(arguments, parse(arguments, "plan"), now, 10**12))
+    assert [saving.arguments[0] for saving in found[:2]] == ["--model.micro_batch_size=4", "--model.lora.rank=2"]
+    assert all(saving.total > evaluation for saving in found)

@@ -1,13 +1,16 @@
 """Checks of scores, and the shipped rewards on true and wrong captions."""
 
+import inspect
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gdmd_lightning import components
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import PACKAGE
+from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -89,6 +92,21 @@ def test_combined_reward_names_the_failing_part():
 def test_combined_reward_needs_one_weight_per_reward():
     with pytest.raises(UserError, match="2 rewards and 1 weights"):
         CombinedReward([ShapesReward(), ShapesReward()], [1.0])
+
+
+def test_every_reward_and_score_that_a_configuration_can_name_has_a_name_to_set():
+    named = [getattr(components, name) for name in components.__all__]
+    kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, Reward | TaskScore)]
+    assert len(kinds) > 12
+    without = {kind.__name__ for kind in kinds if "name" not in inspect.signature(kind).parameters}
+    assert without == {"RewardScore"}  # it has its reward's name
+
+
+def test_shapes_and_combined_rewards_take_the_name_that_they_are_given():
+    parts = [ShapesReward(), ShapesReward("other")]
+    assert [part.name for part in parts] == ["shapes", "other"]
+    assert CombinedReward(parts, [1.0, 1.0]).name == "shapes+other"
+    assert CombinedReward(parts, [1.0, 1.0], "both").name == "both"
 
 
 def test_shapes_reward_refuses_prompts_without_metadata():

@@ -331,7 +331,7 @@ def test_directory_without_a_list_and_unreadable_pictures_are_refused(folder, tm
     [
         ([{"class_path": "RewardScor"}], "did you mean 'RewardScore'"),
         ([{"class_path": "RewardScore", "init_args": {"rewad": 1}}], "did you mean"),
-        ([{"class_path": "GenEvalScore"}] * 2, "--scores: two have the same name: geneval, geneval; give"),
+        ([{"class_path": "GenEvalScore"}] * 2, "--scores: two scores are named 'geneval'; give one"),
     ],
 )
 def test_wrong_scores_are_explained(settings, expected):

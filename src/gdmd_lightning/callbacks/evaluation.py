@@ -17,29 +17,32 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from gdmd_lightning.callbacks.kept_pictures import KeptPictures
+from gdmd_lightning.callbacks.monitored_scores import check_monitors
 from gdmd_lightning.callbacks.pictures import picture_grid
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
-from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.metrics.evaluation import Generate, evaluate, shown
+from gdmd_lightning.metrics.evaluation import Generate, check_names, evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
 from gdmd_lightning.streams import streams_of
+
+SCORES = "GenerationEvaluation.scores"
 
 
 @ranged
 class GenerationEvaluation(pl.Callback):
     """Scores the generator at regular intervals, at the end and in ``trainer.validate``, next to its teacher.
 
-    Scores are logged as ``eval/<score>/<task>``, so that ``ModelCheckpoint`` can monitor them; the image grid goes to
-    TensorBoard and to ``pictures/`` in the run's directory. Every picture is kept as PNG in ``evaluations/``, in a
-    directory for the teacher and one for each evaluation, with a list of prompts, seeds and all scores; an evaluation
-    that was interrupted continues from there when the run is resumed. The teacher's scores are computed once, at the
-    first evaluation, kept in checkpoints, and logged with each evaluation as ``teacher/<score>/<task>``, a level line.
+    Scores are logged as ``eval/<score>/<task>``. A ``ModelCheckpoint`` can monitor them; its ``every_n_train_steps``
+    must be ``every_n_updates`` or a multiple of it. The image grid goes to TensorBoard and to ``pictures/`` in the
+    run's directory. Every picture is kept as PNG in ``evaluations/``, in a directory for the teacher and one for each
+    evaluation, with a list of prompts, seeds and all scores; an evaluation that was interrupted continues from there
+    when the run is resumed. The teacher's scores are computed once, at the first evaluation, kept in checkpoints, and
+    logged with each evaluation as ``teacher/<score>/<task>``, a level line.
 
     Args:
         scores: What to compute.
@@ -82,6 +85,7 @@ class GenerationEvaluation(pl.Callback):
         split: str = SPLIT,
         tag: str | None = None,
     ) -> None:
+        check_names(scores, SCORES)
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self.keep_pictures = keep_pictures
@@ -122,14 +126,13 @@ class GenerationEvaluation(pl.Callback):
         """Load what the scores need, so that nothing is missing at the first evaluation, hours later.
 
         Raises:
-            UserError: If another evaluation of the run has a score of the same name, or something is missing.
+            UserError: If another evaluation of the run has a score of the same name, a ``ModelCheckpoint`` would not
+                save the best checkpoint by a score that it monitors, or something is missing.
         """
-        if same := self._names_of_others(trainer) & {score.name for score in self.scores}:
-            raise UserError(
-                f"two evaluations have a score named {min(same)!r}, and would log under one name",
-                where="GenerationEvaluation.scores",
-                remedy="give the reward of one of them another name",
-            )
+        evaluations = self._evaluations(trainer)
+        check_names([score for each in evaluations for score in each.scores], SCORES)
+        for each in evaluations:
+            check_monitors(trainer, [score.name for score in each.scores], each.every_n_updates)
         for score in self.scores:
             score.prepare()
 
@@ -163,7 +166,10 @@ class GenerationEvaluation(pl.Callback):
         measured: dict[str, Any] = {f"eval/{name}": value for name, value in values.items()}
         measured |= {f"teacher/{name}": value for name, value in self.teacher.items()}
         measured |= {} if math.isnan(seconds) else {"eval/seconds_per_picture": seconds}
-        log_figures(trainer, module, measured)
+        if trainer.validating:
+            module.log_dict(measured, batch_size=1)  # Lightning logs them once, and returns them
+        else:
+            log_figures(trainer, module, measured)
         directory = run_directory(trainer)
         if self.columns:
             self._draw(trainer, module, directory / "pictures")
@@ -220,9 +226,12 @@ class GenerationEvaluation(pl.Callback):
 
     def _names_of_others(self, trainer: pl.Trainer) -> set[str]:
         """Names of the scores of the run's other evaluations."""
+        return {score.name for each in self._evaluations(trainer) if each is not self for score in each.scores}
+
+    def _evaluations(self, trainer: pl.Trainer) -> list[GenerationEvaluation]:
+        """All evaluations of the run."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [each for each in callbacks if isinstance(each, GenerationEvaluation) and each is not self]
-        return {score.name for each in others for score in each.scores}
+        return [each for each in callbacks if isinstance(each, GenerationEvaluation)]
 
     def _values(self) -> dict[str, Tensor]:
         return {f"{s.name}/{task}": value for s in self.scores for task, value in s.compute().items()}
@@ -275,9 +284,6 @@ def _of_teacher(module: DistillationModule, steps: int, guidance: float, noise: 
 
 def log_figures(trainer: pl.Trainer, module: DistillationModule, measured: dict[str, Any]) -> None:
     """Log figures at this update, once in every logger; callbacks such as ``ModelCheckpoint`` see them too."""
-    if trainer.validating:
-        module.log_dict(measured, batch_size=1)  # Lightning logs them once, and returns them from validate
-        return
     # Loggers are called here: Lightning would log them at its own interval, not at all or again and again.
     module.log_dict(measured, logger=False, batch_size=1)
     trainer.logged_metrics.update(measured)

@@ -46,6 +46,6 @@ def main(arguments: list[str]) -> int:
         "(each takes seconds):",
         flush=True,
     )
-    for saving in savings(rest, settings, found.total, int(options.gpu_memory * GIB)):
+    for saving in savings(rest, settings, found, int(options.gpu_memory * GIB)):
         print(f"{(found.total - saving.total) / GIB:>9.2f} GiB  {' '.join(saving.arguments)}", flush=True)
     return 0

@@ -23,12 +23,24 @@ from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import check_finite, check_fits, read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance, parsed, read_provenance
 from gdmd_lightning.methods.resuming import check_teacher
+from gdmd_lightning.metrics.scores import TaskScore
 
 
 def module_parser() -> ArgumentParser:
     """A parser whose only argument is ``model``, any :class:`DistillationModule`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DistillationModule, "model", required=True)
+    return parser
+
+
+def score_parser(command: str = "fit") -> ArgumentParser:
+    """A parser whose only argument is ``scores``, a list of any :class:`TaskScore`.
+
+    Args:
+        command: The command whose ``--help`` an error points to.
+    """
+    parser = ArgumentParser(prog=command, exit_on_error=False)
+    parser.add_argument("--scores", type=list[TaskScore])
     return parser
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.metrics.intervals import Value
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import Prompt
@@ -31,6 +33,21 @@ def shown(prompts: Sequence[Prompt], columns: int, shape: tuple[int, ...], seed:
     columns = min(columns, len(prompts))
     rows = [i * len(prompts) // columns + i * len(prompts) // (columns * columns) for i in range(columns)]
     return [prompts[i].text for i in rows], torch.stack([fixed_noise(i, shape, seed) for i in rows])
+
+
+def check_names(scores: Iterable[TaskScore], where: str) -> None:
+    """Fail if two scores that are reported together have the same name: one would hide the other.
+
+    Raises:
+        UserError: If two have.
+    """
+    counts = Counter(score.name for score in scores)
+    if same := [name for name, count in counts.items() if count > 1]:
+        raise UserError(
+            f"two scores are named {same[0]!r}",
+            where=where,
+            remedy="give one of them another name; a RewardScore has that of its reward",
+        )
 
 
 @torch.no_grad()

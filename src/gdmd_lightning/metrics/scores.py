@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -83,6 +83,10 @@ class TaskScore(Metric):
 
     def place(self, device: torch.device) -> None:
         """Move the score's networks, if it has any, to the device of the pictures, or back to the CPU."""
+
+    def sketch(self) -> nn.Module | None:
+        """The score's networks on the meta device, for memory planning; ``None`` if it has none."""
+        return None
 
     def settings(self) -> Any:
         """What the score computes, as plain values: two scores with other settings must not be compared."""
@@ -174,6 +178,9 @@ class RewardScore(TaskScore):
     def place(self, device: torch.device) -> None:
         self.reward.to(device)
 
+    def sketch(self) -> nn.Module | None:
+        return self.reward.sketch()
+
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return checked_score(self.reward, images, prompts)
@@ -184,11 +191,12 @@ class GenEvalScore(RewardScore):
 
     Args:
         detector: Finds the objects; by default the detector of the Shapes world.
+        name: Name in logs.
     """
 
-    def __init__(self, detector: Detector | None = None) -> None:
+    def __init__(self, detector: Detector | None = None, name: str = "geneval") -> None:
         detector = detector or ShapesDetector()
-        super().__init__(GenEvalReward(detector))
+        super().__init__(GenEvalReward(detector, name=name))
         self.detector = detector
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -23,6 +23,7 @@ from gdmd_lightning.latents import Batch, Conditioning
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.methods.starting import build_starts
+from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.phases import listening, phase
 from gdmd_lightning.planning.replay import NotRecorded, Replay, drop_gradient
 from gdmd_lightning.planning.sharding import Shape, Split, shapes_of
@@ -61,7 +62,8 @@ class Plan:
 
     Args:
         components: What stays in memory.
-        phases: What each part of an update needs in addition, in bytes, in the order in which the parts first occur.
+        phases: What each part of an update needs in addition, in bytes, in the order in which the parts first occur;
+            ``evaluation``, the last if there is one, is what the networks of an evaluation's scores take.
         host: What stays in the memory of the host for this GPU.
     """
 
@@ -199,6 +201,11 @@ def plan(
     if module.memory.reward == "offloaded" and "decoding" in phases:
         phases["decoding"] += _count("", _tensors(reward)).size
     return Plan(tuple(_components(module, optimizers, reward, strategy)), phases, tuple(_on_host(module, strategy)))
+
+
+def size_of_scores(scores: Iterable[TaskScore]) -> int:
+    """Bytes of the networks of an evaluation's scores, which are on the GPU together while it runs."""
+    return sum(_count("", _tensors(score.sketch())).size for score in scores)
 
 
 def _peaks(follow: Callable[[int], dict[str, int]], batch_size: int, micro: int | None) -> dict[str, float]:

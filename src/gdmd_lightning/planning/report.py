@@ -5,19 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
 
-from gdmd_lightning.configuration.restore import module_parser
+from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.configuration.restore import module_parser, score_parser
 from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.data.prompt_data import samples_of_rank
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.planning.footprint import Component, Plan, plan
+from gdmd_lightning.metrics.scores import TaskScore
+from gdmd_lightning.planning.footprint import Component, Plan, plan, size_of_scores
 from gdmd_lightning.planning.strategy import Strategy, read_strategy
 
 GIB = 2**30
+EVALUATION = "evaluation"
+"""The phase of scoring."""
 SPARE = GIB
 """Assumed for what torch's allocator does not hand out: CUDA context, workspaces of cuBLAS and cuDNN, gaps."""
 
@@ -57,8 +62,12 @@ def plan_of(arguments: Sequence[str]) -> Plan:
     return plan_of_settings(parse(arguments, "plan"))[0]
 
 
-def plan_of_settings(settings: Any) -> tuple[Plan, Strategy]:
+def plan_of_settings(settings: Any, evaluation: int | None = None) -> tuple[Plan, Strategy]:
     """The plan of a parsed configuration, including the reserve, and the strategy that it is for.
+
+    Args:
+        settings: The parsed configuration.
+        evaluation: Bytes of the networks of its evaluations' scores, if they are known already.
 
     Raises:
         UserError: If it names something that cannot be planned.
@@ -76,7 +85,19 @@ def plan_of_settings(settings: Any) -> tuple[Plan, Strategy]:
         strategy=strategy,
     )
     spare = Component("context, workspaces, gaps (assumed)", (), 0, SPARE)
-    return replace(found, components=(*found.components, spare)), strategy
+    if evaluation is None:
+        evaluation = max(map(size_of_scores, _evaluations(settings)), default=0)
+    phases = found.phases | ({EVALUATION: evaluation} if evaluation else {})
+    return replace(found, components=(*found.components, spare), phases=phases), strategy
+
+
+def _evaluations(settings: Any) -> Iterator[list[TaskScore]]:
+    """The scores of each evaluation; its prompts, which may have to be downloaded, are not read."""
+    given = settings.trainer.callbacks
+    for callback in given if isinstance(given, list) else [given]:
+        kind = callback and locate(callback.class_path)
+        if isinstance(kind, type) and issubclass(kind, GenerationEvaluation):
+            yield score_parser().instantiate_classes(Namespace(scores=callback.init_args.scores)).scores
 
 
 def batch_line(settings: Any, ranks: int = 1) -> str:
@@ -99,40 +120,43 @@ def _samples(settings: Any, ranks: int) -> int:
     return samples_of_rank(data.batch_size, data.group_size, data.global_batch_size, ranks, accumulate)
 
 
-def savings(arguments: Sequence[str], settings: Any, now: int, limit: int) -> Iterator[Saving]:
+def savings(arguments: Sequence[str], settings: Any, now: Plan, limit: int) -> Iterator[Saving]:
     """What each option that is not in effect yet would save, each as soon as it is known.
 
     Args:
         arguments: As for ``fit``.
         settings: What they say, parsed.
-        now: Bytes needed without any of them.
+        now: The plan without any of them.
         limit: Bytes of the GPU, for the size of micro-batches.
     """
-    found = itertools.chain(_micro_batches(arguments, settings, limit), _options(arguments, settings))
-    return (saving for saving in found if saving.total < now)
+    evaluation = now.phases.get(EVALUATION, 0)  # no option changes it
+    found = itertools.chain(
+        _micro_batches(arguments, settings, limit, evaluation), _options(arguments, settings, evaluation)
+    )
+    return (saving for saving in found if saving.total < now.total)
 
 
-def _options(arguments: Sequence[str], settings: Any) -> Iterator[Saving]:
+def _options(arguments: Sequence[str], settings: Any, evaluation: int) -> Iterator[Saving]:
     size, group = settings.data.batch_size, settings.data.group_size
     smaller = max(size // 2 // group, 1) * group
     for switch in (*SWITCHES, (f"--data.batch_size={smaller}",)):
         try:
             other = parse([*arguments, *switch], "plan")
-            saving = Saving(switch, plan_of_settings(other)[0].total) if other != settings else None
+            saving = Saving(switch, plan_of_settings(other, evaluation)[0].total) if other != settings else None
         except UserError:
             continue  # this configuration does not take the option
         if saving is not None:
             yield saving
 
 
-def _micro_batches(arguments: Sequence[str], settings: Any, limit: int) -> Iterator[Saving]:
+def _micro_batches(arguments: Sequence[str], settings: Any, limit: int, evaluation: int) -> Iterator[Saving]:
     """The largest micro-batch, by halving, with which the plan fits; else the smallest."""
     micro = settings.model.init_args.micro_batch_size or settings.data.batch_size
     best: Saving | None = None
     while micro > 1 and (best is None or best.total > limit):
         micro //= 2
         switch = (f"--model.micro_batch_size={micro}",)
-        best = Saving(switch, plan_of([*arguments, *switch]).total)
+        best = Saving(switch, plan_of_settings(parse([*arguments, *switch], "plan"), evaluation)[0].total)
     if best is not None:
         yield best
 

@@ -20,9 +20,10 @@ class CombinedReward(Reward):
     Args:
         rewards: The rewards, at least one.
         weights: One weight per reward, not all 0.
+        name: Name in logs; by default those of the rewards, joined by ``+``.
     """
 
-    def __init__(self, rewards: list[Reward], weights: list[Finite]) -> None:
+    def __init__(self, rewards: list[Reward], weights: list[Finite], name: str | None = None) -> None:
         if not rewards or len(rewards) != len(weights):
             raise UserError(
                 f"{len(rewards)} rewards and {len(weights)} weights",
@@ -32,7 +33,7 @@ class CombinedReward(Reward):
         if not any(weights):
             raise UserError("all weights are 0", where="reward.weights", remedy="give a reward a weight")
         self.rewards, self.weights = rewards, weights
-        self.name = "+".join(reward.name for reward in rewards)
+        self.name = "+".join(reward.name for reward in rewards) if name is None else name
         self.differentiable = all(reward.differentiable for reward in rewards)
 
     @property

@@ -16,9 +16,14 @@ from gdmd_lightning.shapes.detector import grade
 
 
 class ShapesReward(Reward):
-    """How well a 32x32 picture shows what its prompt's metadata asks for, in [0, 1]."""
+    """How well a 32x32 picture shows what its prompt's metadata asks for, in [0, 1].
 
-    name = "shapes"
+    Args:
+        name: Name in logs.
+    """
+
+    def __init__(self, name: str = "shapes") -> None:
+        self.name = name
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         check_pictures(images, [prompt.text for prompt in prompts], f"reward {self.name!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.metrics.evaluation import check_names
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.clip import ContrastiveReward
@@ -93,23 +94,18 @@ def built_scores(settings: list[dict[str, Any]]) -> list[TaskScore]:
     Raises:
         UserError: If a class or an argument is wrong, or two scores have the same name.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
     from gdmd_lightning.configuration.messages import readable_error
+    from gdmd_lightning.configuration.restore import score_parser
     from gdmd_lightning.configuration.suggestions import arguments_of
 
-    parser = ArgumentParser(prog="evaluate", exit_on_error=False)
-    parser.add_argument("--scores", type=list[TaskScore])
+    parser = score_parser("evaluate")
     try:
         scores: list[TaskScore] = parser.instantiate_classes(parser.parse_object({"scores": deepcopy(settings)})).scores
     except (ArgumentError, ValueError, TypeError) as error:
         raise readable_error(error, "evaluate", arguments_of(parser)) from error
-    names = [score.name for score in scores]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"two have the same name: {', '.join(names)}", where="--scores", remedy="give their rewards a name"
-        )
+    check_names(scores, "--scores")
     return scores
 
 
