@@ -228,6 +228,16 @@ def keeping(place, score, **options):
     return ModelCheckpoint(place, monitor=f"eval/{score}/overall", mode="max", **options)
 
 
+def test_a_monitored_task_that_no_score_has_is_refused_before_training(tiny_pipeline, tmp_path):
+    keeper = ModelCheckpoint(tmp_path, monitor="eval/brightness/overal", mode="max", every_n_train_steps=1)
+    tests = evaluation(every_n_updates=1)
+    assert tests.scores[0].figures(tests.prompts) == ["overall", *TASKS]
+    with pytest.raises(
+        UserError, match=r"^ModelCheckpoint\.monitor: nothing computes 'eval/brightness/overal'; use eval"
+    ):
+        tiny.train(quick(tiny_pipeline), 1, callbacks=[tests, keeper], enable_checkpointing=True)
+
+
 @pytest.mark.parametrize(("interval", "best"), [(2, 4), (4, 4), (6, 6)])
 def test_monitored_score_keeps_the_best_checkpoint_and_not_the_last(tiny_pipeline, tmp_path, interval, best):
     keeper = keeping(tmp_path / "best", "rehearsed", every_n_train_steps=interval)

@@ -1844,6 +1844,7 @@ MUTATIONS = [
     *errors(
         "callbacks/monitored_scores.py",
         ("callbacks/test_generation_evaluation.py",),
+        ("best: unknown task monitored", 'partition("/")[2] not in known', 'partition("/")[2] == ""'),
         ("best: saved between evaluations", "if not interval or interval % every_n_updates:", "if not interval:"),
         ("best: saved at the end only", "if not interval or interval", "if interval and interval"),
         ("best: figures of others refused", '(keeper.monitor or "").startswith(figures)', "keeper.monitor"),

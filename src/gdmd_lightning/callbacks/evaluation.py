@@ -132,7 +132,8 @@ class GenerationEvaluation(pl.Callback):
         evaluations = self._evaluations(trainer)
         check_names([score for each in evaluations for score in each.scores], SCORES)
         for each in evaluations:
-            check_monitors(trainer, [score.name for score in each.scores], each.every_n_updates)
+            figures = {score.name: score.figures(each.prompts) for score in each.scores}
+            check_monitors(trainer, figures, each.every_n_updates)
         for score in self.scores:
             score.prepare()
 

@@ -92,6 +92,11 @@ class TaskScore(Metric):
         """What the score computes, as plain values: two scores with other settings must not be compared."""
         return {"class": type(self).__qualname__, "name": self.name}
 
+    def figures(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Names of what :meth:`compute` gives for a test set."""
+        tasks, parts = _tasks_and_parts(self, prompts)
+        return ["overall", *(tasks if tasks != [NO_TASK] else []), *parts]
+
     def begin(self, prompts: Sequence[Prompt]) -> None:
         """Drop all values and number the tasks of the whole test set, so that ranks agree on the numbers.
 
@@ -105,8 +110,7 @@ class TaskScore(Metric):
         # A rank without prompts has values too, if none: ranks would otherwise not gather the same number of tensors.
         for state, dtype in STATES.items():
             getattr(self, state).append(torch.zeros(0, dtype=dtype, device=self.device))
-        self.task_names = list(dict.fromkeys(task_of(prompt) for prompt in prompts))
-        self.names_of_parts = list(dict.fromkeys(name for prompt in prompts for name in self.part_names(prompt)))
+        self.task_names, self.names_of_parts = _tasks_and_parts(self, prompts)
 
     @torch.no_grad()
     def values_of(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Value]:
@@ -147,6 +151,12 @@ class TaskScore(Metric):
         names = [[self.names_of_parts[i] for i in mine.tolist()] for mine in numbers.split(counts.tolist())]
         found = [Value(value, mine) for value, mine in zip(values.tolist(), of_pictures, strict=True)]
         return intervals(found, [self.task_names[i] for i in tasks.tolist()], names, range(len(found)))
+
+
+def _tasks_and_parts(score: TaskScore, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+    """Tasks, and names of parts, of a test set, in the order of its prompts."""
+    tasks = dict.fromkeys(task_of(prompt) for prompt in prompts)
+    return list(tasks), list(dict.fromkeys(name for prompt in prompts for name in score.part_names(prompt)))
 
 
 def task_of(prompt: Prompt) -> str:
