@@ -1911,8 +1911,8 @@ MUTATIONS = [
         ("pictures of other weights", "{module.weights_digest(role)} {levels}", "{levels}"),
         ("one stream for a batch of pictures", "rngs=streams_of(noise))", "rngs=None)"),
         ("directory shared by two evaluations", "if number == 1 else", "if True else"),
-        ("grid of another evaluation replaced", "return drawing.index(self) > 0", "return False"),
-        ("pictures not kept", "keep=keep,", "keep=None,"),
+        ("grid of another evaluation replaced", "if each.columns].index(self) > 0", "if each.columns] == []"),
+        ("pictures not kept", "else partial(_keep, kept)", "else None"),
         ("lists of ranks not joined", "                kept.finish()\n", ""),
     ),
     *errors(

@@ -178,12 +178,6 @@ class GenerationEvaluation(pl.Callback):
     def _score(self, trainer: pl.Trainer, module: DistillationModule, role: str, generate: Generate) -> float:
         """Fill the scores with a generator's pictures on all ranks; the seconds that one picture took."""
         kept = None if self.keep_pictures == "none" else self._kept(trainer, module, role)
-
-        def keep(*made: Any) -> None:
-            with warn_if_not_written():
-                if kept is not None:
-                    kept.keep(*made)
-
         with module.roles.lockstep(role):
             seconds = evaluate(
                 generate,
@@ -196,7 +190,7 @@ class GenerationEvaluation(pl.Callback):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 known={} if kept is None else kept.known(self.prompts),
-                keep=keep,
+                keep=None if kept is None else partial(_keep, kept),
             )
         trainer.strategy.barrier()  # the lists of all ranks are complete
         if kept is not None and trainer.is_global_zero:
@@ -218,8 +212,7 @@ class GenerationEvaluation(pl.Callback):
 
     def _name(self, trainer: pl.Trainer) -> str:
         """That of the prompts, with a number if an evaluation before this one has the same."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        evaluations = [each for each in callbacks if isinstance(each, GenerationEvaluation)]
+        evaluations = self._evaluations(trainer)
         names = [re.sub(r"[^\w.-]+", "-", Path(each.source).stem) or "prompts" for each in evaluations]
         place = evaluations.index(self)
         number = names[: place + 1].count(names[place])
@@ -247,7 +240,7 @@ class GenerationEvaluation(pl.Callback):
                 pictures = module.generate_teacher(noise, texts, self.teacher_steps, self.teacher_guidance)
                 self._teacher_pictures = pictures.cpu()
         with module.roles.lockstep("ema"):
-            ours = module.generate(noise, texts).cpu() if trainer.is_global_zero else None
+            ours = _of_generator(module, noise, texts).cpu() if trainer.is_global_zero else None
         if ours is None or self._teacher_pictures is None:
             return
         figure = picture_grid(
@@ -269,9 +262,12 @@ class GenerationEvaluation(pl.Callback):
 
     def _is_further(self, trainer: pl.Trainer) -> bool:
         """Whether an evaluation before this one draws a grid, too."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        drawing = [each for each in callbacks if isinstance(each, GenerationEvaluation) and each.columns]
-        return drawing.index(self) > 0
+        return [each for each in self._evaluations(trainer) if each.columns].index(self) > 0
+
+
+def _keep(kept: KeptPictures, *made: Any) -> None:
+    with warn_if_not_written():
+        kept.keep(*made)
 
 
 def _of_generator(module: DistillationModule, noise: Tensor, texts: list[str]) -> Tensor:
