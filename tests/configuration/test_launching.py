@@ -55,3 +55,24 @@ def test_bare_name_of_a_strategys_class_is_refused(fast_fit, name):
 
 def test_names_of_lightnings_list_pass(fast_fit):
     assert training.parse([*fast_fit, "--trainer.strategy=ddp"]).trainer.strategy == "ddp"
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ["--trainer.strategy=ddp"],
+        ["--trainer.strategy=ddp_find_unused_parameters_false"],
+        ["--trainer.strategy.class_path=DDPStrategy"],
+    ],
+    ids=["ddp", "false", "class"],
+)
+def test_every_spelling_of_ddp_expects_unused_parameters(fast_fit, monkeypatch, strategy):
+    monkeypatch.setattr(training.DistillationCLI, "fit", lambda *_, **__: None)
+    cli = training.run([*fast_fit, *strategy])
+    assert cli.trainer.strategy._ddp_kwargs["find_unused_parameters"] is True
+
+
+def test_a_static_graph_is_refused(fast_fit):
+    strategy = ["--trainer.strategy.class_path=DDPStrategy", "--trainer.strategy.static_graph=true"]
+    with pytest.raises(UserError, match=r"^trainer\.strategy\.static_graph: .* reach different roles; leave it out$"):
+        training.parse([*fast_fit, *strategy])

@@ -2348,6 +2348,16 @@ MUTATIONS = [
         ("launching: told without restarts", '"0")) > 0:', '"0")) >= 0:'),
         ("launching: told of a store of their own", "if shared and int(", "if int("),
         ("launching: only children of the base are classes", ".union(*map(_below, children))", ""),
+        ("launching: a static graph accepted", 'if settings.get("static_graph"):', "if False:"),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("configuration/test_launching.py",),
+        (
+            "ddp waits for gradients of other roles",
+            '._ddp_kwargs["find_unused_parameters"] = True',
+            '._ddp_kwargs.setdefault("find_unused_parameters", True)',
+        ),
     ),
     *errors(
         "configuration/resuming.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
@@ -14,20 +15,28 @@ OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Set to 1, torchrun gives the ranks of each start a store of their own. Source: torch's ``dynamic_rendezvous.py``."""
 
 
-def check_strategy_name(strategy: object) -> None:
-    """Refuse the bare name of a class, which Lightning takes for a name in its own list.
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy that cannot train several roles, before anything is built.
 
     Args:
-        strategy: ``trainer.strategy`` as it was parsed.
+        strategy: ``trainer.strategy`` as it was parsed: a name, or a class with its arguments.
 
     Raises:
-        UserError: If it is such a name.
+        UserError: If it is the bare name of a class, which Lightning takes for a name in its own list, or has a setting
+            that cannot work.
     """
     if isinstance(strategy, str) and strategy in {each.__name__ for each in _below(Strategy)}:
         raise UserError(
             f"{strategy!r} is a class, and a bare word here is one of Lightning's own names",
             where="trainer.strategy",
             remedy=f"use --trainer.strategy.class_path {strategy}",
+        )
+    settings = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
+    if settings.get("static_graph"):
+        raise UserError(
+            "it is true, but the backward passes of an update reach different roles",
+            where="trainer.strategy.static_graph",
+            remedy="leave it out",
         )
 
 

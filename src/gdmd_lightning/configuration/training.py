@@ -26,7 +26,7 @@ from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, ru
 from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import fit_arguments
-from gdmd_lightning.configuration.launching import check_launcher, check_strategy_name
+from gdmd_lightning.configuration.launching import check_launcher, check_strategy
 from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
@@ -74,7 +74,7 @@ class DistillationCLI(LightningCLI):
             fit = parser._subcommands_action._name_parser_map["fit"]  # type: ignore[union-attr]
             raise readable_error(error, self.command, arguments_of(fit)) from error
         check_configuration(self.config.fit)
-        check_strategy_name(self.config.fit.trainer.strategy)
+        check_strategy(self.config.fit.trainer.strategy)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -120,9 +120,9 @@ class DistillationCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
-            # A backward pass reaches one role; DDP would wait for the gradients of the others. The public name
-            # "ddp_find_unused_parameters_true" does not help where Lightning chooses DDP itself ("auto").
-            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+            # A backward pass reaches one role; DDP would wait for the gradients of the others. Not a default: the
+            # command line gives a class all of its arguments, so this one is False unless a user sets it.
+            trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
         return trainer
 
     def before_fit(self) -> None:
