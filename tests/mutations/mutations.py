@@ -2606,6 +2606,27 @@ MUTATIONS = [
         ("engines: frozen networks in half precision lost", 'base["bf16"] = {"enabled": True}', "pass"),
         ("engines: a key of the module accepted", "            if key in config:", "            if False:"),
         ("engines: an old DeepSpeed accepted", '.split(".")[:2]) < RELEASE', '.split(".")[:2]) < (0, 0)'),
+        ("engines: stages of unknown roles accepted", "if unknown := set(stages) - known:", "if False:"),
+        (
+            "engines: configs of unknown roles accepted",
+            'if unknown := set(configs) - known - {"frozen"}:',
+            "if unknown := set():",
+        ),
+        ("engines: frozen networks are no role", 'set(configs) - known - {"frozen"}', "set(configs) - known"),
+    ),
+    *errors(
+        "strategies/multi_engine.py",
+        ("strategies/test_refusals.py",),
+        (
+            "engines: the module's clipping wins",
+            'config.setdefault("gradient_clipping", trained.gradient_clipping)',
+            'config["gradient_clipping"] = trained.gradient_clipping',
+        ),
+        (
+            "engines: settings of unknown roles accepted",
+            "if found := unknown_role(self.stages, self.configs, self._trained):",
+            "if found := None:",
+        ),
     ),
     *errors(
         "strategies/shards.py",
@@ -2635,6 +2656,12 @@ MUTATIONS = [
         ("distributed/test_deepspeed_commands.py",),
         ("engines: adapters in ZeRO-3 accepted", "and stage == 3:", "and False:"),
         ("engines: weights in half precision accepted", "        if half:", "        if False:"),
+        ("engines: clipping without effect accepted", 'if "gradient_clipping" in config:', "if False:"),
+        (
+            "engines: settings of unknown roles accepted by a method",
+            "[spec.name for spec in trained]):",
+            "[spec.name for spec in trained]) and None:",
+        ),
     ),
     # One run on any number of ranks.
     *errors(

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from toy_gan import ToyGAN
 
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, engine_config
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained, engine_config
 
 
 def refused(**arguments) -> str:
@@ -69,3 +69,37 @@ def test_trainer_settings_without_effect_are_refused(settings, automatic, messag
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert torch.distributed.is_initialized() == before
+
+
+def started(monkeypatch, clipping: float = 0.0, **arguments) -> dict[str, float]:
+    """Clipping that each engine of a toy is started with."""
+    given = []
+    monkeypatch.setattr("deepspeed.initialize", lambda config, **_: given.append(config) or [None])
+    strategy, module = MultiEngineDeepSpeedStrategy(**arguments), torch.nn.Module()
+    module.nets = torch.nn.ModuleDict({"generator": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
+    networks = {f"nets.{name}": Trained(network, clipping) for name, network in module.nets.items()}
+    module.trained_networks = lambda: networks
+    strategy._lightning_module = module
+    strategy._names = {id(parameter): name for name, parameter in module.named_parameters()}
+    strategy.optimizers = [torch.optim.SGD(network.parameters()) for network in module.nets.values()]
+    strategy._start_engines()
+    return dict(zip(module.nets, [config["gradient_clipping"] for config in given], strict=True))
+
+
+def test_clipping_of_the_strategy_wins_over_that_of_the_module(monkeypatch):
+    own = {"critic": {"gradient_clipping": 2.0}}
+    assert started(monkeypatch, 1.0, configs=own) == {"generator": 1.0, "critic": 2.0}
+    assert started(monkeypatch, 1.0, config={"gradient_clipping": 3.0}) == {"generator": 3.0, "critic": 3.0}
+    assert started(monkeypatch) == {"generator": 0.0, "critic": 0.0}
+
+
+@pytest.mark.parametrize("setting", ["stages", "configs"])
+def test_settings_of_a_role_that_no_optimizer_trains_are_refused(monkeypatch, setting):
+    value = {"stages": 1, "configs": {}}[setting]
+    with pytest.raises(MisconfigurationException) as error:
+        started(monkeypatch, **{setting: {"critc": value}})
+    assert str(error.value) == (
+        f"no optimizer trains 'critc', which is in the strategy's {setting}: use one of nets.generator, nets.critic"
+    )
+    for name in ("critic", "nets.critic", *(["frozen"] if setting == "configs" else [])):
+        started(monkeypatch, **{setting: {name: value}})

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -96,6 +96,24 @@ def check_config(configs: Mapping[str, Mapping[str, Any]]) -> None:
             raise MisconfigurationException(f"zero_optimization.stage in the strategy's {where}: use stage and stages")
         if any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param")):
             raise MisconfigurationException(f"offload to nvme in the strategy's {where} is not supported: use cpu")
+
+
+def unknown_role(
+    stages: Iterable[str], configs: Iterable[str], roles: Iterable[str]
+) -> tuple[Literal["stages", "configs"], str] | None:
+    """The first role that has settings but no optimizer, and where it has them; ``None`` if there is none.
+
+    Args:
+        stages: Names in ``stages``.
+        configs: Names in ``configs``, of which ``frozen`` is not a role.
+        roles: What optimizers train, as paths; their last names do as well.
+    """
+    known = {name for role in roles for name in (role, role.rpartition(".")[2])}
+    if unknown := set(stages) - known:
+        return "stages", min(unknown)
+    if unknown := set(configs) - known - {"frozen"}:
+        return "configs", min(unknown)
+    return None
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
