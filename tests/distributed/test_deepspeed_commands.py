@@ -130,6 +130,7 @@ def test_zero3_overlay_turns_off_adapters_and_shards_every_role():
     [
         (["--model.lora.rank=2"], "ZeRO 3 cannot shard the adapter of 'generator'"),
         (["--trainer.strategy.stages={critic: 1}"], "no role 'critic' is trained; use generator, fake_score"),
+        (["--trainer.strategy.config={gradient_cliping: 1}"], "(did you mean 'gradient_clipping'?)"),
         (["--trainer.strategy.configs={critic: {}}"], "trainer.strategy.configs: no role 'critic' is trained; use gen"),
         (
             ["--trainer.strategy.configs={fake_score: {gradient_clipping: 1.0}, frozen: {}}"],

@@ -2606,6 +2606,13 @@ MUTATIONS = [
         ("engines: frozen networks in half precision lost", 'base["bf16"] = {"enabled": True}', "pass"),
         ("engines: a key of the module accepted", "            if key in config:", "            if False:"),
         ("engines: an old DeepSpeed accepted", '.split(".")[:2]) < RELEASE', '.split(".")[:2]) < (0, 0)'),
+        ("engines: keys that DeepSpeed does not read accepted", "if key not in watched.read:", "if False:"),
+        ("engines: every offload accepted", 'if device not in ("none", "cpu"):', "if False:"),
+        ("engines: configs of roles not read", 'configs.get("", {}), [config] if role else []', "{}, []"),
+        ("engines: configs read in one stage", "if role else set(stages.values())", 'if role else {stages[""]}'),
+        ("engines: configs read in another stage", "{stages.get(role, usual)}", "{2}"),
+        ("engines: stages of last names ignored", 'stages.get(role.rpartition(".")[2], stages[""])', 'stages[""]'),
+        ("engines: overlap in stage 1 accepted", "parsed.zero_config.overlap_comm and", "False and"),
         ("engines: stages of unknown roles accepted", "if unknown := set(stages) - known:", "if False:"),
         (
             "engines: configs of unknown roles accepted",

@@ -35,6 +35,54 @@ def test_stages_and_configs_that_cannot_work_are_refused():
     assert "nvme in the strategy's config is not supported" in refused(config=nvme)
 
 
+def zero(**settings) -> dict:
+    return {"zero_optimization": settings}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": {"bf16": True}}, "bf16 in the strategy's config is True: it must be a dictionary"),
+        ({"config": {"zero_optimization": True}}, "zero_optimization in the strategy's config must be a dictionary"),
+        ({"configs": {"critic": None}}, "the strategy's configs.critic must be a dictionary"),
+        (
+            {"config": {"gradient_cliping": 1}},
+            "unknown key 'gradient_cliping' in the strategy's config (did you mean 'gradient_clipping'?)",
+        ),
+        ({"configs": {"critic": {"qwerty": 1}}}, "'qwerty' in the strategy's configs.critic: DeepSpeed does not r"),
+        ({"configs": {"frozen": {"zero_optimisation": {}}}}, "configs.frozen (did you mean 'zero_optimization'?)"),
+        (
+            {"config": zero(offload_optimiser={"device": "cpu"})},
+            "unknown key 'zero_optimization.offload_optimiser' in the strategy's config (did you mean 'offload_opt",
+        ),
+        ({"config": zero(offload_optimizer={"devise": "cpu"})}, "offload_optimizer.devise' in the strategy's config"),
+        ({"config": zero(offload_optimizer={"device": "gpu"})}, "offload to gpu in the strategy's config is not supp"),
+        (
+            {"config": zero(offload_optimizer="cpu")},
+            "offload_optimizer in the strategy's config is 'cpu': Input",
+        ),
+        ({"config": zero(reduce_bucket_size=-1)}, "reduce_bucket_size in the strategy's config is -1: Input should be"),
+        ({"config": {"gradient_clipping": "auto"}}, "gradient_clipping in the strategy's config is 'auto': use a num"),
+        (
+            {"stage": 2, "configs": {"critic": zero(offload_optimizer={"device": "cpu", "ratio": 0.5})}},
+            "zero_optimization in the strategy's configs.critic: Partial offloading only supported for ZeRO Stage 3",
+        ),
+        ({"stages": {"critic": 1}, "config": zero(overlap_comm=True)}, "does not work in ZeRO stage 1: use stage 2"),
+    ],
+)
+def test_what_deepspeed_would_not_read_is_refused(arguments, message):
+    assert message in refused(**arguments)
+
+
+def test_what_deepspeed_reads_is_accepted():
+    several = {"bf16": {"enabled": True}, "steps_per_print": 5, "wall_clock_breakdown": True, "data_types": {}}
+    usual = zero(offload_optimizer=None, reduce_bucket_size="auto", overlap_comm=True, stage3_max_live_parameters=5)
+    strategy = MultiEngineDeepSpeedStrategy(2, config={**several, **usual}, configs={"critic": {}, "frozen": {}})
+    assert strategy.config_of("critic", 2)["zero_optimization"]["offload_optimizer"] is None
+    partly = zero(offload_optimizer={"device": "cpu", "ratio": 0.5})
+    MultiEngineDeepSpeedStrategy(2, {"critic": 3}, configs={"nets.critic": partly})
+
+
 def test_configs_of_a_role_win_over_those_of_all():
     own = {"gradient_clipping": 2.0, "zero_optimization": {"overlap_comm": False}}
     shared = {"gradient_clipping": 1.0, "zero_optimization": {"reduce_bucket_size": 5}}

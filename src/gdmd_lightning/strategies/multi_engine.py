@@ -86,7 +86,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         for role, number in {"": stage, **self.stages}.items():
             if number not in (1, 2, 3):
                 raise MisconfigurationException(f"ZeRO stage {number} of {role or 'all roles'}: use 1, 2 or 3")
-        check_config({"": self.config, **self.configs})
+        check_config({"": self.config, **self.configs}, {"": stage, **self.stages})
         self.engines: dict[str, Any] = {}
         self._frozen: list[nn.Module] = []
         self._trained: dict[str, Trained] = {}
