@@ -72,7 +72,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             "model.reward: there is no module 'no' for 'no.such.Reward'; ",
         ),
         (["--trainer.callbacks+=Nope"], "trainer.callbacks: unknown class 'Nope'; "),
-        (["--trainer.strategy", "dpd"], "invalid strategy name: `strategy='dpd'`"),
+        (["--trainer.strategy", "dpd"], "trainer.strategy: unknown strategy 'dpd'; did you mean 'ddp'?"),
         (
             ["--trainer.gradient_clip_val", "1"],
             "trainer.gradient_clip_val: not supported: each role ",

@@ -2348,6 +2348,18 @@ MUTATIONS = [
         ("launching: told without restarts", '"0")) > 0:', '"0")) >= 0:'),
         ("launching: told of a store of their own", "if shared and int(", "if int("),
         ("launching: only children of the base are classes", ".union(*map(_below, children))", ""),
+        ("launching: no nodes accepted", "if trainer.num_nodes < 1:", "if False:"),
+        ("launching: devices not checked", "    devices_per_node(trainer.devices)\n", ""),
+        ("launching: no devices accepted", '("," not in text and int(text) < 1)', "False"),
+        ("launching: one optimizer accepted", "if issubclass(kind, DeepSpeedStrategy):", "if False:"),
+        ("launching: shards of Lightning accepted", "    check_kind(kind)\n", ""),
+        ("launching: spawned processes accepted", 'settings.get("start_method", "popen") != "popen"', "False"),
+        ("launching: unknown backends accepted", "if name.lower() not in Backend.backend_list:", "if False:"),
+        (
+            "launching: float16 in shards accepted",
+            "sharded=issubclass(kind, MultiEngineDeepSpeedStrategy | FSDP2Strategy)",
+            "sharded=False",
+        ),
         ("launching: a static graph accepted", 'if settings.get("static_graph"):', "if False:"),
     ),
     *errors(
@@ -2507,8 +2519,8 @@ MUTATIONS = [
         ("planning/test_sharding.py",),
         (
             "strategies: nodes ignored",
-            "adapters, ranks = module.lora is not None, count * nodes",
-            "adapters, ranks = module.lora is not None, count",
+            "ranks = (count or 1) * nodes",
+            "ranks = count or 1",
         ),
         ("strategies: averages whole", "strategy.stage_of(spec.source or spec.name)", "strategy.stage_of(spec.name)"),
         ("strategies: teacher whole", "if strategy.shard_frozen and not adapters:", "if False:"),
@@ -2519,7 +2531,7 @@ MUTATIONS = [
         ),
         (
             "strategies: offload ignored",
-            'offload_optimizer=_is_cpu(zero, "offload_optimizer"),',
+            "offload_optimizer=_is_cpu(zero.offload_optimizer),",
             "offload_optimizer=False,",
         ),
         (
@@ -2527,6 +2539,7 @@ MUTATIONS = [
             "    check_sharding(FSDP2Strategy(), module.role_specs())\n",
             "",
         ),
+        ("strategies: parts of an unknown number planned", "(sharded or divided)", "sharded"),
         ("strategies: adapters planned in shards", "if module.lora is None or spec.head is not None]", "]"),
     ),
     *errors(
@@ -2751,7 +2764,7 @@ MUTATIONS = [
         FSDP2,
         ("fsdp2: adapters not averaged", "self.strategy.keep_whole(roles.parameters_of(role))", "pass"),
         ("fsdp2: moments that cannot be split accepted", '.algorithm != "adamw":', '.algorithm == "":'),
-        ("fsdp2: Lightning's own strategy accepted", "ModelParallelStrategy | FSDPStrategy):", "str):"),
+        ("fsdp2: Lightning's own strategy accepted", "issubclass(kind, ModelParallelStrategy | FSDPStrategy)", "False"),
         ("fsdp2: norms stay in shards", "return whole_of(super()._clip(role))", "return super()._clip(role)"),
     ),
     *errors(

@@ -26,7 +26,7 @@ from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, ru
 from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.configuration.configs import fit_arguments
-from gdmd_lightning.configuration.launching import check_launcher, check_strategy
+from gdmd_lightning.configuration.launching import check_launcher, check_trainer, no_command_line
 from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
@@ -39,7 +39,6 @@ from gdmd_lightning.configuration.suggestions import arguments_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.deepspeed import check_stages
 from gdmd_lightning.engines.fsdp import check_sharding
-from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.garbage import collect_as_usual
 from gdmd_lightning.methods.base import DistillationModule
@@ -74,7 +73,7 @@ class DistillationCLI(LightningCLI):
             fit = parser._subcommands_action._name_parser_map["fit"]  # type: ignore[union-attr]
             raise readable_error(error, self.command, arguments_of(fit)) from error
         check_configuration(self.config.fit)
-        check_strategy(self.config.fit.trainer.strategy)
+        check_trainer(self.config.fit.trainer)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -100,8 +99,6 @@ class DistillationCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; report what a constructor refuses as an error in the configuration."""
-        # Before the trainer, which may look for an engine that is not installed.
-        check_precision(self.config.fit.trainer.precision)
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -149,11 +146,7 @@ class DistillationCLI(LightningCLI):
                 f"{size}: the same update",
             )
         if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise UserError(
-                f"{settings.trainer.strategy!r} starts its processes without a command line of their own",
-                where="trainer.strategy",
-                remedy="use ddp",
-            )
+            raise no_command_line(settings.trainer.strategy)  # "auto" chooses such a one in a notebook
         check_launcher(self.trainer)
         if isinstance(self.trainer.strategy, MultiEngineDeepSpeedStrategy):
             check_stages(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)

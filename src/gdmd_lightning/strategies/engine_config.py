@@ -7,10 +7,13 @@ import difflib
 import importlib.util
 from collections.abc import Iterable, KeysView, Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 RELEASE = (0, 19)
 """The release of DeepSpeed that this was written for; earlier ones lack what it needs."""
@@ -144,6 +147,13 @@ def check_engine(config: Mapping[str, Any], where: str) -> None:
         raise MisconfigurationException(
             f"zero_optimization.overlap_comm in the strategy's {where} does not work in ZeRO stage 1: use stage 2"
         )
+
+
+def zero_settings(config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """The settings of ZeRO as DeepSpeed takes them, with its own where a configuration has none, or ``auto``."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig(**config["zero_optimization"])
 
 
 class _Watched(dict[str, Any]):
