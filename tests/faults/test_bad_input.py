@@ -340,7 +340,7 @@ def test_fit_reports_a_checkpoint_of_another_method(complaint, fast_fit, checkpo
 
 def test_fit_reports_a_checkpoint_with_another_batch_size(complaint, fast_fit, checkpoint):
     line = complaint("fit", *fast_fit, "--data.batch_size", 16, "--ckpt_path", checkpoint)
-    assert "data: the checkpoint counts its prompts with batch_size 8 (now 16); " in line
+    assert "with 8 samples of an update on all ranks (now 16); set data.global_batch_size 8, or start" in line
 
 
 # Export.

@@ -2744,6 +2744,9 @@ MUTATIONS = [
             "samples, rest = global_batch_size, 0",
         ),
         ("groups split", "rest or samples % group_size", "rest"),
+        ("the way round named where it is none", "and samples % unit == 0", ""),
+        ("the way round named for other settings", 'list(changed) == ["batch_size"]', "True"),
+        ("the way round not named", 'list(changed) == ["batch_size"]', "False"),
         ("global batch ignored", "self.global_batch_size, ranks, accumulate)", "None, ranks, accumulate)"),
     ),
     *errors(
