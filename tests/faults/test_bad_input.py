@@ -83,6 +83,10 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             "use model.accumulate 4, or data.batch_size 32 with model.micro_batch_size 8: the same update",
             marks=pytest.mark.slow,
         ),
+        (
+            ["--trainer.accumulate_grad_batches", "2", "--data.global_batch_size", "8"],
+            "steps; use data.global_batch_size 16: a rank has 8 of them in memory at once",
+        ),
         (["--model.accumulate", "0"], "model.accumulate: it is 0; use an integer of at least 1"),
         pytest.param(["--model.non_finite.limit", "0"], "model.non_finite.limit: it is 0", marks=pytest.mark.slow),
         (["--model.non_finite.policy", "ignore"], "expected one of 'stop', 'skip', got 'ignore'"),

@@ -2364,6 +2364,11 @@ MUTATIONS = [
     ),
     *errors(
         "configuration/training.py",
+        INPUT,
+        ("a global batch advised to accumulate", "settings.data.global_batch_size) is not None", "None) is not None"),
+    ),
+    *errors(
+        "configuration/training.py",
         ("configuration/test_launching.py",),
         (
             "ddp waits for gradients of other roles",

@@ -139,11 +139,16 @@ class DistillationCLI(LightningCLI):
             )
         times, size = self.trainer.accumulate_grad_batches, settings.data.batch_size
         if times != 1:
+            remedy = (
+                f"use model.accumulate {times}, or data.batch_size {times * size} with model.micro_batch_size {size}: "
+                "the same update"
+            )
+            if (every := settings.data.global_batch_size) is not None:
+                remedy = f"use data.global_batch_size {times * every}: a rank has {size} of them in memory at once"
             raise UserError(
                 f"it is {times}, but an update takes several optimizer steps",
                 where="trainer.accumulate_grad_batches",
-                remedy=f"use model.accumulate {times}, or data.batch_size {times * size} with model.micro_batch_size "
-                f"{size}: the same update",
+                remedy=remedy,
             )
         if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
             raise no_command_line(settings.trainer.strategy)  # "auto" chooses such a one in a notebook
