@@ -2363,6 +2363,22 @@ MUTATIONS = [
         ("launching: a static graph accepted", 'if settings.get("static_graph"):', "if False:"),
     ),
     *errors(
+        "callbacks/summary.py",
+        ("callbacks/test_summary.py",),
+        (
+            "summary: shards counted as nothing",
+            'getattr(parameter, "ds_numel", parameter.numel())',
+            "parameter.numel()",
+        ),
+        ("summary: frozen is trainable", " if parameter.requires_grad)", ")"),
+        ("summary: depth forgotten", "max_depth=depth", "max_depth=1"),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("callbacks/test_summary.py",),
+        ("summary: shards not counted in fit", "            count_whole(trainer)\n", "            pass\n"),
+    ),
+    *errors(
         "configuration/training.py",
         INPUT,
         ("a global batch advised to accumulate", "settings.data.global_batch_size) is not None", "None) is not None"),

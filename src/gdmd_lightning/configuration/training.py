@@ -25,6 +25,7 @@ from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, run_directory
 from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
+from gdmd_lightning.callbacks.summary import count_whole
 from gdmd_lightning.configuration.configs import fit_arguments
 from gdmd_lightning.configuration.launching import check_launcher, check_trainer, no_command_line
 from gdmd_lightning.configuration.lost_ranks import is_lost_rank
@@ -120,6 +121,8 @@ class DistillationCLI(LightningCLI):
             # A backward pass reaches one role; DDP would wait for the gradients of the others. Not a default: the
             # command line gives a class all of its arguments, so this one is False unless a user sets it.
             trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+        if isinstance(trainer.strategy, MultiEngineDeepSpeedStrategy):
+            count_whole(trainer)
         return trainer
 
     def before_fit(self) -> None:
