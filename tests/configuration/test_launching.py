@@ -1,11 +1,13 @@
 """Ranks that something else starts than ``fit``."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 from gdmd_lightning.configuration import training
-from gdmd_lightning.configuration.launching import OWN_STORE, devices_per_node
+from gdmd_lightning.configuration.launching import OWN_STORE, chosen_strategy, devices_per_node
 from gdmd_lightning.errors import UserError
 
 TORCHRUN = {
@@ -100,6 +102,11 @@ def test_devices_are_counted_as_lightning_does(devices, number):
 def test_devices_that_are_no_number_are_refused(devices):
     with pytest.raises(UserError, match=r"^trainer\.devices: it is "):
         devices_per_node(devices)
+
+
+def test_a_class_can_be_without_arguments():
+    given = SimpleNamespace(class_path="lightning.pytorch.strategies.DDPStrategy")
+    assert chosen_strategy(given) == (DDPStrategy, {})
 
 
 def test_names_of_lightnings_list_pass(fast_fit):

@@ -64,7 +64,7 @@ def chosen_strategy(given: Any) -> tuple[type[Strategy], Mapping[str, Any]]:
         UserError: If there is no such name, or it is that of a class, which Lightning takes for one of its own.
     """
     if not isinstance(given, str):
-        return locate(given.class_path), dict(given.init_args or {})  # type: ignore[return-value]
+        return locate(given.class_path), dict(getattr(given, "init_args", None) or {})  # type: ignore[return-value]
     if given in {each.__name__ for each in _below(Strategy)}:
         raise UserError(
             f"{given!r} is a class, and a bare word here is one of Lightning's own names",
