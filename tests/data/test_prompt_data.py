@@ -177,11 +177,11 @@ def test_checkpoint_at_the_end_of_an_epoch_resumes_with_the_next_batch(source: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 4}, "batch_size 6 (now 4)"),
+        ({"batch_size": 4}, "6 samples of an update on all ranks (now 4)"),
         ({"group_size": 3}, "group_size 2 (now 3)"),
         ({"shuffle_buffer": 5}, "shuffle_buffer 4 (now 5)"),
         ({"seed": 1}, "seed 0 (now 1)"),
-        ({"batch_size": 2, "seed": 3}, "batch_size 6 (now 2), seed 0 (now 3)"),
+        ({"batch_size": 2, "seed": 3}, "6 samples of an update on all ranks (now 2), seed 0 (now 3)"),
         ({"source": "shapes"}, "(now 'shapes', whose content differs)"),
     ],
 )
@@ -198,22 +198,54 @@ def test_trainer_refuses_a_position_of_another_number_of_samples(source: str, tm
     checkpoint = torch.load(path)
     checkpoint["PromptDataModule"]["batch_size"] = 64
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match=r"data: the checkpoint counts its prompts with batch_size 64 \(now \d+\)"):
+    with pytest.raises(UserError, match=r"prompts with 64 samples of an update on all ranks \(now \d+\)"):
         trainer(max_steps=4).fit(Recorder(), datamodule=data(source), ckpt_path=path)
+
+
+class OnSecondRank:
+    """As much of a trainer as the position needs."""
+
+    global_rank, world_size = 1, 2
+    state = TrainerState(fn=TrainerFn.FITTING)
+
+
+def test_refused_samples_name_the_global_batch_that_goes_on(source: str) -> None:
+    shared = PromptDataModule(source, batch_size=4, group_size=2)
+    shared.trainer = OnSecondRank()
+    shared.divide(2)
+    alone = PromptDataModule(source, batch_size=4, group_size=2)
+    with pytest.raises(UserError) as caught:
+        alone.load_state_dict(shared.state_dict())
+    assert str(caught.value) == (
+        "data: the checkpoint counts its prompts with 8 samples of an update on all ranks (now 4); "
+        "set data.global_batch_size 8, or start a new run from its weights"
+    )
+    PromptDataModule(source, batch_size=4, group_size=2, global_batch_size=8).load_state_dict(shared.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [({"batch_size": 4}, {"batch_size": 6}), ({"batch_size": 4, "shuffle_buffer": 3}, {}), ({"batch_size": 8}, {})],
+    ids=["not divisible", "other settings too", "another source"],
+)
+def test_a_global_batch_that_would_not_help_is_not_named(source: str, options: dict, saved: dict) -> None:
+    module = PromptDataModule(source, group_size=2, **options)
+    module.trainer = OnSecondRank()
+    module.divide(2)
+    state = {**PromptDataModule(source, batch_size=8, group_size=2).state_dict(), "batches": 1, **saved}
+    state["content"] = state["content"] if options["batch_size"] == 4 else "other"
+    with pytest.raises(UserError, match=r"; resume with the values of the checkpoint, or start a new run"):
+        module.load_state_dict(state)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 4}, {"global_batch_size": 8}])
 def test_position_does_not_depend_on_how_many_ranks_share_the_samples(source: str, options: dict[str, int]) -> None:
-    class Of:
-        global_rank, world_size = 1, 2
-        state = TrainerState(fn=TrainerFn.FITTING)
-
     def texts(module: PromptDataModule) -> list[str]:
         return [prompt.text for prompt in next(iter(module._stream())).prompts]
 
     alone = PromptDataModule(source, batch_size=8, group_size=2)
     half = PromptDataModule(source, group_size=2, **options)
-    half.trainer = Of()
+    half.trainer = OnSecondRank()
     half.divide(2)
     for module in (alone, half):
         module._handed_over = 3

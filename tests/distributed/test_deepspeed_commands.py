@@ -132,6 +132,13 @@ def test_zero3_overlay_turns_off_adapters_and_shards_every_role():
     [
         (["--model.lora.rank=2"], "ZeRO 3 cannot shard the adapter of 'generator'"),
         (["--trainer.strategy.stages={critic: 1}"], "no role 'critic' is trained; use generator, fake_score"),
+        (["--trainer.strategy.config={gradient_cliping: 1}"], "(did you mean 'gradient_clipping'?)"),
+        (["--trainer.strategy.configs={critic: {}}"], "trainer.strategy.configs: no role 'critic' is trained; use gen"),
+        (
+            ["--trainer.strategy.configs={fake_score: {gradient_clipping: 1.0}, frozen: {}}"],
+            "gradient_clipping has no effect on 'fake_score', which has its own; set model.fake_score.gradient_clip",
+        ),
+        (["--trainer.strategy.config={gradient_clipping: 1.0}"], "set model.generator.gradient_clip"),
         (["--trainer.strategy.config={bf16: {enabled: true}}"], "bf16 would round the weights of 'generator'"),
         (["--model.generator.algorithm=adamw_8bit"], "adamw_8bit"),
         (["--trainer.strategy.stage=4"], "trainer.strategy.stage: expected one of 1, 2, 3, got '4'; see"),

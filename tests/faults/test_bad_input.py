@@ -72,7 +72,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             "model.reward: there is no module 'no' for 'no.such.Reward'; ",
         ),
         (["--trainer.callbacks+=Nope"], "trainer.callbacks: unknown class 'Nope'; "),
-        (["--trainer.strategy", "dpd"], "invalid strategy name: `strategy='dpd'`"),
+        (["--trainer.strategy", "dpd"], "trainer.strategy: unknown strategy 'dpd'; did you mean 'ddp'?"),
         (
             ["--trainer.gradient_clip_val", "1"],
             "trainer.gradient_clip_val: not supported: each role ",
@@ -82,6 +82,10 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             "trainer.accumulate_grad_batches: it is 4, but an update takes several optimizer steps; "
             "use model.accumulate 4, or data.batch_size 32 with model.micro_batch_size 8: the same update",
             marks=pytest.mark.slow,
+        ),
+        (
+            ["--trainer.accumulate_grad_batches", "2", "--data.global_batch_size", "8"],
+            "steps; use data.global_batch_size 16: a rank has 8 of them in memory at once",
         ),
         (["--model.accumulate", "0"], "model.accumulate: it is 0; use an integer of at least 1"),
         pytest.param(["--model.non_finite.limit", "0"], "model.non_finite.limit: it is 0", marks=pytest.mark.slow),
@@ -340,7 +344,7 @@ def test_fit_reports_a_checkpoint_of_another_method(complaint, fast_fit, checkpo
 
 def test_fit_reports_a_checkpoint_with_another_batch_size(complaint, fast_fit, checkpoint):
     line = complaint("fit", *fast_fit, "--data.batch_size", 16, "--ckpt_path", checkpoint)
-    assert "data: the checkpoint counts its prompts with batch_size 8 (now 16); " in line
+    assert "with 8 samples of an update on all ranks (now 16); set data.global_batch_size 8, or start" in line
 
 
 # Export.

@@ -106,7 +106,7 @@ def test_a_signal_saves_the_last_whole_update(tmp_path):
 def test_resuming_with_other_samples_per_update_is_refused(tmp_path):
     path = tmp_path / "one.ckpt"
     fit(module_of(accumulate=2), 1, tmp_path, 4).save_checkpoint(path)
-    with pytest.raises(UserError, match=r"data: the checkpoint counts its prompts with batch_size 8 \(now 4\)"):
+    with pytest.raises(UserError, match=r"its prompts with 8 samples of an update on all ranks \(now 4\)"):
         fit(module_of(), 2, tmp_path, 4, resume=path)
     fit(module_of(), 2, tmp_path, 8, resume=path)  # the same samples per update
 

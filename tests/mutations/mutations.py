@@ -2457,6 +2457,49 @@ MUTATIONS = [
         ("launching: told without restarts", '"0")) > 0:', '"0")) >= 0:'),
         ("launching: told of a store of their own", "if shared and int(", "if int("),
         ("launching: only children of the base are classes", ".union(*map(_below, children))", ""),
+        ("launching: no nodes accepted", "if trainer.num_nodes < 1:", "if False:"),
+        ("launching: devices not checked", "    devices_per_node(trainer.devices)\n", ""),
+        ("launching: no devices accepted", '("," not in text and int(text) < 1)', "False"),
+        ("launching: one optimizer accepted", "if issubclass(kind, DeepSpeedStrategy):", "if False:"),
+        ("launching: shards of Lightning accepted", "    check_kind(kind)\n", ""),
+        ("launching: spawned processes accepted", 'settings.get("start_method", "popen") != "popen"', "False"),
+        ("launching: unknown backends accepted", "if name.lower() not in Backend.backend_list:", "if False:"),
+        (
+            "launching: float16 in shards accepted",
+            "sharded=issubclass(kind, MultiEngineDeepSpeedStrategy | FSDP2Strategy)",
+            "sharded=False",
+        ),
+        ("launching: a static graph accepted", 'if settings.get("static_graph"):', "if False:"),
+    ),
+    *errors(
+        "callbacks/summary.py",
+        ("callbacks/test_summary.py",),
+        (
+            "summary: shards counted as nothing",
+            'getattr(parameter, "ds_numel", parameter.numel())',
+            "parameter.numel()",
+        ),
+        ("summary: frozen is trainable", " if parameter.requires_grad)", ")"),
+        ("summary: depth forgotten", "max_depth=depth", "max_depth=1"),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("callbacks/test_summary.py",),
+        ("summary: shards not counted in fit", "            count_whole(trainer)\n", "            pass\n"),
+    ),
+    *errors(
+        "configuration/training.py",
+        INPUT,
+        ("a global batch advised to accumulate", "settings.data.global_batch_size) is not None", "None) is not None"),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("configuration/test_launching.py",),
+        (
+            "ddp waits for gradients of other roles",
+            '._ddp_kwargs["find_unused_parameters"] = True',
+            '._ddp_kwargs.setdefault("find_unused_parameters", True)',
+        ),
     ),
     *errors(
         "configuration/resuming.py",
@@ -2606,8 +2649,8 @@ MUTATIONS = [
         ("planning/test_sharding.py",),
         (
             "strategies: nodes ignored",
-            "adapters, ranks = module.lora is not None, count * nodes",
-            "adapters, ranks = module.lora is not None, count",
+            "ranks = (count or 1) * nodes",
+            "ranks = count or 1",
         ),
         ("strategies: averages whole", "strategy.stage_of(spec.source or spec.name)", "strategy.stage_of(spec.name)"),
         ("strategies: teacher whole", "if strategy.shard_frozen and not adapters:", "if False:"),
@@ -2618,7 +2661,7 @@ MUTATIONS = [
         ),
         (
             "strategies: offload ignored",
-            'offload_optimizer=_is_cpu(zero, "offload_optimizer"),',
+            "offload_optimizer=_is_cpu(zero.offload_optimizer),",
             "offload_optimizer=False,",
         ),
         (
@@ -2626,6 +2669,7 @@ MUTATIONS = [
             "    check_sharding(FSDP2Strategy(), module.role_specs())\n",
             "",
         ),
+        ("strategies: parts of an unknown number planned", "(sharded or divided)", "sharded"),
         ("strategies: adapters planned in shards", "if module.lora is None or spec.head is not None]", "]"),
     ),
     *errors(
@@ -2721,6 +2765,34 @@ MUTATIONS = [
         ("engines: frozen networks in half precision lost", 'base["bf16"] = {"enabled": True}', "pass"),
         ("engines: a key of the module accepted", "            if key in config:", "            if False:"),
         ("engines: an old DeepSpeed accepted", '.split(".")[:2]) < RELEASE', '.split(".")[:2]) < (0, 0)'),
+        ("engines: keys that DeepSpeed does not read accepted", "if key not in watched.read:", "if False:"),
+        ("engines: every offload accepted", 'if device not in ("none", "cpu"):', "if False:"),
+        ("engines: configs of roles not read", 'configs.get("", {}), [config] if role else []', "{}, []"),
+        ("engines: configs read in one stage", "if role else set(stages.values())", 'if role else {stages[""]}'),
+        ("engines: configs read in another stage", "{stages.get(role, usual)}", "{2}"),
+        ("engines: stages of last names ignored", 'stages.get(role.rpartition(".")[2], stages[""])', 'stages[""]'),
+        ("engines: overlap in stage 1 accepted", "parsed.zero_config.overlap_comm and", "False and"),
+        ("engines: stages of unknown roles accepted", "if unknown := set(stages) - known:", "if False:"),
+        (
+            "engines: configs of unknown roles accepted",
+            'if unknown := set(configs) - known - {"frozen"}:',
+            "if unknown := set():",
+        ),
+        ("engines: frozen networks are no role", 'set(configs) - known - {"frozen"}', "set(configs) - known"),
+    ),
+    *errors(
+        "strategies/multi_engine.py",
+        ("strategies/test_refusals.py",),
+        (
+            "engines: the module's clipping wins",
+            'config.setdefault("gradient_clipping", trained.gradient_clipping)',
+            'config["gradient_clipping"] = trained.gradient_clipping',
+        ),
+        (
+            "engines: settings of unknown roles accepted",
+            "if found := unknown_role(self.stages, self.configs, self._trained):",
+            "if found := None:",
+        ),
     ),
     *errors(
         "strategies/shards.py",
@@ -2750,6 +2822,12 @@ MUTATIONS = [
         ("distributed/test_deepspeed_commands.py",),
         ("engines: adapters in ZeRO-3 accepted", "and stage == 3:", "and False:"),
         ("engines: weights in half precision accepted", "        if half:", "        if False:"),
+        ("engines: clipping without effect accepted", 'if "gradient_clipping" in config:', "if False:"),
+        (
+            "engines: settings of unknown roles accepted by a method",
+            "[spec.name for spec in trained]):",
+            "[spec.name for spec in trained]) and None:",
+        ),
     ),
     # One run on any number of ranks.
     *errors(
@@ -2812,6 +2890,9 @@ MUTATIONS = [
             "samples, rest = global_batch_size, 0",
         ),
         ("groups split", "rest or samples % group_size", "rest"),
+        ("the way round named where it is none", "and samples % unit == 0", ""),
+        ("the way round named for other settings", 'list(changed) == ["batch_size"]', "True"),
+        ("the way round not named", 'list(changed) == ["batch_size"]', "False"),
         ("global batch ignored", "self.global_batch_size, ranks, accumulate)", "None, ranks, accumulate)"),
     ),
     *errors(
@@ -2832,7 +2913,7 @@ MUTATIONS = [
         FSDP2,
         ("fsdp2: adapters not averaged", "self.strategy.keep_whole(roles.parameters_of(role))", "pass"),
         ("fsdp2: moments that cannot be split accepted", '.algorithm != "adamw":', '.algorithm == "":'),
-        ("fsdp2: Lightning's own strategy accepted", "ModelParallelStrategy | FSDPStrategy):", "str):"),
+        ("fsdp2: Lightning's own strategy accepted", "issubclass(kind, ModelParallelStrategy | FSDPStrategy)", "False"),
         ("fsdp2: norms stay in shards", "return whole_of(super()._clip(role))", "return super()._clip(role)"),
     ),
     *errors(

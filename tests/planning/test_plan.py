@@ -161,9 +161,17 @@ def test_plan_command_prints_savings(fast_fit, capsys, monkeypatch):
     assert "nothing" not in said
 
 
-def test_plan_refuses_sharding(fast_fit):
-    with pytest.raises(UserError, match="'fsdp' is not planned yet"):
-        report.plan_of([*fast_fit, "--trainer.strategy=fsdp"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--trainer.strategy=fsdp"], "FSDPStrategy would not shard these networks"),
+        (["--trainer.devices=-2"], r"trainer\.devices: it is '-2'"),
+        (["--trainer.devices=auto", "--data.global_batch_size=16"], r"a GPU's part of data\.global_batch_size depends"),
+    ],
+)
+def test_plan_refuses_what_fit_would_or_what_it_cannot_know(fast_fit, arguments, said):
+    with pytest.raises(UserError, match=said):
+        report.plan_of([*fast_fit, *arguments])
 
 
 def test_plan_command_reports_shares_of_deepspeed(fast_fit, capsys):

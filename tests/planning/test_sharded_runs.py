@@ -26,7 +26,7 @@ STRATEGIES = {f"zero{stage}": {"stage": stage, "config": CONFIG} for stage in (1
 def planned_for(settings, module):
     """The plan for two processes."""
     kind, settings = ("FSDP2Strategy", {}) if settings == "fsdp2" else ("MultiEngineDeepSpeedStrategy", settings)
-    given = SimpleNamespace(class_path=kind, init_args=settings)
+    given = SimpleNamespace(class_path=f"gdmd_lightning.strategies.{kind}", init_args=settings)
     strategy = read_strategy(SimpleNamespace(strategy=given, devices=2, num_nodes=1), module)
     return plan(module, 8, strategy=strategy)
 

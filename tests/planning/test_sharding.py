@@ -143,6 +143,33 @@ def test_stages_of_roles_reach_their_averages_and_the_teacher(tiny_pipeline):
     assert whole.split_of("teacher").kind == whole.split_of("ema").kind == "whole"
 
 
+def test_what_deepspeed_decides_itself_is_planned_with_its_own_settings(tiny_pipeline):
+    zero = {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "offload_optimizer": None}
+    module = tiny.module(tiny_pipeline, DMD)
+    usual = read_strategy(trainer(deepspeed(stage=2), 2), module)
+    assert usual == read_strategy(trainer(deepspeed(stage=2, config={"zero_optimization": zero}), 2), module)
+    split = usual.split_of("generator")
+    assert (split.bucket, split.prefetch, split.stays_whole) == (500_000_000, 50_000_000, 100_000)
+    assert not split.offload_optimizer
+    overlapping = {"zero_optimization": {"overlap_comm": True}}
+    twice = read_strategy(trainer(deepspeed(stage=2, config=overlapping), 2), module)
+    assert twice.split_of("generator").bucket == 2 * split.bucket
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_parts_of_a_global_batch_need_the_number_of_gpus(tiny_pipeline, strategy):
+    module = tiny.module(tiny_pipeline, DMD)
+    with pytest.raises(UserError, match=r"it is 'auto', and a GPU's part of data\.global_batch_size depends on"):
+        read_strategy(trainer(strategy), module, divided=True)
+    assert read_strategy(trainer(strategy, 2), module, divided=True).ranks == 2
+
+
+def test_a_single_gpu_is_one_gpu(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, DMD)
+    for strategy in ("ddp", fsdp2(), deepspeed()):
+        assert " on 1 GPU: " in read_strategy(trainer(strategy, 1), module).words
+
+
 def test_adapters_leave_the_teacher_whole(tiny_pipeline):
     module = tiny.module(tiny_pipeline, DMD, lora=LoRA(2, 4))
     found = read_strategy(trainer(deepspeed(stage=2), 2), module)
@@ -153,7 +180,7 @@ def test_adapters_leave_the_teacher_whole(tiny_pipeline):
     ("settings", "said"),
     [
         (lambda: trainer(deepspeed(stage=3)), r"trainer\.devices: it is 'auto', and the share of a GPU depends on"),
-        (lambda: trainer("fsdp", 2), "'fsdp' is not planned yet"),
+        (lambda: trainer("fsdp", 2), "FSDPStrategy is not planned yet"),
         (lambda: trainer(deepspeed(stage=4), 2), "ZeRO stage 4"),
         (lambda: trainer(deepspeed(stages={"teacher": 1}), 2), "no role 'teacher' is trained"),
         (lambda: trainer(fsdp2()), r"trainer\.devices: it is 'auto', and the share of a GPU depends on"),

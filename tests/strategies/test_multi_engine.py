@@ -29,14 +29,20 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder):
     """Losses and weights of one process without DeepSpeed on whole batches."""
+    trainer = alone(folder, 0, STEPS)
+    return trainer.callbacks[0].losses, trainer.lightning_module.state_dict()
+
+
+def alone(folder, start: int, steps: int, resume: Path | None = None) -> pl.Trainer:
+    """A trainer that has trained the toy without DeepSpeed on the whole batches of these steps."""
     torch.manual_seed(3)
-    module, observe = Seeded(str(folder / "teacher.safetensors")), Observe()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=2 * STEPS, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[observe],
+        accelerator="cpu", devices=1, max_steps=2 * steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Observe()],
     )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(Batches(0, STEPS, None), batch_size=None))
-    return observe.losses, module.state_dict()
+    module = Seeded(str(folder / "teacher.safetensors"))
+    trainer.fit(module, torch.utils.data.DataLoader(Batches(start, steps, None), batch_size=None), ckpt_path=resume)
+    return trainer
 
 
 def run_cases(folder: Path, ranks: int = 2, **cases: dict) -> list[dict]:
@@ -56,6 +62,14 @@ def assert_same_run(found: dict, plain) -> None:
     assert {name for name in found["weights"] if not name.startswith("teacher.")} == weights.keys()
     for name, value in weights.items():
         assert (found["weights"][name] - value).abs().max() <= WEIGHT, name
+
+
+def test_checkpoint_without_the_teacher_resumes_without_deepspeed(folder, plain):
+    alone(folder, 0, STEPS // 2).save_checkpoint(folder / "alone.ckpt")
+    resumed = alone(folder, STEPS // 2, STEPS, folder / "alone.ckpt")
+    assert resumed.callbacks[0].losses == plain[0][STEPS // 2 :]
+    for name, value in resumed.lightning_module.state_dict().items():
+        assert torch.equal(value, plain[1][name]), name
 
 
 def test_different_stages_train_as_one_process_and_resume_to_the_bit(folder, plain):

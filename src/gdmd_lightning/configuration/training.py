@@ -25,8 +25,9 @@ from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, run_directory
 from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
+from gdmd_lightning.callbacks.summary import count_whole
 from gdmd_lightning.configuration.configs import fit_arguments
-from gdmd_lightning.configuration.launching import check_launcher, check_strategy_name
+from gdmd_lightning.configuration.launching import check_launcher, check_trainer, no_command_line
 from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
@@ -39,7 +40,6 @@ from gdmd_lightning.configuration.suggestions import arguments_of
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.deepspeed import check_stages
 from gdmd_lightning.engines.fsdp import check_sharding
-from gdmd_lightning.engines.precision import check_precision
 from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.garbage import collect_as_usual
 from gdmd_lightning.methods.base import DistillationModule
@@ -74,7 +74,7 @@ class DistillationCLI(LightningCLI):
             fit = parser._subcommands_action._name_parser_map["fit"]  # type: ignore[union-attr]
             raise readable_error(error, self.command, arguments_of(fit)) from error
         check_configuration(self.config.fit)
-        check_strategy_name(self.config.fit.trainer.strategy)
+        check_trainer(self.config.fit.trainer)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -100,8 +100,6 @@ class DistillationCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; report what a constructor refuses as an error in the configuration."""
-        # Before the trainer, which may look for an engine that is not installed.
-        check_precision(self.config.fit.trainer.precision)
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -120,9 +118,11 @@ class DistillationCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
-            # A backward pass reaches one role; DDP would wait for the gradients of the others. The public name
-            # "ddp_find_unused_parameters_true" does not help where Lightning chooses DDP itself ("auto").
-            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+            # A backward pass reaches one role; DDP would wait for the gradients of the others. Not a default: the
+            # command line gives a class all of its arguments, so this one is False unless a user sets it.
+            trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+        if isinstance(trainer.strategy, MultiEngineDeepSpeedStrategy):
+            count_whole(trainer)
         return trainer
 
     def before_fit(self) -> None:
@@ -142,18 +142,19 @@ class DistillationCLI(LightningCLI):
             )
         times, size = self.trainer.accumulate_grad_batches, settings.data.batch_size
         if times != 1:
+            remedy = (
+                f"use model.accumulate {times}, or data.batch_size {times * size} with model.micro_batch_size {size}: "
+                "the same update"
+            )
+            if (every := settings.data.global_batch_size) is not None:
+                remedy = f"use data.global_batch_size {times * every}: a rank has {size} of them in memory at once"
             raise UserError(
                 f"it is {times}, but an update takes several optimizer steps",
                 where="trainer.accumulate_grad_batches",
-                remedy=f"use model.accumulate {times}, or data.batch_size {times * size} with model.micro_batch_size "
-                f"{size}: the same update",
+                remedy=remedy,
             )
         if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise UserError(
-                f"{settings.trainer.strategy!r} starts its processes without a command line of their own",
-                where="trainer.strategy",
-                remedy="use ddp",
-            )
+            raise no_command_line(settings.trainer.strategy)  # "auto" chooses such a one in a notebook
         check_launcher(self.trainer)
         if isinstance(self.trainer.strategy, MultiEngineDeepSpeedStrategy):
             check_stages(self.trainer.strategy, self.model.role_specs(), adapters=self.model.lora is not None)

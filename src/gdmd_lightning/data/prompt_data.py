@@ -238,19 +238,27 @@ class PromptDataModule(LightningDataModule):
         batches = state_dict.get("batches")
         if type(batches) is not int or batches < 0:
             raise UserError(f"its count of batches is {batches!r}", where="checkpoint", remedy="the file is damaged")
-        changed = [
-            f"{name} {state_dict.get(name)!r} (now {value!r})"
+        changed = {
+            name: f"{name} {state_dict.get(name)!r} (now {value!r})"
             for name, value in self._position_settings().items()
             # The source may have moved. Checkpoints of earlier versions know it by its name only.
             if state_dict.get(name) != value and (name != "source" or "content" not in state_dict)
-        ]
+        }
         if state_dict.get("content", self._content) != self._content:
-            changed.insert(0, f"source {state_dict.get('source')!r} (now {self.source!r}, whose content differs)")
+            source = f"source {state_dict.get('source')!r} (now {self.source!r}, whose content differs)"
+            changed = {"content": source, **changed}
         if changed:
+            remedy, samples = "resume with the values of the checkpoint", state_dict.get("batch_size")
+            unit = self.group_size * self._ranks
+            if "batch_size" in changed:
+                now = self.samples * self._ranks
+                changed["batch_size"] = f"{samples!r} samples of an update on all ranks (now {now})"
+            if list(changed) == ["batch_size"] and type(samples) is int and samples % unit == 0:
+                remedy = f"set data.global_batch_size {samples}"  # as many on any number of ranks
             raise UserError(
-                f"the checkpoint counts its prompts with {', '.join(changed)}",
+                f"the checkpoint counts its prompts with {', '.join(changed.values())}",
                 where="data",
-                remedy="resume with the values of the checkpoint, or start a new run from its weights",
+                remedy=f"{remedy}, or start a new run from its weights",
             )
         self._handed_over, self._processed_before = batches, None
 

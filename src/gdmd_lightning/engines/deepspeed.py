@@ -10,6 +10,7 @@ from gdmd_lightning.engines.placement import Placement
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.roles import AdapterRoles, Roles, RoleSpec
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, Trained
+from gdmd_lightning.strategies.engine_config import unknown_role
 
 
 class DeepSpeedEngine(LightningEngine):
@@ -59,8 +60,8 @@ def check_stages(strategy: MultiEngineDeepSpeedStrategy, specs: tuple[RoleSpec, 
     """Fail before anything is loaded if a role cannot be stepped in its ZeRO stage.
 
     Raises:
-        UserError: If an adapter has ZeRO-3, an engine trains in half precision, or an optimizer keeps its moments in
-            a form that cannot be split.
+        UserError: If an adapter has ZeRO-3, an engine trains in half precision, an optimizer keeps its moments in
+            a form that cannot be split, or the strategy has settings of a role that is not trained.
     """
     trained = [spec for spec in specs if spec.optimizer is not None]
     for spec in trained:
@@ -79,17 +80,22 @@ def check_stages(strategy: MultiEngineDeepSpeedStrategy, specs: tuple[RoleSpec, 
                 where="trainer.strategy",
                 remedy="leave it out, and set trainer.precision to bf16-mixed",
             )
+        if "gradient_clipping" in config:
+            raise UserError(
+                f"gradient_clipping has no effect on {spec.name!r}, which has its own",
+                where="trainer.strategy",
+                remedy=f"set model.{spec.name}.gradient_clip",
+            )
         if spec.optimizer is not None and spec.optimizer.algorithm != "adamw":
             raise UserError(
                 f"the moments of {spec.optimizer.algorithm} cannot be split over ranks",
                 where=f"model.{spec.name}.algorithm",
                 remedy="use adamw with ZeRO",
             )
-    unknown = set(strategy.stages) - {spec.name for spec in trained}
-    if unknown:
+    if found := unknown_role(strategy.stages, strategy.configs, [spec.name for spec in trained]):
         raise UserError(
-            f"no role {min(unknown)!r} is trained",
-            where="trainer.strategy.stages",
+            f"no role {found[1]!r} is trained",
+            where=f"trainer.strategy.{found[0]}",
             remedy=f"use {', '.join(spec.name for spec in trained)}",
         )
 

@@ -50,13 +50,8 @@ def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...]) -> None:
     Raises:
         UserError: If the strategy is Lightning's own, or an optimizer keeps its moments in a form that cannot be split.
     """
+    check_kind(type(strategy))
     if not isinstance(strategy, FSDP2Strategy):
-        if isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-            raise UserError(
-                f"{type(strategy).__name__} would not shard these networks, nor check checkpoints before loading them",
-                where="trainer.strategy",
-                remedy="use FSDP2Strategy, or --config fsdp2.yaml",
-            )
         return
     for spec in specs:
         if spec.optimizer is not None and spec.optimizer.algorithm != "adamw":
@@ -65,3 +60,17 @@ def check_sharding(strategy: Strategy, specs: tuple[RoleSpec, ...]) -> None:
                 where=f"model.{spec.name}.algorithm",
                 remedy="use adamw with FSDP2",
             )
+
+
+def check_kind(kind: type[Strategy]) -> None:
+    """Fail if a strategy is one of Lightning's own that use PyTorch's shards.
+
+    Raises:
+        UserError: If it is.
+    """
+    if issubclass(kind, ModelParallelStrategy | FSDPStrategy) and not issubclass(kind, FSDP2Strategy):
+        raise UserError(
+            f"{kind.__name__} would not shard these networks, nor check checkpoints before loading them",
+            where="trainer.strategy",
+            remedy="use FSDP2Strategy, or --config fsdp2.yaml",
+        )

@@ -73,7 +73,7 @@ def plan_of_settings(settings: Any, evaluation: int | None = None) -> tuple[Plan
         UserError: If it names something that cannot be planned.
     """
     module: DistillationModule = module_parser().instantiate_classes(Namespace(model=settings.model)).model
-    strategy = read_strategy(settings.trainer, module)
+    strategy = read_strategy(settings.trainer, module, divided=settings.data.global_batch_size is not None)
     data, samples = settings.data, _samples(settings, strategy.ranks)
     module.check_batch(samples * strategy.ranks, data.group_size)
     if samples > data.batch_size:

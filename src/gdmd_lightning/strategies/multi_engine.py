@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gdmd_lightning.strategies import partitions, shards
-from gdmd_lightning.strategies.engine_config import check_config, check_installed, engine_config
+from gdmd_lightning.strategies.engine_config import check_config, check_installed, engine_config, unknown_role
 from gdmd_lightning.strategies.saved_weights import NoSavedWeights
 from gdmd_lightning.strategies.sharding import Weights, constructed_in_shards, fill, gathered
 from gdmd_lightning.strategies.sources import source_of
@@ -41,7 +41,7 @@ class Trained:
 
     Args:
         network: The network; its parameters with gradient are those of the optimizer.
-        gradient_clipping: Largest gradient norm; 0 for no limit.
+        gradient_clipping: Largest gradient norm; 0 for no limit. That of the strategy's ``config`` or ``configs`` wins.
     """
 
     network: nn.Module
@@ -86,7 +86,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         for role, number in {"": stage, **self.stages}.items():
             if number not in (1, 2, 3):
                 raise MisconfigurationException(f"ZeRO stage {number} of {role or 'all roles'}: use 1, 2 or 3")
-        check_config({"": self.config, **self.configs})
+        check_config({"": self.config, **self.configs}, {"": stage, **self.stages})
         self.engines: dict[str, Any] = {}
         self._frozen: list[nn.Module] = []
         self._trained: dict[str, Trained] = {}
@@ -239,13 +239,17 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         import deepspeed
 
         self._trained = self._roles()
+        if found := unknown_role(self.stages, self.configs, self._trained):
+            raise MisconfigurationException(
+                f"no optimizer trains {found[1]!r}, which is in the strategy's {found[0]}: use one of "
+                f"{', '.join(self._trained)}"
+            )
         for (role, trained), optimizer in zip(self._trained.items(), self.optimizers, strict=True):
             self._groups[role] = [
                 [self._names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
             ]
             config = self.config_of(role, self.stage_of(role))
-            if trained.gradient_clipping:
-                config["gradient_clipping"] = trained.gradient_clipping
+            config.setdefault("gradient_clipping", trained.gradient_clipping)
             self.engines[role], *_ = deepspeed.initialize(
                 model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
             )
