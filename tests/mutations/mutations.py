@@ -2576,6 +2576,9 @@ MUTATIONS = [
             "            pass",
         ),
         ("shards: a backward replaces the one before", "    engine.optimizer.clear_backward_seen_flag()\n", ""),
+        ("shards: no offloaded gradient after zero_grad", "weights.grad = gradient.zero_()", "gradient.zero_()"),
+        ("shards: offloaded gradients stay", "weights.grad = gradient.zero_()", "weights.grad = gradient"),
+        ("shards: offloaded sums stay", "for gradient in [*summed.values(), *(", "for gradient in [*("),
     ),
     *errors(
         "strategies/multi_engine.py",

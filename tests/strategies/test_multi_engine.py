@@ -16,6 +16,7 @@ from gdmd_lightning.strategies import consolidated
 HERE = Path(__file__).parent
 LOSS, WEIGHT = 1e-6, 2e-5
 STEPS = 4
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,15 @@ def assert_same_run(found: dict, plain) -> None:
 def test_different_stages_train_as_one_process_and_resume_to_the_bit(folder, plain):
     mixed = {"stages": {"generator": 3, "critic": 1}}
     half = str(folder / "half.ckpt")
-    whole, _, resumed = run_cases(
+    whole, _, resumed, offloaded = run_cases(
         folder,
         whole={"strategy": mixed, "steps": STEPS},
         first={"strategy": mixed, "steps": STEPS // 2, "save": half},
         resumed={"strategy": mixed, "start": STEPS // 2, "steps": STEPS, "resume": half},
+        offloaded={"strategy": {"stage": 1, "stages": {"generator": 2}, "config": OFFLOADED}, "steps": STEPS},
     )
     assert_same_run(whole, plain)
+    assert_same_run(offloaded, plain)
     assert resumed["steps"] == whole["steps"] == 2 * STEPS
     assert resumed["losses"] == whole["losses"][STEPS // 2 :]
     for name, value in whole["weights"].items():
@@ -135,10 +138,9 @@ def test_clipping_is_per_role_and_skips_what_is_not_finite(folder):
 
 @pytest.mark.slow
 def test_engines_have_their_own_precision_and_offload(folder, plain):
-    cpu = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     offloaded, half = run_cases(
         folder,
-        offloaded={"strategy": {"stage": 3, "configs": {"generator": cpu}}, "steps": STEPS},
+        offloaded={"strategy": {"stage": 3, "configs": {"generator": OFFLOADED}}, "steps": STEPS},
         half={
             "strategy": {"stage": 2},
             "trainer": {"precision": "bf16-mixed"},
@@ -154,11 +156,28 @@ def test_engines_have_their_own_precision_and_offload(folder, plain):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_neither_clipping_nor_layers_that_get_a_gradient_only_sometimes(stage, folder):
+    clipped = {"stage": stage, "configs": {"critic": {"gradient_clipping": 1e-8}}}
+    shared = {"steps": STEPS, "kind": "leaving"}
+    here, away, broken = run_cases(
+        folder,
+        here={**shared, "strategy": clipped},
+        away={**shared, "strategy": {**clipped, "config": OFFLOADED}},
+        broken={"strategy": {"stage": stage, "config": OFFLOADED}, "steps": 2, "module": {"learning_rate": 1e30}},
+    )
+    assert away["norms"] == pytest.approx(here["norms"], rel=1e-5)
+    for name, value in here["weights"].items():
+        assert (away["weights"][name] - value).abs().max() <= LOSS, name
+    assert broken["norms"]["critic"] == float("inf")
+
+
+@pytest.mark.slow
 def test_a_frozen_network_is_never_whole_on_a_rank(folder):
     whole = large()
     save_file(whole.state_dict(), folder / "large.safetensors")
     size = sum(parameter.numel() * 4 for parameter in whole.parameters())
-    run_cases(folder, large={"strategy": {"stage": 2}, "steps": 1, "large": True})
+    run_cases(folder, large={"strategy": {"stage": 2}, "steps": 1, "kind": "large"})
     for rank in (0, 1):
         found = torch.load(folder / f"large-{rank}.pt")
         assert found["large_bytes"] == size / 2

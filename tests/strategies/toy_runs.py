@@ -96,6 +96,28 @@ class Batches(torch.utils.data.IterableDataset):
         return data(*self.arguments)
 
 
+class Sometimes(nn.Sequential):
+    """Leaves out its middle layer in the second step, and in the first backward pass of the third."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1  # three per step, the first without a gradient
+        for number, layer in enumerate(self):
+            x = x if number == 2 and self.calls in (5, 6, 8) else layer(x)
+        return x
+
+
+class Leaving(ToyGAN):
+    """The toy with a layer that gets no gradient in some steps and backward passes."""
+
+    def configure_model(self):
+        if not hasattr(self, "generator"):
+            torch.manual_seed(3)
+            super().configure_model()
+            self.generator = Sometimes(*self.generator)
+
+
 class Seeded(ToyGAN):
     """The toy with the same weights whatever was drawn in the process before."""
 
@@ -104,10 +126,13 @@ class Seeded(ToyGAN):
         super().configure_model()
 
 
+KINDS = {"seeded": Seeded, "large": Large, "leaving": Leaving}
+
+
 def run(case: dict, folder: Path) -> dict:
     torch.manual_seed(3)
     strategy = MultiEngineDeepSpeedStrategy(**case.get("strategy", {}))
-    kind, observe = Large if case.get("large") else Seeded, Observe(case.get("save"))
+    kind, observe = KINDS[case.get("kind", "seeded")], Observe(case.get("save"))
     module = kind(str(folder / "teacher.safetensors"), **case.get("module", {}))
     trainer = pl.Trainer(
         accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=2 * case["steps"], max_epochs=-1, logger=False,
@@ -124,7 +149,7 @@ def run(case: dict, folder: Path) -> dict:
         hook for each in module.modules() for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
     ]
     found["hooks"] = sum(isinstance(getattr(hook, "__self__", None), NoSavedWeights) for hook in hooks)
-    if case.get("large"):
+    if kind is Large:
         found["peak"], found["large_bytes"] = module.peak, partitions.bytes_held(module.large)
         found["half_bytes"] = partitions.bytes_held(module.third)
         found["half"] = {name: value.clone() for name, value in strategy.full_weights(module.third)}

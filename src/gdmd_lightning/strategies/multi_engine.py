@@ -95,6 +95,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         self._gathering: list[NoSavedWeights] = []
         self._names: dict[int, str] = {}
         self._backwards: dict[str, int] = {}
+        self._offloaded: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._learning: str | None = None
 
     # Frozen networks, and construction in shards.
@@ -249,6 +250,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             self.engines[role], *_ = deepspeed.initialize(
                 model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
             )
+            self._offloaded[role] = partitions.offloaded_gradients(self.engines[role])
             self._backwards[role] = 0
 
     def _watch(self, network: nn.Module) -> Any:
@@ -287,7 +289,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             watched.remove()
         for engine in [*self.engines.values(), *self._frozen_engines]:
             engine.destroy()
-        self.engines, self._frozen_engines, self._gathering = {}, [], []
+        self.engines, self._frozen_engines, self._gathering, self._offloaded = {}, [], [], {}
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -332,7 +334,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         name = self._role(role) if role is not None else str(self._learning)
         engine = self.engines[name]
         if not self._backwards[name]:
-            partitions.before_first_backward(engine)
+            partitions.before_first_backward(engine, self._offloaded[name])
         self._backwards[name] += 1
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)

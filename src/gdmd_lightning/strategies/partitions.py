@@ -128,13 +128,19 @@ def flats(engine: Any, names: Mapping[int, str], rank: int) -> list[Flat]:
     """The flat tensors of an engine's optimizer on this rank."""
     optimizer = engine.optimizer
     stage3 = engine.zero_optimization_stage() == 3
-    tensors = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     groups = optimizer.fp16_groups if stage3 else optimizer.bit16_groups
     parts = _parts_of_shards if stage3 else _parts_of_partitions
     return [
         Flat(tensor, optimizer.optimizer.state.get(tensor, {}), tuple(parts(group, names, rank)))
-        for tensor, group in zip(tensors, groups, strict=True)
+        for tensor, group in zip(_flat_tensors(engine), groups, strict=True)
     ]
+
+
+def _flat_tensors(engine: Any) -> list[Tensor]:
+    stage3 = engine.zero_optimization_stage() == 3
+    name = "fp32_partitioned_groups_flat" if stage3 else "single_partition_of_fp32_groups"
+    found: list[Tensor] = getattr(engine.optimizer, name)
+    return found
 
 
 def _parts_of_partitions(group: list[Any], names: Mapping[int, str], rank: int) -> Iterator[Part]:
@@ -255,8 +261,22 @@ def before_backward(engine: Any) -> None:
     engine._backward_prologue()
 
 
-def before_first_backward(engine: Any) -> None:
-    """Forget the last step's gradients: ZeRO-3 would use them again for parameters without a new one."""
+def offloaded_gradients(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Flat weights and their gradients, if the optimizer is offloaded: DeepSpeed allocates these once."""
+    return [(tensor, tensor.grad) for tensor in _flat_tensors(engine) if tensor.grad is not None]
+
+
+def before_first_backward(engine: Any, offloaded: list[tuple[Tensor, Tensor]]) -> None:
+    """Forget the last step's gradients, which DeepSpeed would use again for parameters without a new one.
+
+    Args:
+        engine: The engine.
+        offloaded: Its :func:`offloaded_gradients` from before the first step.
+    """
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
-    if buffer is not None:
-        buffer.zero_()
+    summed = getattr(engine.optimizer, "accumulated_grads_in_cpu", {})
+    for gradient in [*summed.values(), *([] if buffer is None else [buffer])]:
+        gradient.zero_()
+    for weights, gradient in offloaded:
+        # The optimizer's zero_grad drops it, but DeepSpeed copies into it.
+        weights.grad = gradient.zero_()
