@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,16 +491,27 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             raise MisconfigurationException(str(error)) from error
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load what is whole on every rank, then fill weights and moments of the engines."""
+        """Load what is whole on every rank, then fill weights and moments of the engines.
+
+        Raises:
+            MisconfigurationException: If the checkpoint is damaged, lacks a tensor or has one in another shape; no
+                weight has changed then.
+        """
         assert self.lightning_module is not None
-        held, state = self._held(), checkpoint["state_dict"]
-        mine = self.lightning_module.state_dict().keys() - held
-        missing = mine - state.keys()
+        saved, held = self.lightning_module.state_dict(), self._held()
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in saved.items()}
+        shapes |= {name: tuple(partitions.shape_of(p)) for name, p in self.lightning_module.named_parameters()}
+        missing: Set[str] = frozenset()
+        with self._together("the checkpoint does not fit"):
+            source = source_of(checkpoint, self._groups)
+            missing = saved.keys() - source.names()
+            for name in sorted(saved.keys() & source.names()):
+                if source.shape(name) != shapes[name]:
+                    raise ValueError(f"{name} is {source.shape(name)} there, {shapes[name]} here")
+            whole = {name: source.whole(name) for name in saved.keys() - held - missing}
         if strict and missing:
             raise MisconfigurationException(f"the checkpoint lacks {len(missing)} tensors, the first is {min(missing)}")
-        self.lightning_module.load_state_dict({name: state[name] for name in mine & state.keys()}, strict=False)
-        source = source_of(checkpoint, self._groups)
-        saved = self.lightning_module.state_dict().keys()
+        self.lightning_module.load_state_dict(whole, strict=False)
         with self._together("the checkpoint does not fit"):
             for engine in self.engines.values():
                 partitions.load_trained(engine, self._names, self.global_rank, source.read, source.keys, source.scalars)

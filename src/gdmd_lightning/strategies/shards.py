@@ -193,14 +193,17 @@ class ShardedCheckpoint:
             raise ShardError(f"{str(self.path)!r} has no {key} of {name}")
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def full(self, name: str, key: str = WEIGHT) -> Tensor:
+    def whole(self, name: str, key: str = WEIGHT) -> Tensor:
         """A whole parameter, or one of its moments, in the parameter's shape."""
-        shape = self.index[name][0].shape
-        return self.read(name, key, 0, math.prod(shape)).reshape(shape)
+        return self.read(name, key, 0, math.prod(self.shape(name))).reshape(self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self.index[name][0].shape
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters."""
-        return {name: ranges[0].shape for name, ranges in self.index.items()}
+        return {name: self.shape(name) for name in self.index}
 
 
 @dataclass(frozen=True)
@@ -237,13 +240,13 @@ def consolidated(path: str | Path) -> dict[str, Any]:
     """
     reader = ShardedCheckpoint(path)
     checkpoint = reader.rest()
-    weights = {name: reader.full(name) for name in reader.index}
+    weights = {name: reader.whole(name) for name in reader.index}
     checkpoint["state_dict"] = in_order(checkpoint.pop("names", []), {**checkpoint["state_dict"], **weights})
     for state, names in zip(checkpoint.get("optimizer_states", []), checkpoint.pop("trained_names", []), strict=False):
         state["state"] = {
             number: {
                 **{key: torch.tensor(value) for key, value in reader.scalars(name).items()},
-                **{key: reader.full(name, key) for key in sorted(reader.keys(name) - {WEIGHT})},
+                **{key: reader.whole(name, key) for key in sorted(reader.keys(name) - {WEIGHT})},
             }
             for number, name in enumerate(names)
             if name in reader.index and len(reader.keys(name)) > 1
