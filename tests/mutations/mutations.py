@@ -2583,6 +2583,14 @@ MUTATIONS = [
     *errors(
         "strategies/multi_engine.py",
         ENGINES,
+        ("engines: the end of a training is lost", "            self._ended = self._stepped()\n", "            pass\n"),
+        ("engines: moments of other weights", "        self._ended = {}\n        saved, held", "        saved, held"),
+        (
+            "engines: shards of a training not loaded",
+            "            self._frozen = [*self._built, *left]",
+            "            pass",
+        ),
+        ("engines: another shape loaded", "if source.shape(name) != shapes[name]:", "if False:"),
         ("engines: other roles learn too", "if parameter.requires_grad and id(parameter) not in mine", "if False"),
         ("engines: frozen networks whole", "sharded=self.shard_frozen,", "sharded=False,"),
     ),
@@ -2603,10 +2611,25 @@ MUTATIONS = [
     *errors(
         "strategies/shards.py",
         ("strategies/test_shards.py",),
+        ("shards: shape of a moment", "reshape(self.shape(name))", "flatten()"),
         ("shards: names leave the directory", "not all(_NETWORK.fullmatch(name) for name in self.networks)", "False"),
         ("shards: leftovers stay", "        _remove(found)", "        pass"),
         ("shards: order of tensors lost", "    return {**first, **tensors}", "    return tensors"),
         ("shards: the replaced checkpoint stays", "path):\n        _remove(part)", "path):\n        pass"),
+    ),
+    *errors(
+        "strategies/sources.py",
+        ("strategies/test_shards.py", "distributed/test_deepspeed.py"),
+        (
+            "shards: averages only in pieces",
+            "return self.reader if name in self.reader.index else self.rest",
+            "return self.reader",
+        ),
+        (
+            "shards: averages only whole",
+            "return self.reader.index.keys() | self.rest.names()",
+            "return self.rest.names()",
+        ),
     ),
     *errors(
         "roles/sharded.py",

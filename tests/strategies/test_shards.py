@@ -7,6 +7,7 @@ import torch
 
 from gdmd_lightning.strategies import ShardedCheckpoint, ShardError, consolidated, partitions, shards
 from gdmd_lightning.strategies.shards import Piece
+from gdmd_lightning.strategies.sources import source_of
 
 
 def write(path, ranges=((0, 5), (5, 12)), names=("net.w",)):
@@ -41,6 +42,20 @@ def test_any_range_is_read_across_ranks(tmp_path):
     assert reader.keys("net.w") == {"weight", "exp_avg"}
     with pytest.raises(ShardError, match="has no weight of other"):
         reader.read("other", "weight", 0, 1)
+
+
+def test_source_has_weights_in_pieces_and_whole_ones(tmp_path):
+    weight, _ = write(tmp_path / "a.ckpt")
+    whole = torch.arange(6.0).reshape(2, 3)
+    source = source_of({"state_dict": {"ema.w": whole}, "sharded": tmp_path / "a.ckpt"}, {})
+    assert source.names() == {"net.w", "ema.w"}
+    assert (source.shape("net.w"), source.shape("ema.w")) == ((3, 4), (2, 3))
+    assert torch.equal(source.whole("net.w"), weight)
+    assert torch.equal(source.whole("ema.w"), whole)
+    assert source.read("ema.w", "weight", 2, 3).tolist() == [2, 3, 4]
+    assert (source.keys("ema.w"), source.scalars("ema.w")) == ({"weight"}, {})
+    with pytest.raises(ValueError, match=r"it has no old\.w"):
+        source.read("old.w", "weight", 0, 1)
 
 
 @pytest.mark.parametrize("ranges", [((0, 5), (6, 12)), ((0, 5), (4, 12)), ((0, 5), (5, 11))])

@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from toy_gan import ToyGAN
+from toy_gan import ToyGAN, network
 
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions, shards
 from gdmd_lightning.strategies.saved_weights import NoSavedWeights
@@ -125,8 +125,22 @@ class Seeded(ToyGAN):
         torch.manual_seed(3)
         super().configure_model()
 
+    def test_step(self, z, number):
+        self.log("tested", self.generator(z).square().mean() + self.critic(self.teacher(z)).mean(), sync_dist=True)
 
-KINDS = {"seeded": Seeded, "large": Large, "leaving": Leaving}
+    def predict_step(self, z, number):
+        return self.generator(z)
+
+
+class Narrow(Seeded):
+    """The toy with a smaller critic."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.critic = nn.Sequential(network(16), nn.Linear(8, 1))
+
+
+KINDS = {"narrow": Narrow, "seeded": Seeded, "large": Large, "leaving": Leaving}
 
 
 def run(case: dict, folder: Path) -> dict:
@@ -134,9 +148,10 @@ def run(case: dict, folder: Path) -> dict:
     strategy = MultiEngineDeepSpeedStrategy(**case.get("strategy", {}))
     kind, observe = KINDS[case.get("kind", "seeded")], Observe(case.get("save"))
     module = kind(str(folder / "teacher.safetensors"), **case.get("module", {}))
+    common = {"accelerator": "cpu", "devices": WORLD, "logger": False, "enable_checkpointing": False}
+    common |= {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
-        accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=2 * case["steps"], max_epochs=-1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[observe],
+        strategy=strategy, max_steps=2 * case["steps"], max_epochs=-1, callbacks=[observe], **common,
         **case.get("trainer", {}),
     )  # fmt: skip
     rank = int(os.environ["LOCAL_RANK"])
@@ -159,6 +174,19 @@ def run(case: dict, folder: Path) -> dict:
         for name in ("generator", "critic", "teacher")
         for key, value in strategy.full_weights(module.get_submodule(name))
     }
+    if "after" in case:
+        path = case["after"]
+        trainer.save_checkpoint(path)
+        other = pl.Trainer(strategy=MultiEngineDeepSpeedStrategy(**case["strategy"]), **common)
+        new = kind(str(folder / "teacher.safetensors"))
+        tests = [(trainer, module, None), (trainer, module, path), (other, new, path)]
+        found["tested"] = [each.test(m, loader, ckpt_path=p, verbose=False)[0]["tested"] for each, m, p in tests]
+        found["predicted"] = [torch.cat(each.predict(m, loader, ckpt_path=p)) for each, m, p in tests]
+        try:
+            trainer.save_checkpoint(path)
+        except Exception as error:
+            found["refused"] = str(error)
+        trainer.save_checkpoint(path.replace("after", "weights"), weights_only=True)
     return found
 
 

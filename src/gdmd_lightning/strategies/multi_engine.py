@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +88,10 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
                 raise MisconfigurationException(f"ZeRO stage {number} of {role or 'all roles'}: use 1, 2 or 3")
         check_config({"": self.config, **self.configs})
         self.engines: dict[str, Any] = {}
+        self._built: list[nn.Module] = []
         self._frozen: list[nn.Module] = []
         self._trained: dict[str, Trained] = {}
+        self._ended: dict[str, list[partitions.Flat]] = {}
         self._groups: dict[str, list[list[str]]] = {}
         self._frozen_engines: list[Any] = []
         self._gathering: list[NoSavedWeights] = []
@@ -144,7 +146,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         if sharded:
             with constructed_in_shards(self.config_of("frozen", 3, dtype)):
                 network = build()
-            self._frozen.append(network)
+            self._built.append(network)
         else:
             with torch.random.fork_rng(devices=[]):
                 network = build()
@@ -221,11 +223,17 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         module = self.lightning_module
         self.model_to_device()
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        if any(id(p) not in self._names for each in self._trained.values() for p in each.network.parameters()):
+            self._trained, self._ended = {}, {}  # of another module
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self._start_engines()
-        trained = {id(each.network) for each in self._trained.values() if self.engines}
-        self._frozen = [network for network in self._frozen if id(network) not in trained]
+        trained = [each.network for each in self._trained.values()]
+        if self.engines:
+            self._frozen = [each for each in self._built if not _among(each, trained)]
+        else:
+            left = [each for each in trained if self.is_sharded(each) and not _among(each, self._built)]
+            self._frozen = [*self._built, *left]
         self._frozen_engines = [self._watch(network) for network in self._frozen]
         self._gathering = [NoSavedWeights(each) for each in self._engine_networks() if self.is_sharded(each)]
         held = {id(parameter) for network in self._engine_networks() for parameter in network.parameters()}
@@ -239,7 +247,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
     def _start_engines(self) -> None:
         import deepspeed
 
-        self._trained = self._roles()
+        self._trained, self._groups, self._ended = self._roles(), {}, {}
         for (role, trained), optimizer in zip(self._trained.items(), self.optimizers, strict=True):
             self._groups[role] = [
                 [self._names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
@@ -284,7 +292,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         return roles
 
     def teardown(self) -> None:
-        """Remove DeepSpeed's hooks; sharded weights stay in shards."""
+        """Remove DeepSpeed's hooks; sharded weights stay in shards, and a training can still be saved."""
+        if self.engines:
+            self._ended = self._stepped()
         for watched in self._gathering:
             watched.remove()
         for engine in [*self.engines.values(), *self._frozen_engines]:
@@ -375,7 +385,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def _role_of(self, optimizer: Optimizer) -> str:
         wanted = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return next(role for role, own in zip(self.engines, self.optimizers, strict=True) if own is wanted)
+        return next(role for role, own in zip(self._trained, self.optimizers, strict=True) if own is wanted)
 
     # What is in shards.
 
@@ -392,14 +402,23 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         saved = self.lightning_module.state_dict().keys()
         found: dict[str, list[shards.Piece]] = {}
-        for role, engine in self.engines.items():
-            found[_unused(role, found)] = list(partitions.trained_pieces(engine, self._names, self.global_rank))
+        stepped = self._stepped()
+        for role, flats in stepped.items():
+            found[_unused(role, found)] = list(partitions.trained_pieces(flats))
         for network in self._frozen:
+            if _among(network, [self._trained[role].network for role in stepped]):
+                continue
             path = self._path_of(network)
             if any(f"{path}.{each}" in saved for each, _ in network.named_parameters()):
                 own = partitions.frozen_pieces(network, self._names, self.global_rank)
                 found[_unused(path, found)] = list(own)
         return found
+
+    def _stepped(self) -> dict[str, list[partitions.Flat]]:
+        """What each engine steps on this rank, or has stepped in the training that has ended."""
+        if not self.engines:
+            return self._ended
+        return {role: partitions.flats(each, self._names, self.global_rank) for role, each in self.engines.items()}
 
     def _path_of(self, network: nn.Module) -> str:
         assert self.lightning_module is not None
@@ -420,10 +439,20 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         return {name: value for name, value in self.lightning_module.state_dict().items() if name not in held}
 
     def _held(self) -> set[str]:
-        return {self._names.get(id(p), "") for network in self._engine_networks() for p in network.parameters()}
+        ended = [self._trained[role].network for role in self._ended]
+        return {self._names.get(id(p), "") for each in [*self._engine_networks(), *ended] for p in each.parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The settings of an optimizer; its moments are in the shards."""
+        """The settings of an optimizer; its moments are in the shards.
+
+        Raises:
+            MisconfigurationException: If the training has ended and other weights were loaded since.
+        """
+        if not self.engines and not self._ended:
+            raise MisconfigurationException(
+                "weights were loaded after the training, so there are no moments to save with them: "
+                "use save_checkpoint(..., weights_only=True)"
+            )
         role, own = self._role_of(optimizer), optimizer
         if isinstance(own, LightningOptimizer):
             own = own._optimizer
@@ -498,6 +527,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
                 weight has changed then.
         """
         assert self.lightning_module is not None
+        self._ended = {}
         saved, held = self.lightning_module.state_dict(), self._held()
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in saved.items()}
         shapes |= {name: tuple(partitions.shape_of(p)) for name, p in self.lightning_module.named_parameters()}
@@ -560,6 +590,10 @@ def frozen(
         network.to(dtype)
     fill(network, weights)
     return network.requires_grad_(False).eval()
+
+
+def _among(network: nn.Module, others: Iterable[nn.Module]) -> bool:
+    return any(network is each for each in others)
 
 
 def _unused(path: str, taken: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ This is the only module that reads DeepSpeed's own attributes, those of version 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -168,13 +168,13 @@ def _own_range(parameter: Any, rank: int) -> tuple[int, int]:
     return start, max(min(parameter.ds_numel - start, parameter.partition_numel()), 0)
 
 
-def trained_pieces(engine: Any, names: Mapping[int, str], rank: int) -> Iterator[Piece]:
-    """This rank's pieces of a trained network, with the optimizer's moments.
+def trained_pieces(stepped: Iterable[Flat]) -> Iterator[Piece]:
+    """This rank's pieces of a trained network, with the optimizer's moments, from its :func:`flats`.
 
     Raises:
         ValueError: If the optimizer has a state that is neither a number nor has an element per weight.
     """
-    for flat in flats(engine, names, rank):
+    for flat in stepped:
         moments, scalars = _split(flat)
         for part in flat.parts:
             own = slice(part.offset, part.offset + part.numel)
