@@ -2611,6 +2611,8 @@ MUTATIONS = [
     *errors(
         "strategies/shards.py",
         ("strategies/test_shards.py",),
+        ("shards: damage of shards unnoticed", "                self._verify(each.file)\n", ""),
+        ("shards: damage of the rest unnoticed", "            self._verify(place)", "            pass"),
         ("shards: shape of a moment", "reshape(self.shape(name))", "flatten()"),
         ("shards: names leave the directory", "not all(_NETWORK.fullmatch(name) for name in self.networks)", "False"),
         ("shards: leftovers stay", "        _remove(found)", "        pass"),

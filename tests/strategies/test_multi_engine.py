@@ -64,11 +64,13 @@ def test_different_stages_train_as_one_process_and_resume_to_the_bit(folder, pla
     in_shards = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     mixed = {"stages": {"generator": 3, "critic": 1}, "configs": {"generator": in_shards}}
     half, end, after = (str(folder / f"{name}.ckpt") for name in ("half", "end", "after"))
-    whole, _, resumed, offloaded = run_cases(
+    shard = f"{half}/critic/00001.safetensors"
+    whole, _, resumed, damaged, offloaded = run_cases(
         folder,
         whole={"strategy": mixed, "steps": STEPS, "save": end, "after": after},
         first={"strategy": mixed, "steps": STEPS // 2, "save": half},
         resumed={"strategy": mixed, "start": STEPS // 2, "steps": STEPS, "resume": half},
+        damaged={"strategy": mixed, "steps": STEPS, "resume": half, "flipped": shard},
         offloaded={"strategy": {"stage": 1, "stages": {"generator": 2}, "config": OFFLOADED}, "steps": STEPS},
     )
     assert_same_run(whole, plain)
@@ -77,6 +79,8 @@ def test_different_stages_train_as_one_process_and_resume_to_the_bit(folder, pla
     assert resumed["losses"] == whole["losses"][STEPS // 2 :]
     for name, value in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], value), name
+    for found in (damaged, torch.load(folder / "damaged-1.pt")):
+        assert f"cannot be loaded: rank 1: '{shard}' is damaged: its checksum does not match" in found["error"]
     size = sum(parameter.numel() * 4 for parameter in network().parameters())
     assert whole["teacher_bytes"] <= size * (1 / 2 + 0.05)
     assert whole["hooks"] == 0  # ours, after the training

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -143,6 +144,25 @@ class Narrow(Seeded):
 KINDS = {"narrow": Narrow, "seeded": Seeded, "large": Large, "leaving": Leaving}
 
 
+@contextmanager
+def flipped(path, rank):
+    """Inside, a bit of a file's last number is flipped."""
+    change = path is not None and rank == 0
+
+    def flip():
+        content = bytearray(Path(path).read_bytes())
+        content[-2] ^= 2
+        Path(path).write_bytes(content)
+
+    if change:
+        flip()
+    try:
+        yield
+    finally:
+        if change:
+            flip()
+
+
 def run(case: dict, folder: Path) -> dict:
     torch.manual_seed(3)
     strategy = MultiEngineDeepSpeedStrategy(**case.get("strategy", {}))
@@ -158,7 +178,8 @@ def run(case: dict, folder: Path) -> dict:
     loader = torch.utils.data.DataLoader(Batches(case.get("start", 0), case["steps"], rank), batch_size=None)
     if case.get("killed_while_writing") and rank == 1:
         shards.write_pieces = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    trainer.fit(module, loader, ckpt_path=case.get("resume"))
+    with flipped(case.get("flipped"), rank):
+        trainer.fit(module, loader, ckpt_path=case.get("resume"))
     found = {"losses": observe.losses, "norms": observe.norms, "steps": trainer.global_step}
     hooks = [
         hook for each in module.modules() for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())

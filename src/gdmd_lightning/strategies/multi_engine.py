@@ -480,15 +480,18 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             if self.is_global_zero:
                 shards.remove_parts(path)
                 part.mkdir(parents=True)
+        checksums: dict[str, int] = {}
         with self._together(f"{str(path)!r} cannot be written"):
             for network, pieces in found.items():
-                shards.write_pieces(part / network, self.global_rank, pieces)
+                checksums |= shards.write_pieces(part / network, self.global_rank, pieces)
+        every: list[dict[str, int]] = [{}] * self.world_size
+        torch.distributed.all_gather_object(every, checksums)
         names = list(self.lightning_module.state_dict())
         trained = [[name for group in groups for name in group] for groups in self._groups.values()]
         with self._together(f"{str(path)!r} cannot be written"):
             if self.is_global_zero:
                 rest = {**checkpoint, "names": names, "trained_names": trained}
-                shards.write_rest(part, rest, found, self.world_size)
+                shards.write_rest(part, rest, found, self.world_size, dict(itertools.chain(*map(dict.items, every))))
                 shards.publish(part, path)
 
     @contextmanager
@@ -523,8 +526,8 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         """Load what is whole on every rank, then fill weights and moments of the engines.
 
         Raises:
-            MisconfigurationException: If the checkpoint is damaged, lacks a tensor or has one in another shape; no
-                weight has changed then.
+            MisconfigurationException: If the checkpoint lacks a tensor or has one in another shape, before any weight
+                has changed; or if a rank finds it damaged.
         """
         assert self.lightning_module is not None
         self._ended = {}
@@ -532,7 +535,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in saved.items()}
         shapes |= {name: tuple(partitions.shape_of(p)) for name, p in self.lightning_module.named_parameters()}
         missing: Set[str] = frozenset()
-        with self._together("the checkpoint does not fit"):
+        with self._together("the checkpoint cannot be loaded"):
             source = source_of(checkpoint, self._groups)
             missing = saved.keys() - source.names()
             for name in sorted(saved.keys() & source.names()):
@@ -542,12 +545,15 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         if strict and missing:
             raise MisconfigurationException(f"the checkpoint lacks {len(missing)} tensors, the first is {min(missing)}")
         self.lightning_module.load_state_dict(whole, strict=False)
-        with self._together("the checkpoint does not fit"):
+        with self._together("the checkpoint cannot be loaded"):
             for engine in self.engines.values():
                 partitions.load_trained(engine, self._names, self.global_rank, source.read, source.keys, source.scalars)
             for network in self._frozen:
                 if any(self._names.get(id(p)) in saved for p in network.parameters()):
                     partitions.load_frozen(network, self._names, self.global_rank, source.read)
+        # Only when all have read theirs: the ranks communicate in it.
+        for engine in self.engines.values():
+            partitions.spread(engine)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers' settings; :meth:`load_model_state_dict` has loaded the moments."""

@@ -203,7 +203,7 @@ def load_trained(
     keys: Callable[[str], set[str]],
     scalars: Callable[[str], Mapping[str, float]],
 ) -> None:
-    """Fill a trained network's weights and moments on this rank.
+    """Fill the weights and moments that an engine steps on this rank; then all ranks must call :func:`spread`.
 
     Args:
         engine: The network's engine.
@@ -228,11 +228,16 @@ def load_trained(
             state |= {key: torch.tensor(value, device=place) for key, value in scalars(part.name).items()}
         if state:
             optimizer.optimizer.state[flat.tensor] = state
+
+
+@torch.no_grad()
+def spread(engine: Any) -> None:
+    """Let the network have the weights that were loaded; all ranks together."""
     if engine.zero_optimization_stage() == 3:
         _spread_shards(engine)
     else:
-        optimizer._hp_optimizer_states_linked = False
-        optimizer.update_lp_params()
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer.update_lp_params()
 
 
 def place_of_scalars(optimizer: torch.optim.Optimizer, like: Tensor) -> torch.device:
