@@ -153,7 +153,7 @@ def test_other_methods_train_in_shards_as_one_process(pipeline):
 
 
 @pytest.mark.slow
-def test_runs_resume_to_the_bit_and_start_from_others(pipeline):
+def test_runs_resume_to_the_bit_or_in_another_stage_and_start_from_others(pipeline):
     folder = pipeline.parent
     strategies = {"zero1": {"stage": 1}, "zero3": {"stage": 3, **IN_SHARDS}}
     cases: dict[str, dict] = {}
@@ -162,6 +162,12 @@ def test_runs_resume_to_the_bit_and_start_from_others(pipeline):
         cases[f"{name}_whole"] = shared
         cases[f"{name}_first"] = {**shared, "updates": 2, "save": path}
         cases[f"{name}_resumed"] = {**shared, "resume": path}
+    # Averages, snapshots and the old policy are whole in one stage and in shards in the other.
+    mixed = {"stage": 3, "stages": {"generator": 1}, **IN_SHARDS}
+    across = {"one_in_three": ("zero1", strategies["zero3"]), "three_in_one": ("zero3", strategies["zero1"])}
+    across["three_in_mixed"] = ("zero3", mixed)
+    for name, (origin, strategy) in across.items():
+        cases[name] = {**cases[f"{origin}_resumed"], "strategy": strategy}
     started = {"start_from": str(folder / "zero3.ckpt")}
     cases["started"] = {"method": "GDMD", "strategy": {"stage": 3, **IN_SHARDS}, "updates": 1, "module": started}
     cases["started_whole"] = {**cases["started"], "strategy": "ddp_find_unused_parameters_true"}
@@ -172,7 +178,10 @@ def test_runs_resume_to_the_bit_and_start_from_others(pipeline):
         for one, other in zip(whole, resumed):
             assert one["logs"][2:] == other["logs"]
             assert not tiny.differing(one["weights"], other["weights"])
-    for one, other in zip(found["started"], found["started_whole"]):
+    pairs = [("started", "started_whole"), ("one_in_three", "zero3_whole")]
+    pairs += [(name, "zero1_whole") for name in ("three_in_one", "three_in_mixed")]
+    for one, other in (each for here, there in pairs for each in zip(found[here], found[there], strict=True)):
+        assert one["updates"] == other["updates"]
         for name, value in other["weights"].items():
             assert (one["weights"][name] - value).abs().max() <= WEIGHT, name
     names = {path.name for path in (folder / "zero3.ckpt").iterdir()}

@@ -5,12 +5,13 @@ import tiny
 import torch
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.checkpointing import check_fits, read_checkpoint
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.methods.reward_terms import Policy
 from gdmd_lightning.roles import LoRA
+from gdmd_lightning.strategies import shards
 
 
 def saved(pipeline, path, method=DMD, updates=2, **options) -> dict:
@@ -125,3 +126,17 @@ def test_only_role_builds_one_role(tiny_pipeline):
     module.configure_model()
     assert [spec.name for spec in module.roles.specs] == ["ema"]
     assert {name.split(".")[0] for name in module.roles.state_dict()} == {"teacher", "ema"}
+
+
+def test_damaged_shards_are_one_line_where_the_checkpoint_is_compared_with_the_model(tiny_pipeline, tmp_path):
+    module = tiny.module(tiny_pipeline)
+    module.configure_model()
+    piece = shards.Piece("roles.generator.w", (2,), 0, {"weight": torch.ones(2)})
+    checksums = shards.write_pieces(tmp_path / "generator", 0, [piece])
+    shards.write_rest(tmp_path, {"state_dict": {}}, ["generator"], 1, checksums)
+    file = tmp_path / "generator" / "00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"00000\.safetensors' is damaged") as error:
+        check_fits(module, {"state_dict": {}, "sharded": str(tmp_path)})
+    assert "use another checkpoint of this run" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -16,6 +16,7 @@ from gdmd_lightning.strategies import consolidated
 HERE = Path(__file__).parent
 LOSS, WEIGHT = 1e-6, 2e-5
 STEPS = 4
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +74,41 @@ def test_checkpoint_without_the_teacher_resumes_without_deepspeed(folder, plain)
 
 
 def test_different_stages_train_as_one_process_and_resume_to_the_bit(folder, plain):
-    mixed = {"stages": {"generator": 3, "critic": 1}}
-    half = str(folder / "half.ckpt")
-    whole, _, resumed = run_cases(
+    # Small weights would stay gathered otherwise.
+    in_shards = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    mixed = {"stages": {"generator": 3, "critic": 1}, "configs": {"generator": in_shards}}
+    half, end, after = (str(folder / f"{name}.ckpt") for name in ("half", "end", "after"))
+    shard = f"{half}/critic/00001.safetensors"
+    whole, _, resumed, damaged, offloaded = run_cases(
         folder,
-        whole={"strategy": mixed, "steps": STEPS},
+        whole={"strategy": mixed, "steps": STEPS, "save": end, "after": after},
         first={"strategy": mixed, "steps": STEPS // 2, "save": half},
         resumed={"strategy": mixed, "start": STEPS // 2, "steps": STEPS, "resume": half},
+        damaged={"strategy": mixed, "steps": STEPS, "resume": half, "flipped": shard},
+        offloaded={"strategy": {"stage": 1, "stages": {"generator": 2}, "config": OFFLOADED}, "steps": STEPS},
     )
     assert_same_run(whole, plain)
+    assert_same_run(offloaded, plain)
     assert resumed["steps"] == whole["steps"] == 2 * STEPS
     assert resumed["losses"] == whole["losses"][STEPS // 2 :]
     for name, value in whole["weights"].items():
         assert torch.equal(resumed["weights"][name], value), name
+    for found in (damaged, torch.load(folder / "damaged-1.pt")):
+        assert f"cannot be loaded: rank 1: '{shard}' is damaged: its checksum does not match" in found["error"]
     size = sum(parameter.numel() * 4 for parameter in network().parameters())
     assert whole["teacher_bytes"] <= size * (1 / 2 + 0.05)
     assert whole["hooks"] == 0  # ours, after the training
     names = {path.name for path in Path(half).iterdir()}
     assert names == {"generator", "critic", "manifest.json", "rest.ckpt"}
     assert not any(name.startswith("teacher") for name in consolidated(half)["state_dict"])
+    # Lightning's usual calls after a training.
+    one, other = consolidated(end), consolidated(after)
+    for part in ("state_dict", "optimizer_states", "global_step"):
+        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
+    assert len(set(whole["tested"])) == 1
+    assert all(torch.equal(each, whole["predicted"][0]) for each in whole["predicted"])
+    assert whole["refused"].endswith("no moments to save with them: use save_checkpoint(..., weights_only=True)")
+    torch.testing.assert_close(consolidated(folder / "weights.ckpt")["state_dict"], one["state_dict"], rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -113,12 +130,14 @@ def test_every_stage_resumes_to_the_bit_and_in_another_stage(folder):
 
     cases = halves(1) | halves(2) | halves(3)
     cases["across"] = {**cases["resumed1"], "resume": str(folder / "stage3.ckpt")}
+    cases["other"] = {**cases["across"], "kind": "narrow"}
     found = dict(zip(cases, run_cases(folder, **cases)))
     for stage in (1, 2, 3):
         for name, value in found[f"whole{stage}"]["weights"].items():
             assert torch.equal(found[f"resumed{stage}"]["weights"][name], value), (stage, name)
     for name, value in found["whole1"]["weights"].items():
         assert (found["across"]["weights"][name] - value).abs().max() <= WEIGHT, name
+    assert "rank 0: critic.0.0.bias is (32,) there, (16,) here" in found["other"]["error"]
 
 
 @pytest.mark.slow
@@ -149,10 +168,9 @@ def test_clipping_is_per_role_and_skips_what_is_not_finite(folder):
 
 @pytest.mark.slow
 def test_engines_have_their_own_precision_and_offload(folder, plain):
-    cpu = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     offloaded, half = run_cases(
         folder,
-        offloaded={"strategy": {"stage": 3, "configs": {"generator": cpu}}, "steps": STEPS},
+        offloaded={"strategy": {"stage": 3, "configs": {"generator": OFFLOADED}}, "steps": STEPS},
         half={
             "strategy": {"stage": 2},
             "trainer": {"precision": "bf16-mixed"},
@@ -168,11 +186,28 @@ def test_engines_have_their_own_precision_and_offload(folder, plain):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_neither_clipping_nor_layers_that_get_a_gradient_only_sometimes(stage, folder):
+    clipped = {"stage": stage, "configs": {"critic": {"gradient_clipping": 1e-8}}}
+    shared = {"steps": STEPS, "kind": "leaving"}
+    here, away, broken = run_cases(
+        folder,
+        here={**shared, "strategy": clipped},
+        away={**shared, "strategy": {**clipped, "config": OFFLOADED}},
+        broken={"strategy": {"stage": stage, "config": OFFLOADED}, "steps": 2, "module": {"learning_rate": 1e30}},
+    )
+    assert away["norms"] == pytest.approx(here["norms"], rel=1e-5)
+    for name, value in here["weights"].items():
+        assert (away["weights"][name] - value).abs().max() <= LOSS, name
+    assert broken["norms"]["critic"] == float("inf")
+
+
+@pytest.mark.slow
 def test_a_frozen_network_is_never_whole_on_a_rank(folder):
     whole = large()
     save_file(whole.state_dict(), folder / "large.safetensors")
     size = sum(parameter.numel() * 4 for parameter in whole.parameters())
-    run_cases(folder, large={"strategy": {"stage": 2}, "steps": 1, "large": True})
+    run_cases(folder, large={"strategy": {"stage": 2}, "steps": 1, "kind": "large"})
     for rank in (0, 1):
         found = torch.load(folder / f"large-{rank}.pt")
         assert found["large_bytes"] == size / 2

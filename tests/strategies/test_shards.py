@@ -7,18 +7,19 @@ import torch
 
 from gdmd_lightning.strategies import ShardedCheckpoint, ShardError, consolidated, partitions, shards
 from gdmd_lightning.strategies.shards import Piece
+from gdmd_lightning.strategies.sources import source_of
 
 
 def write(path, ranges=((0, 5), (5, 12)), names=("net.w",)):
     """A checkpoint of one 3x4 parameter with its moments, in pieces."""
-    weight, moment = torch.arange(12.0), torch.arange(12.0) ** 2
+    weight, moment, checksums = torch.arange(12.0), torch.arange(12.0) ** 2, {}
     path.mkdir()
     for rank, (low, high) in enumerate(ranges):
         own = {"weight": weight[low:high], "exp_avg": moment[low:high]}
-        shards.write_pieces(path / "net", rank, [Piece("net.w", (3, 4), low, own, {"step": 7})])
+        checksums |= shards.write_pieces(path / "net", rank, [Piece("net.w", (3, 4), low, own, {"step": 7})])
     rest = {"state_dict": {"buffer": torch.ones(1)}, "optimizer_states": [{"state": {}, "param_groups": [{"lr": 1}]}]}
     rest |= {"names": ["net.w", "buffer"], "trained_names": [list(names)]}
-    shards.write_rest(path, rest, ["net"], len(ranges))
+    shards.write_rest(path, rest, ["net"], len(ranges), checksums)
     return weight.reshape(3, 4), moment.reshape(3, 4)
 
 
@@ -43,6 +44,20 @@ def test_any_range_is_read_across_ranks(tmp_path):
         reader.read("other", "weight", 0, 1)
 
 
+def test_source_has_weights_in_pieces_and_whole_ones(tmp_path):
+    weight, _ = write(tmp_path / "a.ckpt")
+    whole = torch.arange(6.0).reshape(2, 3)
+    source = source_of({"state_dict": {"ema.w": whole}, "sharded": tmp_path / "a.ckpt"}, {})
+    assert source.names() == {"net.w", "ema.w"}
+    assert (source.shape("net.w"), source.shape("ema.w")) == ((3, 4), (2, 3))
+    assert torch.equal(source.whole("net.w"), weight)
+    assert torch.equal(source.whole("ema.w"), whole)
+    assert source.read("ema.w", "weight", 2, 3).tolist() == [2, 3, 4]
+    assert (source.keys("ema.w"), source.scalars("ema.w")) == ({"weight"}, {})
+    with pytest.raises(ValueError, match=r"it has no old\.w"):
+        source.read("old.w", "weight", 0, 1)
+
+
 @pytest.mark.parametrize("ranges", [((0, 5), (6, 12)), ((0, 5), (4, 12)), ((0, 5), (5, 11))])
 def test_gaps_overlaps_and_missing_ends_are_damage(tmp_path, ranges):
     write(tmp_path / "a.ckpt", ranges)
@@ -58,10 +73,54 @@ def test_damaged_files_are_one_line(tmp_path):
     (tmp_path / "a.ckpt" / "net" / "00001.safetensors").unlink()
     with pytest.raises(ShardError, match=r"00001\.safetensors' is damaged"):
         consolidated(tmp_path / "a.ckpt")
-    (tmp_path / "a.ckpt" / "rest.ckpt").write_bytes(b"nothing")
+    rest = tmp_path / "a.ckpt" / "rest.ckpt"
+    rest.write_bytes(b"nothing")
     with pytest.raises(ShardError, match=r"rest\.ckpt' is not readable") as error:
-        consolidated(tmp_path / "a.ckpt")
+        ShardedCheckpoint(tmp_path / "a.ckpt").rest(verify=False)
     assert "\n" not in str(error.value)
+    rest.unlink()
+    with pytest.raises(ShardError, match=r"rest\.ckpt' is damaged: .*No such file"):
+        consolidated(tmp_path / "a.ckpt")
+
+
+def flip(file, byte):
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 2
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["net/00001.safetensors", "rest.ckpt"])
+def test_a_flipped_bit_is_damage(tmp_path, name):
+    path = tmp_path / "a.ckpt"
+    weight, moment = write(path)
+    file = path / name
+    flip(file, len(file.read_bytes()) - 3 if name.startswith("net") else file.read_bytes().index(b"buffer"))
+    with pytest.raises(ShardError, match=rf"{name}' is damaged: its checksum does not match"):
+        consolidated(path)
+    # What does not need the file is read, and so is a checkpoint without checksums.
+    reader = ShardedCheckpoint(path)
+    assert reader.read("net.w", "weight", 0, 5).tolist() == [0, 1, 2, 3, 4]
+    assert set(reader.rest(verify=False)) >= {"names"}
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksums"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    if name != "rest.ckpt":
+        found = consolidated(path)
+        moments = found["optimizer_states"][0]["state"][0]["exp_avg"]
+        assert (found["state_dict"]["net.w"] != weight).sum() + (moments != moment).sum() == 1
+
+
+def test_every_file_has_a_checksum(tmp_path):
+    write(tmp_path / "a.ckpt")
+    manifest = tmp_path / "a.ckpt" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["checksums"]["net/00001.safetensors"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ShardError, match="00001"):
+        consolidated(tmp_path / "a.ckpt")
+    manifest.write_text(json.dumps({**content, "checksums": ["net"]}))
+    with pytest.raises(ShardError, match="is not a sharded checkpoint"):
+        consolidated(tmp_path / "a.ckpt")
 
 
 def test_network_names_cannot_leave_the_directory(tmp_path):
@@ -71,7 +130,7 @@ def test_network_names_cannot_leave_the_directory(tmp_path):
     with pytest.raises(ShardError, match="malformed"):
         ShardedCheckpoint(tmp_path / "a.ckpt")
     with pytest.raises(ShardError, match="cannot be the name"):
-        shards.write_rest(tmp_path / "a.ckpt", {}, ["../other"], 1)
+        shards.write_rest(tmp_path / "a.ckpt", {}, ["../other"], 1, {})
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

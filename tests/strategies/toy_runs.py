@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from toy_gan import ToyGAN
+from toy_gan import ToyGAN, network
 
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions, shards
 from gdmd_lightning.strategies.saved_weights import NoSavedWeights
@@ -96,6 +97,28 @@ class Batches(torch.utils.data.IterableDataset):
         return data(*self.arguments)
 
 
+class Sometimes(nn.Sequential):
+    """Leaves out its middle layer in the second step, and in the first backward pass of the third."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1  # three per step, the first without a gradient
+        for number, layer in enumerate(self):
+            x = x if number == 2 and self.calls in (5, 6, 8) else layer(x)
+        return x
+
+
+class Leaving(ToyGAN):
+    """The toy with a layer that gets no gradient in some steps and backward passes."""
+
+    def configure_model(self):
+        if not hasattr(self, "generator"):
+            torch.manual_seed(3)
+            super().configure_model()
+            self.generator = Sometimes(*self.generator)
+
+
 class Seeded(ToyGAN):
     """The toy with the same weights whatever was drawn in the process before."""
 
@@ -103,28 +126,66 @@ class Seeded(ToyGAN):
         torch.manual_seed(3)
         super().configure_model()
 
+    def test_step(self, z, number):
+        self.log("tested", self.generator(z).square().mean() + self.critic(self.teacher(z)).mean(), sync_dist=True)
+
+    def predict_step(self, z, number):
+        return self.generator(z)
+
+
+class Narrow(Seeded):
+    """The toy with a smaller critic."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.critic = nn.Sequential(network(16), nn.Linear(8, 1))
+
+
+KINDS = {"narrow": Narrow, "seeded": Seeded, "large": Large, "leaving": Leaving}
+
+
+@contextmanager
+def flipped(path, rank):
+    """Inside, a bit of a file's last number is flipped."""
+    change = path is not None and rank == 0
+
+    def flip():
+        content = bytearray(Path(path).read_bytes())
+        content[-2] ^= 2
+        Path(path).write_bytes(content)
+
+    if change:
+        flip()
+    try:
+        yield
+    finally:
+        if change:
+            flip()
+
 
 def run(case: dict, folder: Path) -> dict:
     torch.manual_seed(3)
     strategy = MultiEngineDeepSpeedStrategy(**case.get("strategy", {}))
-    kind, observe = Large if case.get("large") else Seeded, Observe(case.get("save"))
+    kind, observe = KINDS[case.get("kind", "seeded")], Observe(case.get("save"))
     module = kind(str(folder / "teacher.safetensors"), **case.get("module", {}))
+    common = {"accelerator": "cpu", "devices": WORLD, "logger": False, "enable_checkpointing": False}
+    common |= {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(
-        accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=2 * case["steps"], max_epochs=-1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[observe],
+        strategy=strategy, max_steps=2 * case["steps"], max_epochs=-1, callbacks=[observe], **common,
         **case.get("trainer", {}),
     )  # fmt: skip
     rank = int(os.environ["LOCAL_RANK"])
     loader = torch.utils.data.DataLoader(Batches(case.get("start", 0), case["steps"], rank), batch_size=None)
     if case.get("killed_while_writing") and rank == 1:
         shards.write_pieces = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    trainer.fit(module, loader, ckpt_path=case.get("resume"))
+    with flipped(case.get("flipped"), rank):
+        trainer.fit(module, loader, ckpt_path=case.get("resume"))
     found = {"losses": observe.losses, "norms": observe.norms, "steps": trainer.global_step}
     hooks = [
         hook for each in module.modules() for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
     ]
     found["hooks"] = sum(isinstance(getattr(hook, "__self__", None), NoSavedWeights) for hook in hooks)
-    if case.get("large"):
+    if kind is Large:
         found["peak"], found["large_bytes"] = module.peak, partitions.bytes_held(module.large)
         found["half_bytes"] = partitions.bytes_held(module.third)
         found["half"] = {name: value.clone() for name, value in strategy.full_weights(module.third)}
@@ -134,6 +195,19 @@ def run(case: dict, folder: Path) -> dict:
         for name in ("generator", "critic", "teacher")
         for key, value in strategy.full_weights(module.get_submodule(name))
     }
+    if "after" in case:
+        path = case["after"]
+        trainer.save_checkpoint(path)
+        other = pl.Trainer(strategy=MultiEngineDeepSpeedStrategy(**case["strategy"]), **common)
+        new = kind(str(folder / "teacher.safetensors"))
+        tests = [(trainer, module, None), (trainer, module, path), (other, new, path)]
+        found["tested"] = [each.test(m, loader, ckpt_path=p, verbose=False)[0]["tested"] for each, m, p in tests]
+        found["predicted"] = [torch.cat(each.predict(m, loader, ckpt_path=p)) for each, m, p in tests]
+        try:
+            trainer.save_checkpoint(path)
+        except Exception as error:
+            found["refused"] = str(error)
+        trainer.save_checkpoint(path.replace("after", "weights"), weights_only=True)
     return found
 
 

@@ -77,13 +77,17 @@ def read_checkpoint(path: str, *, in_memory: bool = True) -> dict[str, Any]:
 
 def _read_sharded(path: str, in_memory: bool) -> dict[str, Any]:
     try:
-        content = consolidated(path) if in_memory else ShardedCheckpoint(path).rest()
+        content = consolidated(path) if in_memory else ShardedCheckpoint(path).rest(verify=False)
     except ShardError as error:
-        raise UserError(str(error), where="checkpoint", remedy="use another checkpoint of this run") from error
+        raise _damaged(error) from error
     if not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path!r} is not a Lightning checkpoint", where="checkpoint")
     _check_parts(content, path)
     return content
+
+
+def _damaged(error: ShardError) -> UserError:
+    return UserError(str(error), where="checkpoint", remedy="use another checkpoint of this run")
 
 
 def check_finite(
@@ -176,13 +180,16 @@ def check_fits(module: RoleModule, checkpoint: dict[str, Any]) -> None:
     Merged adapters that it has in addition to the declared roles are built in the module.
 
     Raises:
-        UserError: If it does not; the message names the first tensor that differs.
+        UserError: If it does not, and the message names the first tensor that differs; or if it is damaged.
     """
     module.roles.adopt({name.removeprefix("roles."): value for name, value in checkpoint["state_dict"].items()})
     mine = module.shapes()
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if "sharded" in checkpoint:
-        theirs |= ShardedCheckpoint(checkpoint["sharded"]).shapes()
+        try:
+            theirs |= ShardedCheckpoint(checkpoint["sharded"]).shapes()
+        except ShardError as error:
+            raise _damaged(error) from error
     remedy = "use the configuration that the checkpoint was trained with, or start a new run with model.start_from"
     for name in [*mine, *(() if module.restricted else theirs)]:
         if name not in theirs or name not in mine:

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +88,16 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
                 raise MisconfigurationException(f"ZeRO stage {number} of {role or 'all roles'}: use 1, 2 or 3")
         check_config({"": self.config, **self.configs}, {"": stage, **self.stages})
         self.engines: dict[str, Any] = {}
+        self._built: list[nn.Module] = []
         self._frozen: list[nn.Module] = []
         self._trained: dict[str, Trained] = {}
+        self._ended: dict[str, list[partitions.Flat]] = {}
         self._groups: dict[str, list[list[str]]] = {}
         self._frozen_engines: list[Any] = []
         self._gathering: list[NoSavedWeights] = []
         self._names: dict[int, str] = {}
         self._backwards: dict[str, int] = {}
+        self._offloaded: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._learning: str | None = None
 
     # Frozen networks, and construction in shards.
@@ -143,7 +146,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         if sharded:
             with constructed_in_shards(self.config_of("frozen", 3, dtype)):
                 network = build()
-            self._frozen.append(network)
+            self._built.append(network)
         else:
             with torch.random.fork_rng(devices=[]):
                 network = build()
@@ -220,11 +223,17 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         module = self.lightning_module
         self.model_to_device()
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        if any(id(p) not in self._names for each in self._trained.values() for p in each.network.parameters()):
+            self._trained, self._ended = {}, {}  # of another module
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self._start_engines()
-        trained = {id(each.network) for each in self._trained.values() if self.engines}
-        self._frozen = [network for network in self._frozen if id(network) not in trained]
+        trained = [each.network for each in self._trained.values()]
+        if self.engines:
+            self._frozen = [each for each in self._built if not _among(each, trained)]
+        else:
+            left = [each for each in trained if self.is_sharded(each) and not _among(each, self._built)]
+            self._frozen = [*self._built, *left]
         self._frozen_engines = [self._watch(network) for network in self._frozen]
         self._gathering = [NoSavedWeights(each) for each in self._engine_networks() if self.is_sharded(each)]
         held = {id(parameter) for network in self._engine_networks() for parameter in network.parameters()}
@@ -238,7 +247,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
     def _start_engines(self) -> None:
         import deepspeed
 
-        self._trained = self._roles()
+        self._trained, self._groups, self._ended = self._roles(), {}, {}
         if found := unknown_role(self.stages, self.configs, self._trained):
             raise MisconfigurationException(
                 f"no optimizer trains {found[1]!r}, which is in the strategy's {found[0]}: use one of "
@@ -253,6 +262,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             self.engines[role], *_ = deepspeed.initialize(
                 model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
             )
+            self._offloaded[role] = partitions.offloaded_gradients(self.engines[role])
             self._backwards[role] = 0
 
     def _watch(self, network: nn.Module) -> Any:
@@ -286,12 +296,14 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         return roles
 
     def teardown(self) -> None:
-        """Remove DeepSpeed's hooks; sharded weights stay in shards."""
+        """Remove DeepSpeed's hooks; sharded weights stay in shards, and a training can still be saved."""
+        if self.engines:
+            self._ended = self._stepped()
         for watched in self._gathering:
             watched.remove()
         for engine in [*self.engines.values(), *self._frozen_engines]:
             engine.destroy()
-        self.engines, self._frozen_engines, self._gathering = {}, [], []
+        self.engines, self._frozen_engines, self._gathering, self._offloaded = {}, [], [], {}
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -336,7 +348,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         name = self._role(role) if role is not None else str(self._learning)
         engine = self.engines[name]
         if not self._backwards[name]:
-            partitions.before_first_backward(engine)
+            partitions.before_first_backward(engine, self._offloaded[name])
         self._backwards[name] += 1
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
@@ -377,7 +389,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
 
     def _role_of(self, optimizer: Optimizer) -> str:
         wanted = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return next(role for role, own in zip(self.engines, self.optimizers, strict=True) if own is wanted)
+        return next(role for role, own in zip(self._trained, self.optimizers, strict=True) if own is wanted)
 
     # What is in shards.
 
@@ -394,14 +406,23 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         saved = self.lightning_module.state_dict().keys()
         found: dict[str, list[shards.Piece]] = {}
-        for role, engine in self.engines.items():
-            found[_unused(role, found)] = list(partitions.trained_pieces(engine, self._names, self.global_rank))
+        stepped = self._stepped()
+        for role, flats in stepped.items():
+            found[_unused(role, found)] = list(partitions.trained_pieces(flats))
         for network in self._frozen:
+            if _among(network, [self._trained[role].network for role in stepped]):
+                continue
             path = self._path_of(network)
             if any(f"{path}.{each}" in saved for each, _ in network.named_parameters()):
                 own = partitions.frozen_pieces(network, self._names, self.global_rank)
                 found[_unused(path, found)] = list(own)
         return found
+
+    def _stepped(self) -> dict[str, list[partitions.Flat]]:
+        """What each engine steps on this rank, or has stepped in the training that has ended."""
+        if not self.engines:
+            return self._ended
+        return {role: partitions.flats(each, self._names, self.global_rank) for role, each in self.engines.items()}
 
     def _path_of(self, network: nn.Module) -> str:
         assert self.lightning_module is not None
@@ -422,10 +443,20 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         return {name: value for name, value in self.lightning_module.state_dict().items() if name not in held}
 
     def _held(self) -> set[str]:
-        return {self._names.get(id(p), "") for network in self._engine_networks() for p in network.parameters()}
+        ended = [self._trained[role].network for role in self._ended]
+        return {self._names.get(id(p), "") for each in [*self._engine_networks(), *ended] for p in each.parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The settings of an optimizer; its moments are in the shards."""
+        """The settings of an optimizer; its moments are in the shards.
+
+        Raises:
+            MisconfigurationException: If the training has ended and other weights were loaded since.
+        """
+        if not self.engines and not self._ended:
+            raise MisconfigurationException(
+                "weights were loaded after the training, so there are no moments to save with them: "
+                "use save_checkpoint(..., weights_only=True)"
+            )
         role, own = self._role_of(optimizer), optimizer
         if isinstance(own, LightningOptimizer):
             own = own._optimizer
@@ -453,15 +484,18 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             if self.is_global_zero:
                 shards.remove_parts(path)
                 part.mkdir(parents=True)
+        checksums: dict[str, int] = {}
         with self._together(f"{str(path)!r} cannot be written"):
             for network, pieces in found.items():
-                shards.write_pieces(part / network, self.global_rank, pieces)
+                checksums |= shards.write_pieces(part / network, self.global_rank, pieces)
+        every: list[dict[str, int]] = [{}] * self.world_size
+        torch.distributed.all_gather_object(every, checksums)
         names = list(self.lightning_module.state_dict())
         trained = [[name for group in groups for name in group] for groups in self._groups.values()]
         with self._together(f"{str(path)!r} cannot be written"):
             if self.is_global_zero:
                 rest = {**checkpoint, "names": names, "trained_names": trained}
-                shards.write_rest(part, rest, found, self.world_size)
+                shards.write_rest(part, rest, found, self.world_size, dict(itertools.chain(*map(dict.items, every))))
                 shards.publish(part, path)
 
     @contextmanager
@@ -493,22 +527,37 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             raise MisconfigurationException(str(error)) from error
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load what is whole on every rank, then fill weights and moments of the engines."""
+        """Load what is whole on every rank, then fill weights and moments of the engines.
+
+        Raises:
+            MisconfigurationException: If the checkpoint lacks a tensor or has one in another shape, before any weight
+                has changed; or if a rank finds it damaged.
+        """
         assert self.lightning_module is not None
-        held, state = self._held(), checkpoint["state_dict"]
-        mine = self.lightning_module.state_dict().keys() - held
-        missing = mine - state.keys()
+        self._ended = {}
+        saved, held = self.lightning_module.state_dict(), self._held()
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in saved.items()}
+        shapes |= {name: tuple(partitions.shape_of(p)) for name, p in self.lightning_module.named_parameters()}
+        missing: Set[str] = frozenset()
+        with self._together("the checkpoint cannot be loaded"):
+            source = source_of(checkpoint, self._groups)
+            missing = saved.keys() - source.names()
+            for name in sorted(saved.keys() & source.names()):
+                if source.shape(name) != shapes[name]:
+                    raise ValueError(f"{name} is {source.shape(name)} there, {shapes[name]} here")
+            whole = {name: source.whole(name) for name in saved.keys() - held - missing}
         if strict and missing:
             raise MisconfigurationException(f"the checkpoint lacks {len(missing)} tensors, the first is {min(missing)}")
-        self.lightning_module.load_state_dict({name: state[name] for name in mine & state.keys()}, strict=False)
-        source = source_of(checkpoint, self._groups)
-        saved = self.lightning_module.state_dict().keys()
-        with self._together("the checkpoint does not fit"):
+        self.lightning_module.load_state_dict(whole, strict=False)
+        with self._together("the checkpoint cannot be loaded"):
             for engine in self.engines.values():
                 partitions.load_trained(engine, self._names, self.global_rank, source.read, source.keys, source.scalars)
             for network in self._frozen:
                 if any(self._names.get(id(p)) in saved for p in network.parameters()):
                     partitions.load_frozen(network, self._names, self.global_rank, source.read)
+        # Only when all have read theirs: the ranks communicate in it.
+        for engine in self.engines.values():
+            partitions.spread(engine)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers' settings; :meth:`load_model_state_dict` has loaded the moments."""
@@ -551,6 +600,10 @@ def frozen(
         network.to(dtype)
     fill(network, weights)
     return network.requires_grad_(False).eval()
+
+
+def _among(network: nn.Module, others: Iterable[nn.Module]) -> bool:
+    return any(network is each for each in others)
 
 
 def _unused(path: str, taken: Mapping[str, Any]) -> str:

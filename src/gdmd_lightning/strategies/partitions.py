@@ -5,7 +5,7 @@ This is the only module that reads DeepSpeed's own attributes, those of version 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -128,13 +128,19 @@ def flats(engine: Any, names: Mapping[int, str], rank: int) -> list[Flat]:
     """The flat tensors of an engine's optimizer on this rank."""
     optimizer = engine.optimizer
     stage3 = engine.zero_optimization_stage() == 3
-    tensors = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     groups = optimizer.fp16_groups if stage3 else optimizer.bit16_groups
     parts = _parts_of_shards if stage3 else _parts_of_partitions
     return [
         Flat(tensor, optimizer.optimizer.state.get(tensor, {}), tuple(parts(group, names, rank)))
-        for tensor, group in zip(tensors, groups, strict=True)
+        for tensor, group in zip(_flat_tensors(engine), groups, strict=True)
     ]
+
+
+def _flat_tensors(engine: Any) -> list[Tensor]:
+    stage3 = engine.zero_optimization_stage() == 3
+    name = "fp32_partitioned_groups_flat" if stage3 else "single_partition_of_fp32_groups"
+    found: list[Tensor] = getattr(engine.optimizer, name)
+    return found
 
 
 def _parts_of_partitions(group: list[Any], names: Mapping[int, str], rank: int) -> Iterator[Part]:
@@ -162,13 +168,13 @@ def _own_range(parameter: Any, rank: int) -> tuple[int, int]:
     return start, max(min(parameter.ds_numel - start, parameter.partition_numel()), 0)
 
 
-def trained_pieces(engine: Any, names: Mapping[int, str], rank: int) -> Iterator[Piece]:
-    """This rank's pieces of a trained network, with the optimizer's moments.
+def trained_pieces(stepped: Iterable[Flat]) -> Iterator[Piece]:
+    """This rank's pieces of a trained network, with the optimizer's moments, from its :func:`flats`.
 
     Raises:
         ValueError: If the optimizer has a state that is neither a number nor has an element per weight.
     """
-    for flat in flats(engine, names, rank):
+    for flat in stepped:
         moments, scalars = _split(flat)
         for part in flat.parts:
             own = slice(part.offset, part.offset + part.numel)
@@ -197,7 +203,7 @@ def load_trained(
     keys: Callable[[str], set[str]],
     scalars: Callable[[str], Mapping[str, float]],
 ) -> None:
-    """Fill a trained network's weights and moments on this rank.
+    """Fill the weights and moments that an engine steps on this rank; then all ranks must call :func:`spread`.
 
     Args:
         engine: The network's engine.
@@ -222,11 +228,16 @@ def load_trained(
             state |= {key: torch.tensor(value, device=place) for key, value in scalars(part.name).items()}
         if state:
             optimizer.optimizer.state[flat.tensor] = state
+
+
+@torch.no_grad()
+def spread(engine: Any) -> None:
+    """Let the network have the weights that were loaded; all ranks together."""
     if engine.zero_optimization_stage() == 3:
         _spread_shards(engine)
     else:
-        optimizer._hp_optimizer_states_linked = False
-        optimizer.update_lp_params()
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer.update_lp_params()
 
 
 def place_of_scalars(optimizer: torch.optim.Optimizer, like: Tensor) -> torch.device:
@@ -255,8 +266,22 @@ def before_backward(engine: Any) -> None:
     engine._backward_prologue()
 
 
-def before_first_backward(engine: Any) -> None:
-    """Forget the last step's gradients: ZeRO-3 would use them again for parameters without a new one."""
+def offloaded_gradients(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Flat weights and their gradients, if the optimizer is offloaded: DeepSpeed allocates these once."""
+    return [(tensor, tensor.grad) for tensor in _flat_tensors(engine) if tensor.grad is not None]
+
+
+def before_first_backward(engine: Any, offloaded: list[tuple[Tensor, Tensor]]) -> None:
+    """Forget the last step's gradients, which DeepSpeed would use again for parameters without a new one.
+
+    Args:
+        engine: The engine.
+        offloaded: Its :func:`offloaded_gradients` from before the first step.
+    """
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
-    if buffer is not None:
-        buffer.zero_()
+    summed = getattr(engine.optimizer, "accumulated_grads_in_cpu", {})
+    for gradient in [*summed.values(), *([] if buffer is None else [buffer])]:
+        gradient.zero_()
+    for weights, gradient in offloaded:
+        # The optimizer's zero_grad drops it, but DeepSpeed copies into it.
+        weights.grad = gradient.zero_()

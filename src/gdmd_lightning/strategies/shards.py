@@ -1,7 +1,7 @@
 """Sharded checkpoints: directories that all ranks write together, complete or absent, and that anyone can read.
 
     last.ckpt/
-      manifest.json               number of ranks, and the networks with the ranks' files
+      manifest.json               number of ranks, the networks with the ranks' files, and a checksum of each file
       rest.ckpt                   everything that is not sharded, as torch saves it: tensors and plain values
       generator/00000.safetensors   what rank 0 holds of this network: a range of each parameter, with its moments
 
@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,8 +61,8 @@ class Piece:
     scalars: Mapping[str, float] = field(default_factory=dict)
 
 
-def write_pieces(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
-    """Write the pieces that a rank holds of one network."""
+def write_pieces(directory: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, int]:
+    """Write the pieces that a rank holds of one network; returns the file's checksum by its name in the checkpoint."""
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for piece in pieces:
@@ -71,18 +72,35 @@ def write_pieces(directory: Path, rank: int, pieces: Iterable[Piece]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{rank:05d}.safetensors"
     save_file(tensors, path, metadata={"pieces": json.dumps(index)})
+    # Now the system still has the file in memory, so this takes little next to the write.
+    checksum = _checksum(path)
     _flush(path)
+    return {f"{directory.name}/{path.name}": checksum}
 
 
-def write_rest(directory: Path, rest: Mapping[str, Any], networks: Iterable[str], world_size: int) -> None:
-    """Write what is not sharded, and the manifest last."""
+def write_rest(
+    directory: Path, rest: Mapping[str, Any], networks: Iterable[str], world_size: int, checksums: Mapping[str, int]
+) -> None:
+    """Write what is not sharded, and the manifest last.
+
+    Args:
+        directory: The checkpoint.
+        rest: What is not sharded.
+        networks: Names of the networks that have pieces.
+        world_size: Number of ranks.
+        checksums: What :func:`write_pieces` returned on all ranks.
+
+    Raises:
+        ShardError: If a network's name cannot be that of a directory.
+    """
     for name in networks:
         if not _NETWORK.fullmatch(name):
             raise ShardError(f"{name!r} cannot be the name of a network in a checkpoint")
     with (directory / REST).open("wb") as file:
         torch.save(dict(rest), file)
+    checksums = {**checksums, REST: _checksum(directory / REST)}
     _flush(directory / REST)
-    manifest = {"format": 1, "world_size": world_size, "networks": list(networks)}
+    manifest = {"format": 1, "world_size": world_size, "networks": list(networks), "checksums": checksums}
     (directory / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     _flush(directory / MANIFEST)
 
@@ -120,6 +138,8 @@ def is_sharded(path: str | Path) -> bool:
 class ShardedCheckpoint:
     """Reads a sharded checkpoint; tensors are read when they are asked for.
 
+    A file's checksum is verified when the first tensor is read from it. The first sharded checkpoints have none.
+
     Args:
         path: The directory.
 
@@ -129,18 +149,22 @@ class ShardedCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._verified: set[Path] = set()
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             self.world_size = int(manifest["world_size"])
             self.networks = [str(name) for name in manifest["networks"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.checksums = {str(name): int(value) for name, value in manifest.get("checksums", {}).items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{str(path)!r} is not a sharded checkpoint: {_line(error)}") from error
         if self.world_size < 1 or not all(_NETWORK.fullmatch(name) for name in self.networks):
             raise ShardError(f"the {MANIFEST} in {str(path)!r} is malformed")
 
-    def rest(self) -> dict[str, Any]:
-        """Everything that is not sharded, on the CPU."""
+    def rest(self, *, verify: bool = True) -> dict[str, Any]:
+        """Everything that is not sharded, on the CPU; its checksum is compared unless ``verify`` is false."""
         place = self.path / REST
+        if verify:
+            self._verify(place)
         try:
             content = torch.load(place, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and torch raise a dozen unrelated types here
@@ -180,12 +204,13 @@ class ShardedCheckpoint:
         """A range of a parameter, or of one of its moments, ``[numel]``.
 
         Raises:
-            ShardError: If there is no such parameter or key.
+            ShardError: If there is no such parameter or key, or a file is damaged.
         """
         parts = []
         for each in self.index.get(name, []):
             low, high = max(start, each.start), min(start + numel, each.start + each.numel)
             if low < high:
+                self._verify(each.file)
                 with safe_open(each.file, "pt") as content:
                     part = content.get_slice(f"{key}:{name}")
                     parts.append(part[low - each.start : high - each.start])
@@ -193,14 +218,29 @@ class ShardedCheckpoint:
             raise ShardError(f"{str(self.path)!r} has no {key} of {name}")
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def full(self, name: str, key: str = WEIGHT) -> Tensor:
+    def whole(self, name: str, key: str = WEIGHT) -> Tensor:
         """A whole parameter, or one of its moments, in the parameter's shape."""
-        shape = self.index[name][0].shape
-        return self.read(name, key, 0, math.prod(shape)).reshape(shape)
+        return self.read(name, key, 0, math.prod(self.shape(name))).reshape(self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self.index[name][0].shape
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters."""
-        return {name: ranges[0].shape for name, ranges in self.index.items()}
+        return {name: self.shape(name) for name in self.index}
+
+    def _verify(self, file: Path) -> None:
+        """Compare a file with its checksum, once."""
+        if not self.checksums or file in self._verified:
+            return
+        try:
+            found = _checksum(file)
+        except OSError as error:
+            raise ShardError(f"{str(file)!r} is damaged: {_line(error)}") from error
+        if found != self.checksums.get(file.relative_to(self.path).as_posix()):
+            raise ShardError(f"{str(file)!r} is damaged: its checksum does not match")
+        self._verified.add(file)
 
 
 @dataclass(frozen=True)
@@ -237,13 +277,13 @@ def consolidated(path: str | Path) -> dict[str, Any]:
     """
     reader = ShardedCheckpoint(path)
     checkpoint = reader.rest()
-    weights = {name: reader.full(name) for name in reader.index}
+    weights = {name: reader.whole(name) for name in reader.index}
     checkpoint["state_dict"] = in_order(checkpoint.pop("names", []), {**checkpoint["state_dict"], **weights})
     for state, names in zip(checkpoint.get("optimizer_states", []), checkpoint.pop("trained_names", []), strict=False):
         state["state"] = {
             number: {
                 **{key: torch.tensor(value) for key, value in reader.scalars(name).items()},
-                **{key: reader.full(name, key) for key in sorted(reader.keys(name) - {WEIGHT})},
+                **{key: reader.whole(name, key) for key in sorted(reader.keys(name) - {WEIGHT})},
             }
             for number, name in enumerate(names)
             if name in reader.index and len(reader.keys(name)) > 1
@@ -264,6 +304,15 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, as in the plain checkpoints of torch."""
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _flush(path: Path) -> None:

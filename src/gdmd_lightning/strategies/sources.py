@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,6 +12,18 @@ from gdmd_lightning.strategies import shards
 
 class Source(Protocol):
     """Weights and moments by the name of their parameter."""
+
+    def names(self) -> Set[str]:
+        """Names of everything that has a value."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight or buffer, empty if it is no tensor."""
+        ...
+
+    def whole(self, name: str) -> Any:
+        """A whole weight, or whatever a module's state dict has under this name."""
+        ...
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
         """Elements ``start`` to ``start + numel`` of the flat weight or moment ``key``."""
@@ -33,9 +45,36 @@ def source_of(checkpoint: Mapping[str, Any], groups: Mapping[str, list[list[str]
         checkpoint: The checkpoint.
         groups: Names of the parameters in each group of each optimizer.
     """
-    if "sharded" in checkpoint:
-        return shards.ShardedCheckpoint(checkpoint["sharded"])
-    return _Plain(checkpoint, groups)
+    return _Sharded(checkpoint) if "sharded" in checkpoint else _Plain(checkpoint, groups)
+
+
+class _Sharded:
+    """A checkpoint in shards. Networks without an optimizer are in pieces or whole, as the ZeRO stage was."""
+
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
+        self.reader = shards.ShardedCheckpoint(checkpoint["sharded"])
+        self.rest = _Plain({"state_dict": checkpoint["state_dict"]}, {})
+
+    def names(self) -> Set[str]:
+        return self.reader.index.keys() | self.rest.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of(name).shape(name)
+
+    def whole(self, name: str) -> Any:
+        return self._of(name).whole(name)
+
+    def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        return self._of(name).read(name, key, start, numel)
+
+    def keys(self, name: str) -> set[str]:
+        return self._of(name).keys(name)
+
+    def scalars(self, name: str) -> dict[str, float]:
+        return self._of(name).scalars(name)
+
+    def _of(self, name: str) -> shards.ShardedCheckpoint | _Plain:
+        return self.reader if name in self.reader.index else self.rest
 
 
 class _Plain:
@@ -47,6 +86,15 @@ class _Plain:
         for state, names in zip(checkpoint.get("optimizer_states", []), groups.values(), strict=False):
             flat = [name for group in names for name in group]
             self.states |= {flat[number]: own for number, own in state["state"].items()}
+
+    def names(self) -> Set[str]:
+        return self.weights.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(getattr(self.weights[name], "shape", ()))
+
+    def whole(self, name: str) -> Any:
+        return self.weights[name]
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
         if key == shards.WEIGHT and name not in self.weights:
