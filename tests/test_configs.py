@@ -195,6 +195,12 @@ def test_overlay_of_a_method_on_shapes_builds_that_method_with_its_values(overla
             assert found[path] == value, path
 
 
+@pytest.mark.parametrize("overlay", ["dmdr", "refl", "rtdmd"])
+def test_another_reward_does_not_take_the_name_of_the_configured_one(overlay):
+    given = ["--config", "shapes.yaml", "--config", f"shapes_{overlay}.yaml", "--model.reward", "ShapesReward"]
+    assert parse(given, "fit").model.init_args.reward.init_args.name == "shapes"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", REAL)
 def test_config_with_adapters_fits_24_gb(family, capsys):

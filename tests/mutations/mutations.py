@@ -1896,6 +1896,15 @@ MUTATIONS = [
         ("owners of other pictures", "[owners[row] for row in mine])", "owners[: len(mine)])"),
     ),
     *errors(
+        "methods/base.py",
+        ("callbacks/test_kept_pictures.py",),
+        (
+            "one stream for a batch of pictures",
+            "rngs = streams_of(noise) if rngs is None",
+            'rngs = stream("generate", self.seed) if rngs is None',
+        ),
+    ),
+    *errors(
         "callbacks/kept_pictures.py",
         ("callbacks/test_kept_pictures.py",),
         ("pictures of another generator taken", 'and row.get("evaluation") == self.key', ""),
@@ -1909,7 +1918,6 @@ MUTATIONS = [
         "callbacks/evaluation.py",
         ("callbacks/test_kept_pictures.py",),
         ("pictures of other weights", "{module.weights_digest(role)} {levels}", "{levels}"),
-        ("one stream for a batch of pictures", "rngs=streams_of(noise))", "rngs=None)"),
         ("directory shared by two evaluations", "if number == 1 else", "if True else"),
         ("grid of another evaluation replaced", "if each.columns].index(self) > 0", "if each.columns] == []"),
         ("pictures not kept", "else partial(_keep, kept)", "else None"),

@@ -28,7 +28,6 @@ from gdmd_lightning.metrics.evaluation import Generate, check_names, evaluate, s
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
-from gdmd_lightning.streams import streams_of
 
 SCORES = "GenerationEvaluation.scores"
 
@@ -158,7 +157,7 @@ class GenerationEvaluation(pl.Callback):
             teacher = partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance)
             self._score(trainer, module, "teacher", teacher)
             self.teacher = {name: float(value) for name, value in self._values().items()}
-        seconds = self._score(trainer, module, "ema", partial(_of_generator, module))
+        seconds = self._score(trainer, module, "ema", module.generate)
         values = self._values()
         others = tuple(f"{name}/" for name in self._names_of_others(trainer))
         kept = {name: value for name, value in module.provenance.scores.items() if name.startswith(others)}
@@ -240,7 +239,7 @@ class GenerationEvaluation(pl.Callback):
                 pictures = module.generate_teacher(noise, texts, self.teacher_steps, self.teacher_guidance)
                 self._teacher_pictures = pictures.cpu()
         with module.roles.lockstep("ema"):
-            ours = _of_generator(module, noise, texts).cpu() if trainer.is_global_zero else None
+            ours = module.generate(noise, texts).cpu() if trainer.is_global_zero else None
         if ours is None or self._teacher_pictures is None:
             return
         figure = picture_grid(
@@ -268,11 +267,6 @@ class GenerationEvaluation(pl.Callback):
 def _keep(kept: KeptPictures, *made: Any) -> None:
     with warn_if_not_written():
         kept.keep(*made)
-
-
-def _of_generator(module: DistillationModule, noise: Tensor, texts: list[str]) -> Tensor:
-    # Streams of their own, so that a picture does not depend on batches and ranks.
-    return module.generate(noise, texts, rngs=streams_of(noise))
 
 
 def _of_teacher(module: DistillationModule, steps: int, guidance: float, noise: Tensor, texts: list[str]) -> Tensor:

@@ -73,6 +73,10 @@ def _parse(arguments: list[str]) -> Namespace:
     options = parsed(parser, arguments)
     check_options(options, batch_size=Count, per_prompt=Count, count=Count, seed=Seed, height=Count, width=Count)
     check_options(options, teacher_steps=Whole, guidance_scale=NonNegative)
+    if not options.teacher_steps and options.guidance_scale != parser.get_defaults().guidance_scale:
+        raise UserError(
+            "only for the teacher", where="--guidance_scale", remedy="give --teacher_steps, or leave it out"
+        )
     # os.path, unlike Path, raises no error if a parent directory may not be searched.
     if os.path.exists(options.out) and not os.path.isdir(options.out):
         raise UserError("this is a file", where=str(options.out), remedy="give a directory")

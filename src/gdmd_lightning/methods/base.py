@@ -27,7 +27,7 @@ from gdmd_lightning.rewards.base import Reward
 from gdmd_lightning.rewards.judge import Judge
 from gdmd_lightning.roles import RoleSpec
 from gdmd_lightning.samplers import ODE, Predict, Sampler, Trajectory, rollout
-from gdmd_lightning.streams import Streams, draw_noise, stream
+from gdmd_lightning.streams import Streams, draw_noise, streams_of
 
 __all__ = ["DistillationModule", "Logs", "State", "Update", "weighted_sum"]
 
@@ -220,10 +220,11 @@ class DistillationModule(RoleModule, ABC):
     def generate(self, noise: Tensor, texts: list[str], role: str = "ema", rngs: Streams | None = None) -> Tensor:
         """Images ``[B, 3, H, W]`` in [0, 1] from noise ``[B, C, H, W]`` in the generator's few steps.
 
-        A stochastic sampler draws from ``rngs``: one stream per image, or one that the module's seed determines.
+        A stochastic sampler draws from ``rngs``: one stream per image, by default one that its noise determines, so
+        that an image depends on noise and text only, and not on its batch or on the seed that the module trains with.
         """
         predict = self.predictor(role, self.embeddings(texts))
-        rngs = stream("generate", self.seed) if rngs is None else rngs
+        rngs = streams_of(noise) if rngs is None else rngs
         return self._pictures(rollout(predict, noise, self.sigmas, self.sampler, rngs).x0, texts)
 
     @torch.no_grad()
