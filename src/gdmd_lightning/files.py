@@ -24,7 +24,7 @@ DAY = 24 * 3600
 
 
 @contextmanager
-def atomic_file(path: Path, final: Callable[[], Path] | None = None) -> Iterator[Path]:
+def atomic_file(path: Path, final: Callable[[], Path] | None = None, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to ``path`` on success, remove it on an error.
 
     Missing parent directories are created. The content is flushed to disk before the rename, and the
@@ -34,6 +34,8 @@ def atomic_file(path: Path, final: Callable[[], Path] | None = None) -> Iterator
         path: The file.
         final: Where the name depends on when the content is complete: called then, it gives a name in the same
             directory that is used instead of ``path``.
+        flush: Whether the file must survive a power failure, and what killed processes left is removed. One of
+            thousands of small files that can be made again need not, and is written ten times as fast.
 
     Raises:
         WriteError: If the disk is full or the place cannot be written.
@@ -42,12 +44,15 @@ def atomic_file(path: Path, final: Callable[[], Path] | None = None) -> Iterator
     with failures_named(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path)
+            if flush:
+                remove_leftovers(path)
             yield part
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
+            if flush:
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(part, path if final is None else final())
-            _sync_directory(path.parent)
+            if flush:
+                _sync_directory(path.parent)
         finally:
             _remove(part)
 
@@ -61,9 +66,9 @@ def _sync_directory(path: Path) -> None:
         os.close(place)
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, *, flush: bool = True) -> None:
     """Write bytes, or text as UTF-8, to ``path``; arguments and errors as :func:`atomic_file`."""
-    with atomic_file(path) as part:
+    with atomic_file(path, flush=flush) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -43,6 +43,8 @@ def test_second_run_leaves_the_first_unchanged_and_a_resumed_one_continues_it(fa
         "version_0/gradient_rewards/part-N-0.parquet",
         "version_0/gradient_rewards/pictures-N.safetensors",
         "version_0/pictures/N.png",
+        "version_0/evaluations/shapes/N/N-0.png",
+        "version_0/evaluations/shapes/N/pictures.jsonl",
     }
     training.run(placeless(fast_fit))
     after = contents(place)

@@ -1911,7 +1911,7 @@ MUTATIONS = [
         ("pictures that are gone taken", 'and (self.directory / row["file"]).is_file()', ""),
         ("parts of kept values lost", "tuple(parts.get(name, ()))", "()"),
         ("another picture's values kept", "each[place] for name, each", "each[0] for name, each"),
-        ("lists of other ranks left", "            part.unlink()", "            pass"),
+        ("lists of other ranks left", "            left.unlink()", "            pass"),
         ("pictures of this evaluation removed", "int(other.name) < int(self.directory.name)", "other.name"),
     ),
     *errors(

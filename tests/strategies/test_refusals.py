@@ -1,6 +1,7 @@
 """What MultiEngineDeepSpeedStrategy refuses before any process is started, each in one line."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -122,7 +123,10 @@ def test_trainer_settings_without_effect_are_refused(settings, automatic, messag
 def started(monkeypatch, clipping: float = 0.0, **arguments) -> dict[str, float]:
     """Clipping that each engine of a toy is started with."""
     given = []
-    monkeypatch.setattr("deepspeed.initialize", lambda config, **_: given.append(config) or [None])
+    engine = SimpleNamespace(
+        zero_optimization_stage=lambda: 2, optimizer=SimpleNamespace(single_partition_of_fp32_groups=[])
+    )
+    monkeypatch.setattr("deepspeed.initialize", lambda config, **_: given.append(config) or [engine])
     strategy, module = MultiEngineDeepSpeedStrategy(**arguments), torch.nn.Module()
     module.nets = torch.nn.ModuleDict({"generator": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)})
     networks = {f"nets.{name}": Trained(network, clipping) for name, network in module.nets.items()}

@@ -21,7 +21,7 @@ class KeptPictures:
     """A directory of PNG files and their list: a JSON line of file, prompt, seed and every score for each picture.
 
     Every rank adds to a list of its own, and rank 0 makes one of them when all have finished. A picture that is not
-    listed is made again, so that files need no atomic writes.
+    listed is made again.
 
     Args:
         directory: The directory.
@@ -70,12 +70,12 @@ class KeptPictures:
         Raises:
             WriteError: If the disk is full or the place cannot be written.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         lines = []
         for place, (index, pixels, prompt) in enumerate(zip(indices, to_bytes(images), prompts, strict=True)):
             mine = {name: each[place] for name, each in values.items()}
             name = self._name(index)
-            (self.directory / name).write_bytes(encode_png(pixels, {"prompt": prompt.text, "seed": str(self.seed)}))
+            png = encode_png(pixels, {"prompt": prompt.text, "seed": str(self.seed)})
+            write_atomically(self.directory / name, png, flush=False)
             lines.append(json.dumps(self._row(index, prompt, mine), ensure_ascii=False) + "\n")
         append_lines(self.directory / f"pictures-{self.rank}.jsonl", _encoded(lines))
 
@@ -88,8 +88,8 @@ class KeptPictures:
         rows = {row["file"]: row for row in self._rows()}
         lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
         write_atomically(self.directory / LIST, _encoded(lines))
-        for part in self.directory.glob("pictures-*.jsonl"):
-            part.unlink()
+        for left in [*self.directory.glob("pictures-*.jsonl"), *self.directory.glob("*.part")]:
+            left.unlink()
 
     def remove_earlier(self) -> None:
         """Remove the pictures, not the lists, of the directories of earlier evaluations next to this one."""
