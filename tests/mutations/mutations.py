@@ -2361,6 +2361,29 @@ MUTATIONS = [
         ("position judged as size", "mine.position, truth.position", "mine.size, truth.size"),
     ),
     *errors(
+        "studies/recorded.py",
+        ("commands/test_compare.py",),
+        ("other settings continue a comparison", "    if keys:", "    if False:"),
+    ),
+    *errors(
+        "studies/comparison.py",
+        ("commands/test_compare.py",),
+        ("settings compared for this seed only", 'Path("seed*")', 'Path(f"seed{seed}")'),
+        ("settings refused though nothing was trained", "if replace(run, directory=place).has_begun]", "]"),
+    ),
+    *errors(
+        "studies/arms.py",
+        ("commands/test_compare.py", "studies/test_arms.py"),
+        ("settings of an earlier version's run made up", "    if not run.has_begun:", "    if True:"),
+        (
+            "settings recorded only after training",
+            "        record_settings(run.directory",
+            "        print(run.directory",
+        ),
+        ("secrets in recorded settings", "references(fit_arguments(arguments))", "references([])"),
+        ("place of the start compared", 'else ("model.start_from",)', "else ()"),
+    ),
+    *errors(
         "studies/outcome.py",
         ("studies/test_outcome.py",),
         ("missing figure shown as nan", "if math.isnan(self.mean):", "if False:"),

@@ -9,19 +9,24 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from gdmd_lightning.callbacks.settings import CHOSEN_BY_RUN
 from gdmd_lightning.configuration import training
+from gdmd_lightning.configuration.configs import fit_arguments
+from gdmd_lightning.configuration.references import environment_references
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.configuration.training import DistillationCLI
 from gdmd_lightning.errors import StoppedBySignal, UserError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
+from gdmd_lightning.methods.resuming import flattened
 from gdmd_lightning.studies.contestants import student
+from gdmd_lightning.studies.recorded import ANOTHER_OUT, record_settings
 from gdmd_lightning.studies.scorecards import Row, TrainingCost, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tasks import Task
 from gdmd_lightning.studies.watch import Watch
-
-ANOTHER_OUT = "use another --out"
 
 
 def option(key: str, value: Any) -> str:
@@ -69,6 +74,8 @@ GDMD = Arm(["shapes.yaml"])
 # No callback that evaluates or records, so that the seconds are the method's own.
 UNOBSERVED = {"trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 50}
 KEEP_LAST = {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}}
+CHOSEN_HERE = ("seed_everything", "ckpt_path", "weights_only", "trainer.max_steps", "trainer.callbacks", *UNOBSERVED)
+"""Settings of ``fit`` that a comparison chooses itself: seed, budget and callbacks."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,30 @@ class Run:
     def checkpoint(self) -> Path:
         """The last checkpoint."""
         return last_checkpoint(self.directory)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its directory has a checkpoint or a score."""
+        return self.checkpoint.is_file() or any(self.directory.glob("scores_*.json"))
+
+    def settings(self, watch: Watch) -> dict[str, Any]:
+        """What it is trained and scored with, as plain values by dotted key; without place, seed and budget.
+
+        Values that come from the environment are references, since they are written.
+
+        Args:
+            watch: What it is scored on besides the test prompts.
+        """
+        arguments = [*self.arm.arguments, *self.extra]
+        cli = training.parsing_cli(arguments)
+        parser: Any = cli._parser("fit")
+        parser.references = environment_references(fit_arguments(arguments))
+        # It was checked when parsed.
+        fit = yaml.safe_load(parser.dump(cli.config.fit, skip_unset=False, skip_validation=True))
+        start = () if self.start_from is None else ("model.start_from",)
+        chosen = tuple(f"{key}." for key in (*CHOSEN_BY_RUN, *CHOSEN_HERE, *start))
+        kept = {key: value for key, value in flattened(fit) if not f"{key}.".startswith(chosen)}
+        return kept | dict(flattened(asdict(watch), "watch"))
 
     def scorecard(self, budget: int) -> Path:
         """The scores when ``budget`` network evaluations were spent."""
@@ -149,6 +180,8 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
         StoppedBySignal: If a signal ended the training.
     """
     spent = 0.0
+    if not run.has_begun:
+        record_settings(run.directory, run.settings(watch))
     for budget in budgets:
         if not run.scorecard(budget).is_file():
             if not run.cost(budget).is_file():

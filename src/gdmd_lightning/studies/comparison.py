@@ -6,7 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import make_directory, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, Seed, ranged
-from gdmd_lightning.studies.arms import ANOTHER_OUT, Arm, Run, run_arm
+from gdmd_lightning.studies.arms import Arm, Run, run_arm
 from gdmd_lightning.studies.contestants import draw, student, teachers
 from gdmd_lightning.studies.outcome import Outcome
 from gdmd_lightning.studies.page import write_page
+from gdmd_lightning.studies.recorded import ANOTHER_OUT, check_recorded, settings_of
 from gdmd_lightning.studies.scorecards import Row, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tables import comparison_table
 from gdmd_lightning.studies.tasks import TASKS, Task
@@ -117,6 +118,7 @@ class Comparison:
             arm.check(name)
         self.scored_on.read_prompts(self.count)
         make_directory(self.out)
+        self._check_recorded()
         for seed in self.seeds:
             start = self.start_of(seed)
             if any(path != start.scorecard(self.start.evaluations) for path in start.directory.glob("scores_*.json")):
@@ -124,6 +126,17 @@ class Comparison:
                 raise UserError(other, where="start.evaluations", remedy=ANOTHER_OUT)
         for path in sorted([*self.out.glob("seed*/*/scores_*.json"), *self.out.glob("teacher.json")]):
             read_scorecard(path, prompts=self.scored_on.prompts, count=self.count)
+
+    def _check_recorded(self) -> None:
+        """Fail if a run of any seed in the directory was trained or scored with other settings."""
+        seed = self.seeds[0]
+        for run in (self.start_of(seed), *(self.run_of(name, seed) for name in self.methods)):
+            pattern = settings_of(Path("seed*") / run.directory.name)
+            places = sorted(path.parent for path in self.out.glob(str(pattern)))
+            if begun := [place for place in places if replace(run, directory=place).has_begun]:
+                settings = run.settings(self.watch)
+                for place in begun:
+                    check_recorded(place, settings, where=run.name, out=self.out)
 
     def train_and_score(self) -> Iterator[str]:
         """Train and score what is missing; yields a line after each run."""
