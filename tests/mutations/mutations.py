@@ -2381,6 +2381,8 @@ MUTATIONS = [
             "        print(run.directory",
         ),
         ("secrets in recorded settings", "references(fit_arguments(arguments))", "references([])"),
+        ("the user's own class not trusted", 'role="ema", trust=named)', 'role="ema")'),
+        ("every class trusted", "trust=named)", 'trust=[*named, "own_methods"])'),
         ("place of the start compared", 'else ("model.start_from",)', "else ()"),
     ),
     *errors(

@@ -1,12 +1,16 @@
 """Arms of a comparison as arguments of ``fit``, and the shipped comparisons."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
+from gdmd_lightning.configuration.restore import build_module, describe_module
 from gdmd_lightning.configuration.training import parse
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import find_config
 from gdmd_lightning.studies.arms import Arm, Run, option
 from gdmd_lightning.studies.watch import Watch
@@ -54,3 +58,27 @@ def test_settings_of_a_run_are_plain_values_without_place_seed_budget_and_secret
     chosen = ("trainer.max_steps", "trainer.callbacks", "trainer.logger", "seed_everything", "ckpt_path")
     assert [key for key in settings if key.startswith(chosen)] == []
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_a_run_loads_a_class_of_the_user_s_own_only_if_its_arm_names_it(tmp_path, tiny_pipeline, monkeypatch):
+    (tmp_path / "own_methods.py").write_text(
+        "from gdmd_lightning.methods.dmd import DMD\n\n\nclass Mine(DMD):\n    pass\n\n\nclass Other(DMD):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    family = {"model.family.path": str(tiny_pipeline)}
+
+    def run(name):
+        arm = Arm(["shapes.yaml", "shapes_dmd.yaml"], {"model": f"own_methods.{name}", **family})
+        return Run(name, arm, tmp_path / "run", 0)
+
+    mine = run("Mine")
+    settings = parse(mine.arguments).model
+    module = build_module(settings)
+    module.configure_model()
+    mine.checkpoint.parent.mkdir(parents=True)
+    content = {"state_dict": module.state_dict(), "provenance": {"configuration": describe_module(settings)}}
+    torch.save(content, mine.checkpoint)
+    assert type(mine.module()).__name__ == "Mine"
+    with pytest.raises(UserError, match=r"names the class 'own_methods\.Mine', which is not part of gdmd_lightning"):
+        run("Other").module()
+    sys.modules.pop("own_methods")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from gdmd_lightning.callbacks.settings import CHOSEN_BY_RUN
 from gdmd_lightning.configuration import training
@@ -19,6 +20,7 @@ from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.configuration.training import DistillationCLI
 from gdmd_lightning.errors import StoppedBySignal, UserError
 from gdmd_lightning.files import write_atomically
+from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.methods.resuming import flattened
@@ -104,6 +106,19 @@ class Run:
         return last_checkpoint(self.directory)
 
     @property
+    def arguments(self) -> list[str]:
+        """Arm and further arguments, as arguments of ``fit``."""
+        return [*self.arm.arguments, *self.extra]
+
+    def module(self) -> DistillationModule:
+        """The module of the last checkpoint, with its averaged generator.
+
+        Besides this package's own classes, it may run those that the arm names: its configurations are the user's.
+        """
+        named = sorted(set(_named_classes(training.parse(self.arguments).model)))
+        return load_module(str(self.checkpoint), role="ema", trust=named)
+
+    @property
     def has_begun(self) -> bool:
         """Whether its directory has a checkpoint or a score."""
         return self.checkpoint.is_file() or any(self.directory.glob("scores_*.json"))
@@ -116,10 +131,9 @@ class Run:
         Args:
             watch: What it is scored on besides the test prompts.
         """
-        arguments = [*self.arm.arguments, *self.extra]
-        cli = training.parsing_cli(arguments)
+        cli = training.parsing_cli(self.arguments)
         parser: Any = cli._parser("fit")
-        parser.references = environment_references(fit_arguments(arguments))
+        parser.references = environment_references(fit_arguments(self.arguments))
         # It was checked when parsed.
         fit = yaml.safe_load(parser.dump(cli.config.fit, skip_unset=False, skip_validation=True))
         start = () if self.start_from is None else ("model.start_from",)
@@ -143,6 +157,19 @@ class Run:
         """
         (row,) = read_scorecard(self.scorecard(budget), prompts=task.prompts, count=count).rows
         return row
+
+
+def _named_classes(settings: Any) -> Iterator[str]:
+    """Every ``class_path`` in a parsed configuration."""
+    if isinstance(settings, list | tuple):
+        for each in settings:
+            yield from _named_classes(each)
+    elif isinstance(settings, Namespace | dict):
+        for name, value in (vars(settings) if isinstance(settings, Namespace) else settings).items():
+            if name == "class_path" and isinstance(value, str):
+                yield value
+            else:
+                yield from _named_classes(value)
 
 
 def last_checkpoint(directory: Path) -> Path:
@@ -186,7 +213,7 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
         if not run.scorecard(budget).is_file():
             if not run.cost(budget).is_file():
                 write_atomically(run.cost(budget), json.dumps(asdict(_train(run, budget, spent))) + "\n")
-            generator = student(run.name, load_module(str(run.checkpoint), role="ema"))
+            generator = student(run.name, run.module())
             card = score([generator], task, count, watch=watch)
             cost = _read_cost(run.cost(budget))
             _check_length(run, budget, cost)

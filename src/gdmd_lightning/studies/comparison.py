@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import make_directory, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
@@ -180,12 +179,12 @@ class Comparison:
     def _teacher(self) -> tuple[Row, ...]:
         path = self.out / "teacher.json"
         if not path.is_file():
-            card = score(teachers(self._module()), self.scored_on, self.count, watch=self.watch)
+            card = score(teachers(self._start()), self.scored_on, self.count, watch=self.watch)
             write_scorecard(card, path)
         return read_scorecard(path, prompts=self.scored_on.prompts, count=self.count).rows
 
-    def _module(self) -> DistillationModule:
-        return load_module(str(self.start_of(self.seeds[0]).checkpoint), role="ema")
+    def _start(self) -> DistillationModule:
+        return self.start_of(self.seeds[0]).module()
 
     def report(self) -> str:
         """The Markdown table of a finished comparison.
@@ -199,10 +198,8 @@ class Comparison:
         write_atomically(self.out / "scores.json", json.dumps(outcome.entries(), indent=1) + "\n")
         seed = self.seeds[0]
         checkpoints = {"start": self.start_of(seed), **{name: self.run_of(name, seed) for name in self.methods}}
-        contestants = teachers(self._module())[:1]
-        contestants += [
-            student(name, load_module(str(run.checkpoint), role="ema")) for name, run in checkpoints.items()
-        ]
+        contestants = teachers(self._start())[:1]
+        contestants += [student(name, run.module()) for name, run in checkpoints.items()]
         draw(contestants, self.scored_on.read_prompts(self.count), self.out / "pictures.png")
         settings = json.loads(json.dumps(asdict(self), default=str))
         write_page(self.out / "index.html", outcome, settings, self.out / "pictures.png")
