@@ -2361,6 +2361,13 @@ MUTATIONS = [
         ("position judged as size", "mine.position, truth.position", "mine.size, truth.size"),
     ),
     *errors(
+        "studies/shapes_teacher.py",
+        ("studies/test_shapes_teacher.py",),
+        ("other settings finish a pipeline", "    if has_begun:", "    if False:"),
+        ("settings of an earlier pipeline made up", "        if not has_begun:", "        if True:"),
+        ("threads decide how a pipeline becomes", 'not in ("out", "threads")', 'not in ("out",)'),
+    ),
+    *errors(
         "studies/recorded.py",
         ("commands/test_compare.py",),
         ("other settings continue a comparison", "    if keys:", "    if False:"),
