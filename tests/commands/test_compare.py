@@ -239,9 +239,20 @@ def test_compare_forgets_settings_with_which_nothing_was_trained(begun):
         ('--methods={"DMD":{"configs":["shapes.yaml"]},"dmd":{"configs":["shapes.yaml"]}}', "methods: 'dmd' has the"),
         ('--methods={"Start":{"configs":["shapes.yaml"]}}', "control: 'DMD' is not a method"),
         ("--methods={}", "methods: there are none"),
+        (
+            '--methods={"DMD":{"configs":["shapes.yaml"],"fit":{"data.batch_size":6}}}',
+            "DMD: data.group_size: group_size 4 does not divide batch_size 6",
+        ),
+        (
+            '--methods={"DMD":{"configs":["shapes.yaml","shapes_dmdr.yaml"],"fit":{"model.reward":"ShapesReward"}}}',
+            "DMD: model.reward: 'hps_like' is not differentiable",
+        ),
+        ('--methods={"DMD":{"configs":["shapes.yaml"],"fit":{"model.height":64}}}', "DMD: it makes pictures of 64x32"),
+        ('--fit=["--data.group_size=5"]', "start: data.group_size: group_size 5 does not divide"),
     ],
 )
-def test_compare_refuses_wrong_settings_before_training(complaint, setting, expected):
+def test_compare_refuses_wrong_settings_before_training(complaint, setting, expected, monkeypatch):
+    monkeypatch.setattr(Comparison, "train_and_score", lambda _: pytest.fail("it would have trained"))
     assert expected in complaint("compare", "--config", "compare_shapes.yaml", setting)
 
 

@@ -2387,9 +2387,12 @@ MUTATIONS = [
             "        record_settings(run.directory",
             "        print(run.directory",
         ),
-        ("secrets in recorded settings", "references(fit_arguments(arguments))", "references([])"),
+        ("secrets in recorded settings", "references(fit_arguments(self.arguments))", "references([])"),
         ("the user's own class not trusted", 'role="ema", trust=named)', 'role="ema")'),
         ("every class trusted", "trust=named)", 'trust=[*named, "own_methods"])'),
+        ("data of an arm not built before training", "            PromptDataModule(**vars(settings.data))\n", ""),
+        ("errors of an arm without its name", 'f"{name}: {error.where}" if error', "error.where if error"),
+        ("pictures that the scores cannot read", "        task.check_size(name", "        print(name"),
         ("place of the start compared", 'else ("model.start_from",)', "else ()"),
     ),
     *errors(

@@ -12,7 +12,9 @@ from gdmd_lightning.configuration.restore import build_module, describe_module
 from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import find_config
-from gdmd_lightning.studies.arms import Arm, Run, option
+from gdmd_lightning.studies import arms
+from gdmd_lightning.studies.arms import Arm, Run, option, run_arm
+from gdmd_lightning.studies.tasks import TASKS
 from gdmd_lightning.studies.watch import Watch
 
 
@@ -82,3 +84,14 @@ def test_a_run_loads_a_class_of_the_user_s_own_only_if_its_arm_names_it(tmp_path
     with pytest.raises(UserError, match=r"names the class 'own_methods\.Mine', which is not part of gdmd_lightning"):
         run("Other").module()
     sys.modules.pop("own_methods")
+
+
+@pytest.mark.parametrize(("where", "expected"), [("data", "DMD, small: data: no"), ("", "DMD, small: no")])
+def test_errors_of_a_training_name_the_arm(tmp_path, monkeypatch, where, expected):
+    def train(run, budget, seconds):
+        raise UserError("no", where=where)
+
+    monkeypatch.setattr(arms, "_train", train)
+    run = Run("DMD, small", Arm(["shapes.yaml"]), tmp_path, 0)
+    with pytest.raises(UserError, match=f"^{expected}$"):
+        run_arm(run, [40], TASKS["shapes"], 6, Watch())

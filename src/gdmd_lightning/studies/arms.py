@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 
 from gdmd_lightning.callbacks.settings import CHOSEN_BY_RUN
 from gdmd_lightning.configuration import training
 from gdmd_lightning.configuration.configs import fit_arguments
+from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.references import environment_references
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import build_module, load_module
 from gdmd_lightning.configuration.training import DistillationCLI
-from gdmd_lightning.errors import StoppedBySignal, UserError
+from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.errors import StoppedBySignal, UserError, WriteError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import read_checkpoint
@@ -55,19 +57,24 @@ class Arm:
         configs = [part for name in self.configs for part in ("--config", name)]
         return configs + [option(key, value) for key, value in self.fit.items()]
 
-    def check(self, name: str) -> None:
-        """Fail early if ``fit`` would refuse the arguments.
+    def check(self, name: str, extra: Sequence[str], task: Task) -> None:
+        """Fail early if ``fit`` would refuse the arguments, or the task its pictures; builds all but the weights.
 
         Args:
             name: The arm's name.
+            extra: Further arguments of ``fit``.
+            task: What it is scored on.
 
         Raises:
             UserError: If it would; the message names the arm.
         """
         try:
-            training.parse(self.arguments)
-        except UserError as error:
-            raise UserError(error.what, where=f"{name}: {error.where}", remedy=error.remedy) from error
+            settings = training.parse([*self.arguments, *extra])
+            PromptDataModule(**vars(settings.data))
+            module = build_module(settings.model)
+        except (UserError, ArgumentError, ValueError, TypeError) as error:
+            raise _of_arm(name, readable_error(error, "fit")) from error
+        task.check_size(name, module.height, module.width)
 
 
 DMD = Arm(["shapes.yaml", "shapes_dmd.yaml"])
@@ -212,7 +219,7 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
     for budget in budgets:
         if not run.scorecard(budget).is_file():
             if not run.cost(budget).is_file():
-                write_atomically(run.cost(budget), json.dumps(asdict(_train(run, budget, spent))) + "\n")
+                write_atomically(run.cost(budget), json.dumps(asdict(_train_named(run, budget, spent))) + "\n")
             generator = student(run.name, run.module())
             card = score([generator], task, count, watch=watch)
             cost = _read_cost(run.cost(budget))
@@ -240,6 +247,22 @@ def _check_length(run: Run, budget: int, cost: TrainingCost) -> None:
     if there != cost.evaluations:
         trained = f"trained for {there} network evaluations; {budget} requested"
         raise UserError(trained, where=str(run.checkpoint), remedy=ANOTHER_OUT)
+
+
+def _of_arm(name: str, error: UserError) -> UserError:
+    """The error with the arm's name, since several arms have the same keys."""
+    where = f"{name}: {error.where}" if error.where else name
+    return UserError(error.what, where=where, remedy=error.remedy)
+
+
+def _train_named(run: Run, budget: int, seconds: float) -> TrainingCost:
+    """As :func:`_train`; errors in the arm's settings have its name."""
+    try:
+        return _train(run, budget, seconds)
+    except WriteError:
+        raise
+    except UserError as error:
+        raise _of_arm(run.name, error) from error
 
 
 def _train(run: Run, budget: int, seconds: float) -> TrainingCost:

@@ -107,14 +107,14 @@ class Comparison:
             UserError: If it does; the message names the setting or file.
         """
         _check_settings(self)
-        self.start.arm.check("start")
+        self.start.arm.check("start", self.fit, self.scored_on)
         directories = {"start"}
         for name, arm in self.methods.items():
             place = self._directory(name, 0).name
             if place in directories:
                 raise UserError(f"{name!r} has the directory of another one", where="methods", remedy="rename it")
             directories.add(place)
-            arm.check(name)
+            arm.check(name, self.fit, self.scored_on)
         self.scored_on.read_prompts(self.count)
         make_directory(self.out)
         self._check_recorded()
