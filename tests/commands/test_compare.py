@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,11 +12,15 @@ import torch
 import yaml
 
 from gdmd_lightning.cli import main
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.metrics.intervals import Interval
-from gdmd_lightning.studies.arms import Arm
-from gdmd_lightning.studies.comparison import Comparison
+from gdmd_lightning.studies import arms
+from gdmd_lightning.studies.arms import Arm, run_arm
+from gdmd_lightning.studies.comparison import Comparison, Start
+from gdmd_lightning.studies.recorded import settings_of
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
+from gdmd_lightning.studies.watch import Watch
 
 # With these, an update of DMD takes 44 evaluations and one of GDMD 84.
 CHEAP = ["--data.batch_size=8", "--data.group_size=4", "--model.matching.fake_score_updates=1"]
@@ -154,6 +160,71 @@ def test_compare_refuses_a_directory_of_another_comparison(finished, complaint, 
     assert "use another --out" in line
 
 
+GDMD = Arm(["shapes.yaml"], {"model.lambda_policy": 2})
+BEGUN = Comparison({"DMD": GDMD}, Start(GDMD, 40), 120, points=1, seeds=[0], watch=Watch(1, 2))
+
+
+@pytest.fixture
+def begun(tmp_path, right_arms, monkeypatch) -> Comparison:
+    """A comparison whose first start is trained and which was stopped while it trained a method."""
+    comparison = replace(BEGUN, out=tmp_path / "out")
+
+    def train(run, budget, seconds):
+        run.checkpoint.parent.mkdir(parents=True)
+        provenance = {"updates": 1, "evaluations": 44}
+        torch.save({"state_dict": {}, "provenance": provenance}, run.checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms, "_train", train)
+    for run in (comparison.start_of(0), comparison.run_of("DMD", 0)):
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(run, [40], comparison.scored_on, comparison.count, comparison.watch)
+    return comparison
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"methods": {"DMD": Arm(GDMD.configs, {"model.lambda_policy": 50})}},
+            "DMD: model.lambda_policy is 50.0 (was 2.0)",
+        ),
+        ({"watch": Watch(1, 3)}, "start: watch.samples is 3 (was 2)"),
+        ({"fit": ["--data.batch_size=8"], "seeds": [1]}, "start: data.batch_size is 8 (was 64)"),
+    ],
+    ids=["method", "watch", "fit, for another seed"],
+)
+def test_compare_refuses_other_settings_than_a_run_has_begun_with(begun, changes, expected):
+    with pytest.raises(UserError, match=re.escape(f"{expected} in {begun.out}; use another --out")):
+        replace(begun, **changes).check()
+
+
+def test_compare_continues_with_more_evaluations_seeds_and_methods(begun):
+    methods = {**begun.methods, "other": Arm(["shapes.yaml", "shapes_dmd.yaml"])}
+    replace(begun, methods=methods, evaluations=240, points=2, seeds=[0, 1]).check()
+
+
+def test_compare_takes_runs_without_recorded_settings_as_they_are(begun):
+    """An earlier version recorded none, so they cannot be known later either."""
+    run = begun.run_of("DMD", 0)
+    settings_of(run.directory).unlink()
+    changed = replace(run, arm=Arm(GDMD.configs, {"model.lambda_policy": 50}))
+    replace(begun, methods={"DMD": changed.arm}).check()
+    with pytest.raises(FileExistsError):
+        run_arm(changed, [40], begun.scored_on, begun.count, begun.watch)
+    assert not settings_of(run.directory).exists()
+
+
+def test_compare_forgets_settings_with_which_nothing_was_trained(begun):
+    run = begun.run_of("DMD", 0)
+    shutil.rmtree(run.checkpoint.parent)
+    changed = replace(begun, methods={"DMD": Arm(GDMD.configs, {"model.lambda_policy": 50})})
+    changed.check()
+    with pytest.raises(KeyboardInterrupt):
+        run_arm(changed.run_of("DMD", 0), [40], begun.scored_on, begun.count, begun.watch)
+    assert json.loads(settings_of(run.directory).read_text())["model.lambda_policy"] == 50
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
@@ -168,9 +239,20 @@ def test_compare_refuses_a_directory_of_another_comparison(finished, complaint, 
         ('--methods={"DMD":{"configs":["shapes.yaml"]},"dmd":{"configs":["shapes.yaml"]}}', "methods: 'dmd' has the"),
         ('--methods={"Start":{"configs":["shapes.yaml"]}}', "control: 'DMD' is not a method"),
         ("--methods={}", "methods: there are none"),
+        (
+            '--methods={"DMD":{"configs":["shapes.yaml"],"fit":{"data.batch_size":6}}}',
+            "DMD: data.group_size: group_size 4 does not divide batch_size 6",
+        ),
+        (
+            '--methods={"DMD":{"configs":["shapes.yaml","shapes_dmdr.yaml"],"fit":{"model.reward":"ShapesReward"}}}',
+            "DMD: model.reward: 'hps_like' is not differentiable",
+        ),
+        ('--methods={"DMD":{"configs":["shapes.yaml"],"fit":{"model.height":64}}}', "DMD: it makes pictures of 64x32"),
+        ('--fit=["--data.group_size=5"]', "start: data.group_size: group_size 5 does not divide"),
     ],
 )
-def test_compare_refuses_wrong_settings_before_training(complaint, setting, expected):
+def test_compare_refuses_wrong_settings_before_training(complaint, setting, expected, monkeypatch):
+    monkeypatch.setattr(Comparison, "train_and_score", lambda _: pytest.fail("it would have trained"))
     assert expected in complaint("compare", "--config", "compare_shapes.yaml", setting)
 
 

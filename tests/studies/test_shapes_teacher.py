@@ -1,7 +1,13 @@
 """Training the embedded pipeline, a few steps of each part."""
 
-import pytest
+import json
+import re
+from dataclasses import replace
 
+import pytest
+import torch
+
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.shapes.settings import PretrainSettings, Stage
 from gdmd_lightning.studies import shapes_teacher as study
 from gdmd_lightning.studies.shapes_teacher import pretrain
@@ -32,7 +38,7 @@ def test_pretrain_leaves_no_part_when_saving_is_interrupted(tmp_path, monkeypatc
     monkeypatch.setattr(study.parts.AutoencoderKL, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "settings.json"}
 
 
 def test_pretrain_completes_a_pipeline_whose_last_save_was_interrupted(tmp_path, monkeypatch):
@@ -45,6 +51,34 @@ def test_pretrain_completes_a_pipeline_whose_last_save_was_interrupted(tmp_path,
         patched.setattr(study.parts.CLIPTextModelWithProjection, "save_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pretrain(settings(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "vae", "scorer"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "settings.json", "vae", "scorer"}
     out = pretrain(settings(tmp_path))
     assert {path.name for path in out.iterdir() if path.is_dir()} == PARTS | {"checkpoints"}
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Nothing is trained."""
+    monkeypatch.setattr(study, "_train_missing", lambda settings: None)
+
+
+def test_pretrain_refuses_other_settings_than_the_parts_that_are_there_were_trained_with(tmp_path, untrained):
+    out = pretrain(settings(tmp_path / "pt"))
+    (out / "checkpoints").mkdir()
+    pretrain(settings(out, threads=torch.get_num_threads()))
+    changed = replace(settings(out), teacher=replace(SHORT, steps=3), start_from=tmp_path / "earlier")
+    expected = (
+        f"pretrain: teacher.steps is 3 (was 2), start_from is '{tmp_path / 'earlier'}' (was None) in {out}; use an"
+    )
+    with pytest.raises(UserError, match=re.escape(expected)):
+        pretrain(changed)
+    (out / "settings.json").unlink()  # as an earlier version left it
+    pretrain(changed)
+    assert not (out / "settings.json").exists()
+
+
+def test_pretrain_takes_other_settings_where_nothing_was_trained(tmp_path, untrained):
+    pretrain(settings(tmp_path))
+    (tmp_path / "vae").mkdir()  # a copy
+    pretrain(settings(tmp_path, seed=1))
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 1

@@ -107,10 +107,15 @@ def raise_if_changed(there: dict[str, Any], here: dict[str, Any], remedy: str = 
     Raises:
         UserError: The message has every key that differs, with both values.
     """
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    keys = changed_keys(there, here)
     if keys:
         values = ", ".join(f"{key} {there.get(key)!r} (now {here.get(key)!r})" for key in keys)
         raise UserError(f"it was trained with {values}", where="checkpoint", remedy=remedy)
+
+
+def changed_keys(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Keys of settings that differ; a missing one is ``None``."""
+    return [key for key in {**there, **here} if there.get(key) != here.get(key)]
 
 
 def check_teacher(module: RoleModule, origin: Provenance) -> None:

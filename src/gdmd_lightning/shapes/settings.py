@@ -31,7 +31,8 @@ class PretrainSettings:
     """Settings of ``pretrain``.
 
     Args:
-        out: Directory of the finished pipeline; parts that already exist there are kept.
+        out: Directory of the finished pipeline; parts that already exist there are kept, and other
+            settings than it was begun with are refused.
         autoencoder: Training of the autoencoder.
         scorer: Training of the text-image scorer.
         teacher: Training of the transformer and its text encoders.

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import ArgumentError, Namespace
+
+from gdmd_lightning.callbacks.settings import CHOSEN_BY_RUN
 from gdmd_lightning.configuration import training
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.configs import fit_arguments
+from gdmd_lightning.configuration.messages import readable_error
+from gdmd_lightning.configuration.references import environment_references
+from gdmd_lightning.configuration.restore import build_module, load_module
 from gdmd_lightning.configuration.training import DistillationCLI
-from gdmd_lightning.errors import StoppedBySignal, UserError
+from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.errors import StoppedBySignal, UserError, WriteError
 from gdmd_lightning.files import write_atomically
+from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
+from gdmd_lightning.methods.resuming import flattened
 from gdmd_lightning.studies.contestants import student
+from gdmd_lightning.studies.recorded import ANOTHER_OUT, record_settings
 from gdmd_lightning.studies.scorecards import Row, TrainingCost, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tasks import Task
 from gdmd_lightning.studies.watch import Watch
-
-ANOTHER_OUT = "use another --out"
 
 
 def option(key: str, value: Any) -> str:
@@ -48,19 +57,24 @@ class Arm:
         configs = [part for name in self.configs for part in ("--config", name)]
         return configs + [option(key, value) for key, value in self.fit.items()]
 
-    def check(self, name: str) -> None:
-        """Fail early if ``fit`` would refuse the arguments.
+    def check(self, name: str, extra: Sequence[str], task: Task) -> None:
+        """Fail early if ``fit`` would refuse the arguments, or the task its pictures; builds all but the weights.
 
         Args:
             name: The arm's name.
+            extra: Further arguments of ``fit``.
+            task: What it is scored on.
 
         Raises:
             UserError: If it would; the message names the arm.
         """
         try:
-            training.parse(self.arguments)
-        except UserError as error:
-            raise UserError(error.what, where=f"{name}: {error.where}", remedy=error.remedy) from error
+            settings = training.parse([*self.arguments, *extra])
+            PromptDataModule(**vars(settings.data))
+            module = build_module(settings.model)
+        except (UserError, ArgumentError, ValueError, TypeError) as error:
+            raise _of_arm(name, readable_error(error, "fit")) from error
+        task.check_size(name, module.height, module.width)
 
 
 DMD = Arm(["shapes.yaml", "shapes_dmd.yaml"])
@@ -69,6 +83,8 @@ GDMD = Arm(["shapes.yaml"])
 # No callback that evaluates or records, so that the seconds are the method's own.
 UNOBSERVED = {"trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 50}
 KEEP_LAST = {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}}
+CHOSEN_HERE = ("seed_everything", "ckpt_path", "weights_only", "trainer.max_steps", "trainer.callbacks", *UNOBSERVED)
+"""Settings of ``fit`` that a comparison chooses itself: seed, budget and callbacks."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,42 @@ class Run:
         """The last checkpoint."""
         return last_checkpoint(self.directory)
 
+    @property
+    def arguments(self) -> list[str]:
+        """Arm and further arguments, as arguments of ``fit``."""
+        return [*self.arm.arguments, *self.extra]
+
+    def module(self) -> DistillationModule:
+        """The module of the last checkpoint, with its averaged generator.
+
+        Besides this package's own classes, it may run those that the arm names: its configurations are the user's.
+        """
+        named = sorted(set(_named_classes(training.parse(self.arguments).model)))
+        return load_module(str(self.checkpoint), role="ema", trust=named)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its directory has a checkpoint or a score."""
+        return self.checkpoint.is_file() or any(self.directory.glob("scores_*.json"))
+
+    def settings(self, watch: Watch) -> dict[str, Any]:
+        """What it is trained and scored with, as plain values by dotted key; without place, seed and budget.
+
+        Values that come from the environment are references, since they are written.
+
+        Args:
+            watch: What it is scored on besides the test prompts.
+        """
+        cli = training.parsing_cli(self.arguments)
+        parser: Any = cli._parser("fit")
+        parser.references = environment_references(fit_arguments(self.arguments))
+        # It was checked when parsed.
+        fit = yaml.safe_load(parser.dump(cli.config.fit, skip_unset=False, skip_validation=True))
+        start = () if self.start_from is None else ("model.start_from",)
+        chosen = tuple(f"{key}." for key in (*CHOSEN_BY_RUN, *CHOSEN_HERE, *start))
+        kept = {key: value for key, value in flattened(fit) if not f"{key}.".startswith(chosen)}
+        return kept | dict(flattened(asdict(watch), "watch"))
+
     def scorecard(self, budget: int) -> Path:
         """The scores when ``budget`` network evaluations were spent."""
         return self.directory / f"scores_{budget}.json"
@@ -112,6 +164,19 @@ class Run:
         """
         (row,) = read_scorecard(self.scorecard(budget), prompts=task.prompts, count=count).rows
         return row
+
+
+def _named_classes(settings: Any) -> Iterator[str]:
+    """Every ``class_path`` in a parsed configuration."""
+    if isinstance(settings, list | tuple):
+        for each in settings:
+            yield from _named_classes(each)
+    elif isinstance(settings, Namespace | dict):
+        for name, value in (vars(settings) if isinstance(settings, Namespace) else settings).items():
+            if name == "class_path" and isinstance(value, str):
+                yield value
+            else:
+                yield from _named_classes(value)
 
 
 def last_checkpoint(directory: Path) -> Path:
@@ -149,11 +214,13 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
         StoppedBySignal: If a signal ended the training.
     """
     spent = 0.0
+    if not run.has_begun:
+        record_settings(run.directory, run.settings(watch))
     for budget in budgets:
         if not run.scorecard(budget).is_file():
             if not run.cost(budget).is_file():
-                write_atomically(run.cost(budget), json.dumps(asdict(_train(run, budget, spent))) + "\n")
-            generator = student(run.name, load_module(str(run.checkpoint), role="ema"))
+                write_atomically(run.cost(budget), json.dumps(asdict(_train_named(run, budget, spent))) + "\n")
+            generator = student(run.name, run.module())
             card = score([generator], task, count, watch=watch)
             cost = _read_cost(run.cost(budget))
             _check_length(run, budget, cost)
@@ -180,6 +247,22 @@ def _check_length(run: Run, budget: int, cost: TrainingCost) -> None:
     if there != cost.evaluations:
         trained = f"trained for {there} network evaluations; {budget} requested"
         raise UserError(trained, where=str(run.checkpoint), remedy=ANOTHER_OUT)
+
+
+def _of_arm(name: str, error: UserError) -> UserError:
+    """The error with the arm's name, since several arms have the same keys."""
+    where = f"{name}: {error.where}" if error.where else name
+    return UserError(error.what, where=where, remedy=error.remedy)
+
+
+def _train_named(run: Run, budget: int, seconds: float) -> TrainingCost:
+    """As :func:`_train`; errors in the arm's settings have its name."""
+    try:
+        return _train(run, budget, seconds)
+    except WriteError:
+        raise
+    except UserError as error:
+        raise _of_arm(run.name, error) from error
 
 
 def _train(run: Run, budget: int, seconds: float) -> TrainingCost:

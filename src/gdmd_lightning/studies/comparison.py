@@ -6,20 +6,20 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import make_directory, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, Seed, ranged
-from gdmd_lightning.studies.arms import ANOTHER_OUT, Arm, Run, run_arm
+from gdmd_lightning.studies.arms import Arm, Run, run_arm
 from gdmd_lightning.studies.contestants import draw, student, teachers
 from gdmd_lightning.studies.outcome import Outcome
 from gdmd_lightning.studies.page import write_page
+from gdmd_lightning.studies.recorded import ANOTHER_OUT, check_recorded, settings_of
 from gdmd_lightning.studies.scorecards import Row, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tables import comparison_table
 from gdmd_lightning.studies.tasks import TASKS, Task
@@ -107,16 +107,17 @@ class Comparison:
             UserError: If it does; the message names the setting or file.
         """
         _check_settings(self)
-        self.start.arm.check("start")
+        self.start.arm.check("start", self.fit, self.scored_on)
         directories = {"start"}
         for name, arm in self.methods.items():
             place = self._directory(name, 0).name
             if place in directories:
                 raise UserError(f"{name!r} has the directory of another one", where="methods", remedy="rename it")
             directories.add(place)
-            arm.check(name)
+            arm.check(name, self.fit, self.scored_on)
         self.scored_on.read_prompts(self.count)
         make_directory(self.out)
+        self._check_recorded()
         for seed in self.seeds:
             start = self.start_of(seed)
             if any(path != start.scorecard(self.start.evaluations) for path in start.directory.glob("scores_*.json")):
@@ -124,6 +125,17 @@ class Comparison:
                 raise UserError(other, where="start.evaluations", remedy=ANOTHER_OUT)
         for path in sorted([*self.out.glob("seed*/*/scores_*.json"), *self.out.glob("teacher.json")]):
             read_scorecard(path, prompts=self.scored_on.prompts, count=self.count)
+
+    def _check_recorded(self) -> None:
+        """Fail if a run of any seed in the directory was trained or scored with other settings."""
+        seed = self.seeds[0]
+        for run in (self.start_of(seed), *(self.run_of(name, seed) for name in self.methods)):
+            pattern = settings_of(Path("seed*") / run.directory.name)
+            places = sorted(path.parent for path in self.out.glob(str(pattern)))
+            if begun := [place for place in places if replace(run, directory=place).has_begun]:
+                settings = run.settings(self.watch)
+                for place in begun:
+                    check_recorded(place, settings, where=run.name, out=self.out)
 
     def train_and_score(self) -> Iterator[str]:
         """Train and score what is missing; yields a line after each run."""
@@ -167,12 +179,12 @@ class Comparison:
     def _teacher(self) -> tuple[Row, ...]:
         path = self.out / "teacher.json"
         if not path.is_file():
-            card = score(teachers(self._module()), self.scored_on, self.count, watch=self.watch)
+            card = score(teachers(self._start()), self.scored_on, self.count, watch=self.watch)
             write_scorecard(card, path)
         return read_scorecard(path, prompts=self.scored_on.prompts, count=self.count).rows
 
-    def _module(self) -> DistillationModule:
-        return load_module(str(self.start_of(self.seeds[0]).checkpoint), role="ema")
+    def _start(self) -> DistillationModule:
+        return self.start_of(self.seeds[0]).module()
 
     def report(self) -> str:
         """The Markdown table of a finished comparison.
@@ -186,10 +198,8 @@ class Comparison:
         write_atomically(self.out / "scores.json", json.dumps(outcome.entries(), indent=1) + "\n")
         seed = self.seeds[0]
         checkpoints = {"start": self.start_of(seed), **{name: self.run_of(name, seed) for name in self.methods}}
-        contestants = teachers(self._module())[:1]
-        contestants += [
-            student(name, load_module(str(run.checkpoint), role="ema")) for name, run in checkpoints.items()
-        ]
+        contestants = teachers(self._start())[:1]
+        contestants += [student(name, run.module()) for name, run in checkpoints.items()]
         draw(contestants, self.scored_on.read_prompts(self.count), self.out / "pictures.png")
         settings = json.loads(json.dumps(asdict(self), default=str))
         write_page(self.out / "index.html", outcome, settings, self.out / "pictures.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from gdmd_lightning.files import atomic_directory, filled_directory, output_directory
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints
+from gdmd_lightning.methods.resuming import flattened
 from gdmd_lightning.schedules import LogitNormal
 from gdmd_lightning.shapes import pipeline as parts
 from gdmd_lightning.shapes.pretraining import (
@@ -26,16 +28,36 @@ from gdmd_lightning.shapes.pretraining import (
     make_pictures,
 )
 from gdmd_lightning.shapes.settings import PretrainSettings, Stage
+from gdmd_lightning.studies.recorded import check_recorded, record_settings
 
 
 def pretrain(settings: PretrainSettings) -> Path:
-    """Train the parts that are missing in ``settings.out`` and return that directory."""
+    """Train the parts that are missing in ``settings.out`` and return that directory.
+
+    Raises:
+        UserError: If the directory was begun with other settings.
+    """
+    out = settings.out
+    # A part alone may have been copied there.
+    has_begun = any((out / name).is_dir() for name in ("checkpoints", "transformer"))
+    made_with = _made_with(settings)
+    if has_begun:
+        check_recorded(out, made_with, where="pretrain", out=out)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     pl.seed_everything(settings.seed, verbose=False)
-    with output_directory(settings.out):
+    with output_directory(out):
+        if not has_begun:
+            record_settings(out, made_with)
         _train_missing(settings)
-    return settings.out
+    return out
+
+
+def _made_with(settings: PretrainSettings) -> dict[str, Any]:
+    """What decides how the pipeline becomes, as plain values by dotted key."""
+    start_from = None if settings.start_from is None else str(settings.start_from)
+    every = dict(flattened({**asdict(settings), "start_from": start_from}))
+    return {key: value for key, value in every.items() if key not in ("out", "threads")}
 
 
 def _train_missing(settings: PretrainSettings) -> None:
