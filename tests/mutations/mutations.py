@@ -2324,6 +2324,21 @@ MUTATIONS = [
         ("watch: alarm lasts through a roll-back", "            track.calm()\n", "            pass\n"),
     ),
     *errors(
+        "callbacks/known_figures.py",
+        ("callbacks/test_known_figures.py",),
+        ("monitors: unknown ones accepted", "(figure in logged):", "(True):"),
+        ("monitors: refused in the last update", "if self._unchecked and not _ended(trainer):", "if self._unchecked:"),
+        ("monitors: nothing is due in the last update", "if self._unchecked and _ended(trainer):", "if False:"),
+        ("monitors: evaluations not waited for", "(kind := source_of(figure)) is not None", "(kind := None)"),
+        ("monitors: a resumed run waits for nothing", "> self._first // each", "> 0"),
+        ("monitors: the method's known at the end only", '(1 if figure.startswith("train/") else', "(1 if False else"),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("callbacks/test_known_figures.py",),
+        ("monitors: not checked in fit", ", CheckMonitors()]", "]"),
+    ),
+    *errors(
         "callbacks/roll_back.py",
         ("callbacks/test_collapse_watch.py",),
         ("roll-back without optimizers", "connector.restore_training_state()", "pass"),

@@ -12,19 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from gdmd_lightning.callbacks.collapse_rules import Fall, Rise, Rule, Track, first_move
-from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.callbacks.known_figures import no_figure, source_of
 from gdmd_lightning.callbacks.roll_back import best_checkpoint, change_course, restore_in_place
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, run_directory
-from gdmd_lightning.callbacks.variety import GenerationVariety
-from gdmd_lightning.errors import UserError, listed
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.lightning import RoleModule
 from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.ranges import Count, OpenLow, ranged
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
-
-SOURCES = {"eval/": GenerationEvaluation, "variety/": GenerationVariety}
-"""Which callback logs the figures with a prefix."""
 
 
 @ranged
@@ -137,15 +133,15 @@ class CollapseWatch(pl.Callback):
 
     def _check_source(self, trainer: pl.Trainer, figure: str) -> None:
         """Fail if the callback that logs a figure is absent, comes later, or logs at other updates."""
-        prefix = next((prefix for prefix in SOURCES if figure.startswith(prefix)), None)
-        if prefix is None:
+        kind = source_of(figure)
+        if kind is None:
             return
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, SOURCES[prefix])]
-        where, name = f"CollapseWatch: {figure}", SOURCES[prefix].__name__
+        found = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, kind)]
+        where, name = f"CollapseWatch: {figure}", kind.__name__
         if not found:
             raise UserError(f"no {name} before CollapseWatch logs it", where=where, remedy=f"list a {name} before it")
-        intervals = [c.every_n_updates for c in found if isinstance(c, GenerationEvaluation | GenerationVariety)]
+        intervals = [c.every_n_updates for c in found]
         if all(self.every_n_updates % interval for interval in intervals):
             raise UserError(
                 f"it is logged every {intervals[0]} updates and observed every {self.every_n_updates}",
@@ -160,11 +156,7 @@ class CollapseWatch(pl.Callback):
         values = trainer.strategy.broadcast(values)
         for track in self.tracks:
             if track.rule.figure not in values:
-                raise UserError(
-                    f"no figure {track.rule.figure!r} has been logged by update {update}",
-                    where="CollapseWatch",
-                    remedy=f"there are {listed(sorted(logged), 40)}",
-                )
+                raise no_figure(track.rule.figure, "CollapseWatch", update, logged)
         return values
 
     def _act(self, trainer: pl.Trainer, module: RoleModule, alarm: Track, value: float) -> None:

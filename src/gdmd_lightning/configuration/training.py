@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
+from gdmd_lightning.callbacks.known_figures import CheckMonitors
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, run_directory
@@ -241,6 +242,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
     """
     quiet()
     place = RunDirectory()
+    always = [place, StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread(), CheckMonitors()]
     try:
         return DistillationCLI(
             DistillationModule,
@@ -249,7 +251,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             args=["fit", "--weights_only=true", *fit_arguments(arguments)],
             subclass_mode_model=True,
             save_config_callback=SaveConfig,
-            trainer_defaults={"callbacks": [place, StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
+            trainer_defaults={"callbacks": always},
             auto_configure_optimizers=False,
         )
     except MisconfigurationException as error:
