@@ -257,7 +257,10 @@ def test_what_cannot_be_watched_is_refused(tiny_pipeline, tmp_path):
         assert line.startswith("CollapseWatch: eval/brightness/overall: no GenerationEvaluation before CollapseWatch")
     assert "logged every 4 updates and observed every 2; " in refused(tiny_pipeline, tmp_path, scores, watch)
     back = CollapseWatch((Fall("loss", by=0.2),), policy="roll_back")
-    assert "no ModelCheckpoint monitors a figure" in refused(tiny_pipeline, tmp_path, back)
+    assert "no ModelCheckpoint keeps the best whole" in refused(tiny_pipeline, tmp_path, back)
+    for options in ({"save_top_k": 0}, {"save_weights_only": True}):
+        keeper = ModelCheckpoint(tmp_path, monitor="loss", every_n_train_steps=1, **options)
+        assert "no ModelCheckpoint keeps the best whole" in refused(tiny_pipeline, tmp_path, back, keeper)
     unknown = CollapseWatch((Fall("train/los", by=0.2),), every_n_updates=1)
     line = refused(tiny_pipeline, tmp_path, unknown)
     assert line.startswith("CollapseWatch: no figure 'train/los' has been logged by update 1; there are ")

@@ -1626,6 +1626,13 @@ MUTATIONS = [
         ("restored on another teacher", "    check_teacher(module, provenance)", "    pass"),
     ),
     *errors(
+        "configuration/configs.py",
+        ("configuration/test_lists_of_classes.py",),
+        ("lists: merged with earlier ones", "    return _with_whole_lists(with", "    return (with"),
+        ("lists: cleared by one class too", "if isinstance(_at(content, key.removeprefix(name)), list)", ""),
+        ("lists: those in files not seen", "if os.path.isfile(given) else given", "if False else given"),
+    ),
+    *errors(
         "configuration/references.py",
         REFERENCES,
         ("secrets inside texts kept", "settings = settings.replace(value, reference)", "pass"),
@@ -2318,6 +2325,7 @@ MUTATIONS = [
         ("callbacks/test_collapse_watch.py",),
         ("watch: stop without a failure", "if failure is not None:", "if False:"),
         ("watch: stop goes on", "trainer.should_stop = True", "pass"),
+        ("watch: nothing to go back to", "each.save_top_k and not each", "not each"),
         ("watch: limit ignored", "if self.rolled_back >= self.roll_back.limit:", "if False:"),
         ("watch: back into the collapse", "if there >= moved:", "if False:"),
         ("watch: course forgotten on resume", "        if self.rolled_back:\n", "        if False:\n"),

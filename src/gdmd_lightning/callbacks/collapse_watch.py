@@ -212,11 +212,11 @@ class CollapseWatch(pl.Callback):
 def _check_roll_back(trainer: pl.Trainer) -> None:
     """Fail if there will be no best checkpoint, or if the strategy cannot load one while it trains."""
     keepers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    if not any(each.monitor is not None and not each.save_weights_only for each in keepers):
+    if not any(each.monitor is not None and each.save_top_k and not each.save_weights_only for each in keepers):
         raise UserError(
-            "no ModelCheckpoint monitors a figure, so no checkpoint is best",
+            "no ModelCheckpoint keeps the best whole checkpoint by a figure",
             where="CollapseWatch.policy roll_back",
-            remedy="add a ModelCheckpoint with monitor, such as a held-out reward",
+            remedy="add one with monitor, such as a held-out reward, without save_top_k 0 and save_weights_only",
         )
     can = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
     if not can or isinstance(trainer.strategy, MultiEngineDeepSpeedStrategy):
