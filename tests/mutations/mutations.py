@@ -2325,6 +2325,10 @@ MUTATIONS = [
         ("callbacks/test_collapse_watch.py",),
         ("watch: stop without a failure", "if failure is not None:", "if False:"),
         ("watch: stop goes on", "trainer.should_stop = True", "pass"),
+        ("watch: known by its interval alone", ", policy=self.policy, rules=rules)", ")"),
+        ("watch: state lost with its only rule", "if changed == [self] or not mine", "if not mine"),
+        ("watch: state of another one", 'not mine.isdisjoint(states[key]["rules"])', "True"),
+        ("watch: state of an earlier version lost", "key.startswith((interval, ", "key.startswith(("),
         ("watch: nothing to go back to", "each.save_top_k and not each", "not each"),
         ("watch: limit ignored", "if self.rolled_back >= self.roll_back.limit:", "if False:"),
         ("watch: back into the collapse", "if there >= moved:", "if False:"),
@@ -2340,6 +2344,11 @@ MUTATIONS = [
         ("monitors: evaluations not waited for", "(kind := source_of(figure)) is not None", "(kind := None)"),
         ("monitors: a resumed run waits for nothing", "> self._first // each", "> 0"),
         ("monitors: the method's known at the end only", '(1 if figure.startswith("train/") else', "(1 if False else"),
+    ),
+    *errors(
+        "configuration/training.py",
+        ("callbacks/test_collapse_watch.py",),
+        ("equal callbacks: pages of an error", r'"more than one stateful callback of type', '"none'),
     ),
     *errors(
         "configuration/training.py",

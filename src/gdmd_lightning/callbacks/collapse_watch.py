@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +79,9 @@ class CollapseWatch(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Watches of different intervals keep their states apart."""
-        return self._generate_state_key(every_n_updates=self.every_n_updates)
+        """Watches of different intervals, policies or rules keep their states apart."""
+        rules = [track.rule for track in self.tracks]
+        return self._generate_state_key(every_n_updates=self.every_n_updates, policy=self.policy, rules=rules)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fail early if a figure cannot be there when it is observed, or if nothing could be rolled back to."""
@@ -123,6 +125,24 @@ class CollapseWatch(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What each rule has seen, and the number of roll-backs."""
         return {"rolled_back": self.rolled_back, "rules": {repr(t.rule): t.state_dict() for t in self.tracks}}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state of a watch with the same interval and another policy or other rules, if it is meant."""
+        states = checkpoint.get("callbacks", {})
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        same = [c for c in callbacks if isinstance(c, CollapseWatch) and c.every_n_updates == self.every_n_updates]
+        changed = [each for each in same if each.state_key not in states]
+        if self not in changed:
+            return
+        # Of a checkpoint of an earlier version, the key is the interval alone.
+        interval = self._generate_state_key(every_n_updates=self.every_n_updates)
+        keys = {key for key in states if key.startswith((interval, f"{interval.removesuffix('}')},"))}
+        mine = {repr(track.rule) for track in self.tracks}
+        for key in sorted(keys - {each.state_key for each in same}):
+            if changed == [self] or not mine.isdisjoint(states[key]["rules"]):
+                return self.load_state_dict(deepcopy(states[key]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue; a rule that is new or has changed starts over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,6 +106,14 @@ class DistillationCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise readable_error(error, "fit") from error
+        except RuntimeError as error:
+            if (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))) is None:
+                raise
+            raise UserError(
+                f"two {found[1]} are the same, so a checkpoint could not keep their states apart",
+                where="trainer.callbacks",
+                remedy="remove one, or give them different settings, such as another interval or figure",
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes checkpoints atomically and whose DDP processes expect unused parameters."""
