@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -257,7 +258,10 @@ def test_what_cannot_be_watched_is_refused(tiny_pipeline, tmp_path):
         assert line.startswith("CollapseWatch: eval/brightness/overall: no GenerationEvaluation before CollapseWatch")
     assert "logged every 4 updates and observed every 2; " in refused(tiny_pipeline, tmp_path, scores, watch)
     back = CollapseWatch((Fall("loss", by=0.2),), policy="roll_back")
-    assert "no ModelCheckpoint monitors a figure" in refused(tiny_pipeline, tmp_path, back)
+    assert "no ModelCheckpoint keeps the best whole" in refused(tiny_pipeline, tmp_path, back)
+    for options in ({"save_top_k": 0}, {"save_weights_only": True}):
+        keeper = ModelCheckpoint(tmp_path, monitor="loss", every_n_train_steps=1, **options)
+        assert "no ModelCheckpoint keeps the best whole" in refused(tiny_pipeline, tmp_path, back, keeper)
     unknown = CollapseWatch((Fall("train/los", by=0.2),), every_n_updates=1)
     line = refused(tiny_pipeline, tmp_path, unknown)
     assert line.startswith("CollapseWatch: no figure 'train/los' has been logged by update 1; there are ")
@@ -274,6 +278,65 @@ def test_watches_of_two_intervals_keep_their_states_apart(tiny_pipeline, tmp_pat
     healthy = [state["rules"] for key, state in states.items() if key.startswith("CollapseWatch")]
     assert [next(iter(rules.values()))["healthy"] for rules in healthy] == [[3.0], [2.0]]
     assert replace(watches[0].tracks[0]).healthy == [3.0]
+
+
+HELD_OUT, OTHER = Fall("held_out", by=0.2), Fall("other", by=0.2)
+
+
+def loaded(states, *watches):
+    """What each watch of a run has seen after its checkpoint with these states is loaded, by figure."""
+    trainer = SimpleNamespace(callbacks=list(watches))
+    for watch in watches:
+        watch.on_load_checkpoint(trainer, None, {"callbacks": states})
+    return [{track.rule.figure: track.healthy for track in watch.tracks if track.healthy} for watch in watches]
+
+
+def seen(watch, *values):
+    for value in values:
+        for track in watch.tracks:
+            track.observe(1, value)
+    watch.rolled_back = 1
+    return watch.state_dict()
+
+
+def test_watches_of_one_interval_keep_their_states_apart(tiny_pipeline, tmp_path):
+    watches = [CollapseWatch((rule,), every_n_updates=1) for rule in (HELD_OUT, OTHER)]
+    watches.append(CollapseWatch((OTHER,), every_n_updates=1, policy="stop"))
+    script = Scripted(held_out=[1, 2], other=[3, 4])
+    train(tiny_pipeline, 2, [script, *watches, ModelCheckpoint(tmp_path, "2", every_n_train_steps=2)], place=tmp_path)
+    again = [CollapseWatch((HELD_OUT,), every_n_updates=1), CollapseWatch((OTHER,), every_n_updates=1)]
+    train(tiny_pipeline, 3, [script, *again], place=tmp_path, ckpt_path=tmp_path / "2.ckpt")
+    assert [watch.tracks[0].healthy for watch in again] == [[2.0], [4.0]]
+
+
+def test_a_watch_with_another_policy_or_other_rules_finds_its_state():
+    before = CollapseWatch((HELD_OUT,), every_n_updates=2)
+    state = seen(before, 1, 2)
+    for key in (before.state_key, "CollapseWatch{'every_n_updates': 2}"):  # the latter: of an earlier version
+        watch = CollapseWatch((HELD_OUT, OTHER), every_n_updates=2, policy="roll_back")
+        assert loaded({key: state}, watch) == [{"held_out": [2.0]}]
+        assert watch.rolled_back == 1
+        new = CollapseWatch((OTHER,), every_n_updates=2)
+        assert loaded({key: state}, new) == [{}]
+        assert new.rolled_back == 1  # the course of the run is kept
+        for n in (1, 20):
+            assert loaded({key: state}, CollapseWatch((HELD_OUT,), every_n_updates=n)) == [{}]
+
+
+def test_a_watch_takes_no_state_of_another_one():
+    before = CollapseWatch((HELD_OUT,), every_n_updates=2)
+    states = {before.state_key: seen(before, 1, 2)}
+    same, new = CollapseWatch((HELD_OUT,), every_n_updates=2), CollapseWatch((OTHER, HELD_OUT), every_n_updates=2)
+    assert loaded(states, same, new) == [{}, {}]  # Lightning gives the first one its state after this
+    changed, new = CollapseWatch((HELD_OUT,), (), 2, "stop"), CollapseWatch((OTHER,), every_n_updates=2)
+    assert loaded(states, changed, new) == [{"held_out": [2.0]}, {}]
+    assert (changed.rolled_back, new.rolled_back) == (1, 0)
+
+
+def test_two_equal_watches_are_refused(fast_fit, monkeypatch):
+    watch = '{"class_path": "CollapseWatch", "init_args": {"falls": [{"figure": "loss", "by": 0.2}]}}'
+    with pytest.raises(UserError, match=r"^trainer\.callbacks: two CollapseWatch are the same, so .*; remove one, or "):
+        training.run([*fast_fit, f"--trainer.callbacks=[{watch}, {watch}]"])
 
 
 def test_a_configuration_can_watch(fast_fit, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +13,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from gdmd_lightning.callbacks.collapse_rules import Fall, Rise, Rule, Track, first_move
-from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.callbacks.known_figures import no_figure, source_of
 from gdmd_lightning.callbacks.roll_back import best_checkpoint, change_course, restore_in_place
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, run_directory
-from gdmd_lightning.callbacks.variety import GenerationVariety
-from gdmd_lightning.errors import UserError, listed
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.lightning import RoleModule
 from gdmd_lightning.methods.provenance import read_provenance
 from gdmd_lightning.ranges import Count, OpenLow, ranged
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
-
-SOURCES = {"eval/": GenerationEvaluation, "variety/": GenerationVariety}
-"""Which callback logs the figures with a prefix."""
 
 
 @ranged
@@ -82,8 +79,9 @@ class CollapseWatch(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Watches of different intervals keep their states apart."""
-        return self._generate_state_key(every_n_updates=self.every_n_updates)
+        """Watches of different intervals, policies or rules keep their states apart."""
+        rules = [track.rule for track in self.tracks]
+        return self._generate_state_key(every_n_updates=self.every_n_updates, policy=self.policy, rules=rules)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fail early if a figure cannot be there when it is observed, or if nothing could be rolled back to."""
@@ -128,6 +126,24 @@ class CollapseWatch(pl.Callback):
         """What each rule has seen, and the number of roll-backs."""
         return {"rolled_back": self.rolled_back, "rules": {repr(t.rule): t.state_dict() for t in self.tracks}}
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state of a watch with the same interval and another policy or other rules, if it is meant."""
+        states = checkpoint.get("callbacks", {})
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        same = [c for c in callbacks if isinstance(c, CollapseWatch) and c.every_n_updates == self.every_n_updates]
+        changed = [each for each in same if each.state_key not in states]
+        if self not in changed:
+            return
+        # Of a checkpoint of an earlier version, the key is the interval alone.
+        interval = self._generate_state_key(every_n_updates=self.every_n_updates)
+        keys = {key for key in states if key.startswith((interval, f"{interval.removesuffix('}')},"))}
+        mine = {repr(track.rule) for track in self.tracks}
+        for key in sorted(keys - {each.state_key for each in same}):
+            if changed == [self] or not mine.isdisjoint(states[key]["rules"]):
+                return self.load_state_dict(deepcopy(states[key]))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue; a rule that is new or has changed starts over."""
         self.rolled_back = state_dict["rolled_back"]
@@ -137,15 +153,15 @@ class CollapseWatch(pl.Callback):
 
     def _check_source(self, trainer: pl.Trainer, figure: str) -> None:
         """Fail if the callback that logs a figure is absent, comes later, or logs at other updates."""
-        prefix = next((prefix for prefix in SOURCES if figure.startswith(prefix)), None)
-        if prefix is None:
+        kind = source_of(figure)
+        if kind is None:
             return
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, SOURCES[prefix])]
-        where, name = f"CollapseWatch: {figure}", SOURCES[prefix].__name__
+        found = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, kind)]
+        where, name = f"CollapseWatch: {figure}", kind.__name__
         if not found:
             raise UserError(f"no {name} before CollapseWatch logs it", where=where, remedy=f"list a {name} before it")
-        intervals = [c.every_n_updates for c in found if isinstance(c, GenerationEvaluation | GenerationVariety)]
+        intervals = [c.every_n_updates for c in found]
         if all(self.every_n_updates % interval for interval in intervals):
             raise UserError(
                 f"it is logged every {intervals[0]} updates and observed every {self.every_n_updates}",
@@ -160,11 +176,7 @@ class CollapseWatch(pl.Callback):
         values = trainer.strategy.broadcast(values)
         for track in self.tracks:
             if track.rule.figure not in values:
-                raise UserError(
-                    f"no figure {track.rule.figure!r} has been logged by update {update}",
-                    where="CollapseWatch",
-                    remedy=f"there are {listed(sorted(logged), 40)}",
-                )
+                raise no_figure(track.rule.figure, "CollapseWatch", update, logged)
         return values
 
     def _act(self, trainer: pl.Trainer, module: RoleModule, alarm: Track, value: float) -> None:
@@ -220,11 +232,11 @@ class CollapseWatch(pl.Callback):
 def _check_roll_back(trainer: pl.Trainer) -> None:
     """Fail if there will be no best checkpoint, or if the strategy cannot load one while it trains."""
     keepers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    if not any(each.monitor is not None and not each.save_weights_only for each in keepers):
+    if not any(each.monitor is not None and each.save_top_k and not each.save_weights_only for each in keepers):
         raise UserError(
-            "no ModelCheckpoint monitors a figure, so no checkpoint is best",
+            "no ModelCheckpoint keeps the best whole checkpoint by a figure",
             where="CollapseWatch.policy roll_back",
-            remedy="add a ModelCheckpoint with monitor, such as a held-out reward",
+            remedy="add one with monitor, such as a held-out reward, without save_top_k 0 and save_weights_only",
         )
     can = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
     if not can or isinstance(trainer.strategy, MultiEngineDeepSpeedStrategy):

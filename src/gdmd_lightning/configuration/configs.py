@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from gdmd_lightning.locations import find_config
 
 SECTIONS = ("config", "seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
 """What the keys of ``fit`` start with."""
+LISTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")
+"""Keys that can hold a list of classes."""
 
 
 def with_found_configs(arguments: Sequence[str], sections: Iterable[str] | None = None) -> list[str]:
@@ -44,7 +47,7 @@ def fit_arguments(arguments: Sequence[str], command: str = "fit") -> list[str]:
         command: The command whose ``--help`` an error points to.
 
     Returns:
-        The arguments, with configurations found.
+        The arguments, with configurations found, and in which a list of classes replaces an earlier one.
 
     Raises:
         UserError: If a configuration is missing or broken, or an argument starts with no section of ``fit``.
@@ -58,7 +61,40 @@ def fit_arguments(arguments: Sequence[str], command: str = "fit") -> list[str]:
             meant = nearest(section, SECTIONS)
             hint = f"did you mean '--{meant}'?" if meant else f"options start with --{', --'.join(SECTIONS)};"
             raise UserError(f"unknown option '--{option}'", where=command, remedy=f"{hint} see {command} --help")
-    return with_found_configs(arguments, SECTIONS)
+    return _with_whole_lists(with_found_configs(arguments, SECTIONS))
+
+
+def _with_whole_lists(arguments: Sequence[str]) -> list[str]:
+    """Clear each of :data:`LISTS` before an argument that gives it as a list.
+
+    jsonargparse lets an item of the same class at the same place of an earlier list, if that is as long, pass on its
+    settings.
+    """
+    out: list[str] = []
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        name = "" if option in ("-c", "--config") else option.removeprefix("--")
+        keys = [key for key in LISTS if not name or f"{key}.".startswith(f"{name}.")]
+        if keys and (equals or place + 1 < len(arguments)):
+            content = _content(value if equals else arguments[place + 1])
+            out += [f"--{key}=null" for key in keys if isinstance(_at(content, key.removeprefix(name)), list)]
+        out.append(argument)
+    return out
+
+
+def _content(given: str) -> object:
+    """The value of an argument, or of the file that it names."""
+    try:
+        return yaml.safe_load(Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # the parser says what is wrong with it
+
+
+def _at(content: object, key: str) -> object:
+    """What stands below a dotted key; None if nothing does."""
+    for part in filter(None, key.split(".")):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
 
 
 def _checked(path: str, sections: Iterable[str] | None) -> str:

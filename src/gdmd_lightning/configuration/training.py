@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
+from gdmd_lightning.callbacks.known_figures import CheckMonitors
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, run_directory
@@ -104,6 +106,14 @@ class DistillationCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise readable_error(error, "fit") from error
+        except RuntimeError as error:
+            if (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))) is None:
+                raise
+            raise UserError(
+                f"two {found[1]} are the same, so a checkpoint could not keep their states apart",
+                where="trainer.callbacks",
+                remedy="remove one, or give them different settings, such as another interval or figure",
+            ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes checkpoints atomically and whose DDP processes expect unused parameters."""
@@ -241,6 +251,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
     """
     quiet()
     place = RunDirectory()
+    always = [place, StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread(), CheckMonitors()]
     try:
         return DistillationCLI(
             DistillationModule,
@@ -249,7 +260,7 @@ def run(arguments: Sequence[str]) -> DistillationCLI:
             args=["fit", "--weights_only=true", *fit_arguments(arguments)],
             subclass_mode_model=True,
             save_config_callback=SaveConfig,
-            trainer_defaults={"callbacks": [place, StopOnSignal(), SaveLastUpdate(), WarnWithoutSpread()]},
+            trainer_defaults={"callbacks": always},
             auto_configure_optimizers=False,
         )
     except MisconfigurationException as error:
