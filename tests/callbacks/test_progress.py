@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from gdmd_lightning.callbacks import progress
 from gdmd_lightning.callbacks.progress import Progress, clock
 from gdmd_lightning.configuration.noise import is_noise, quiet
 from gdmd_lightning.configuration.training import use_progress
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
 
@@ -55,6 +56,39 @@ def test_time_left_is_that_of_the_updates_that_are_left(tiny_pipeline, capsys, m
     trained(tiny_pipeline, every_seconds=1e-6)
     shown = re.findall(r"(\S+) s/update  (\S+) left", capsys.readouterr().out)
     assert shown == [("10", "0:20"), ("10", "0:10"), ("10", "0:00")]
+
+
+def resumed(tiny_pipeline, capsys, place, updates, **options):
+    """The lines of a run that goes on from update 2 of one that has kept its ``last.ckpt``."""
+
+    def train(updates, ckpt_path=None, **options):
+        keeper = ModelCheckpoint(place, every_n_train_steps=1, **options)
+        trainer = tiny.trainer(
+            updates, callbacks=[Progress(), keeper], enable_checkpointing=True, enable_progress_bar=True
+        )
+        data = PromptDataModule("shapes", batch_size=8, group_size=4)
+        trainer.fit(tiny.module(tiny_pipeline, DMD), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+
+    train(2, save_last=True)
+    first = capsys.readouterr().out.splitlines()
+    assert sum(str(place / "last.ckpt") in line for line in first) == 3
+    train(updates, place / "last.ckpt", **options)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("save_last", [True, False])
+def test_a_run_that_has_nothing_to_do_says_so(tiny_pipeline, capsys, tmp_path, save_last):
+    lines = resumed(tiny_pipeline, capsys, tmp_path, 1, save_last=save_last)
+    assert lines == ["nothing to do: 2 updates are done, and max_steps is 1"]
+    trained(tiny_pipeline, updates=0)
+    assert capsys.readouterr().out == "nothing to do: 0 updates are done, and max_steps is 0\n"
+
+
+@pytest.mark.parametrize(("save_last", "top_k", "named"), [(True, 0, 3), (False, 0, 0), (False, 1, 0)])
+def test_next_commands_name_only_what_this_run_has_saved(tiny_pipeline, capsys, tmp_path, save_last, top_k, named):
+    lines = resumed(tiny_pipeline, capsys, tmp_path, 3, save_last=save_last, save_top_k=top_k)
+    assert sum("last.ckpt" in line for line in lines) == named
+    assert any(line.startswith("1 updates in ") and line.endswith(", 3 in all") for line in lines)
 
 
 def test_lines_are_seconds_apart_but_the_first_and_last_update_are_always_shown(tiny_pipeline, capsys):

@@ -41,7 +41,8 @@ class Progress(ProgressBar):
         self.every_seconds = every_seconds
         self._enabled = True
         self._bar: tqdm[Any] | None = None
-        self._first, self._began, self._printed = 0, 0.0, 0.0
+        self._first, self._printed = 0, 0.0
+        self._began: float | None = None
 
     def disable(self) -> None:
         """Print nothing; Lightning calls this in all processes except that of rank 0."""
@@ -80,7 +81,7 @@ class Progress(ProgressBar):
     ) -> None:
         """Show the update; values are read from the device only when they are shown."""
         assert isinstance(pl_module, DistillationModule)
-        if not self._enabled:
+        if not self._enabled or self._began is None:
             return
         now, updates = time.monotonic() - self._began, pl_module.updates
         wait = 0.2 if self._bar is not None else self.every_seconds
@@ -118,8 +119,12 @@ class Progress(ProgressBar):
         assert isinstance(pl_module, DistillationModule)
         directory = run_directory(trainer)
         if self._enabled:
-            took = clock(time.monotonic() - self._began)
-            self.print(f"{pl_module.updates - self._first} updates in {took}, {pl_module.updates} in all")
+            if self._began is None:  # Lightning does not start to train
+                self.print(f"nothing to do: {pl_module.updates} updates are done, and max_steps is {trainer.max_steps}")
+            else:
+                took = clock(time.monotonic() - self._began)
+                self.print(f"{pl_module.updates - self._first} updates in {took}, {pl_module.updates} in all")
+            self._began = None
             for line in results(trainer, pl_module, directory):
                 self.print(line)
 
@@ -163,8 +168,9 @@ def results(trainer: pl.Trainer, module: DistillationModule, directory: Path) ->
         f"score {name}: {value:.4f}" + (f"  (teacher: {teacher[name]:.4f})" if name in teacher else "")
         for name, value in sorted(module.provenance.scores.items())
     ]
-    kept = [k.last_model_path for k in trainer.checkpoint_callbacks if isinstance(k, ModelCheckpoint)]
-    last = next((path for path in kept if path), None)
+    keepers = [k for k in trainer.checkpoint_callbacks if isinstance(k, ModelCheckpoint) and k.save_last]
+    # A resumed run knows the paths of the earlier one, whether it saves there itself or not.
+    last = next((k.last_model_path for k in keepers if k._last_checkpoint_saved), None)
     if last is None or trainer.interrupted or module.updates < trainer.max_steps:
         return lines
     command = "python -m gdmd_lightning"
