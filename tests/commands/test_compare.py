@@ -247,6 +247,10 @@ def test_compare_forgets_settings_with_which_nothing_was_trained(begun):
             '--methods={"DMD":{"configs":["shapes.yaml","shapes_dmdr.yaml"],"fit":{"model.reward":"ShapesReward"}}}',
             "DMD: model.reward: 'hps_like' is not differentiable",
         ),
+        (
+            '--methods={"DMD":{"configs":["shapes.yaml","shapes_nft.yaml"],"fit":{"data.group_size":1}}}',
+            "DMD: data.group_size: it is 1, but DiffusionNFT compares the samples of a prompt",
+        ),
         ('--methods={"DMD":{"configs":["shapes.yaml"],"fit":{"model.height":64}}}', "DMD: it makes pictures of 64x32"),
         ('--fit=["--data.group_size=5"]', "start: data.group_size: group_size 5 does not divide"),
     ],

@@ -78,16 +78,24 @@ class DistillationModule(RoleModule, ABC):
             RoleSpec("ema", average_of="generator", decay=self.ema_decay),
         )
 
-    def setup(self, stage: str) -> None:
-        """Fail early if the method compares the samples of a prompt and the data has one for each."""
-        super().setup(stage)
-        data: Any = self.trainer.datamodule if stage == "fit" else None  # type: ignore[attr-defined]
+    def check_data(self, data: Any) -> None:
+        """Fail if the method compares the samples of a prompt and the data has one for each.
+
+        Raises:
+            UserError: If so.
+        """
         if self.needs_groups and getattr(data, "group_size", 2) < 2:
             raise UserError(
                 f"it is 1, but {type(self).__name__} compares the samples of a prompt",
                 where="data.group_size",
                 remedy="use at least 2",
             )
+
+    def setup(self, stage: str) -> None:
+        """Fail early if the data does not suit the method, or the reward is not here."""
+        super().setup(stage)
+        if stage == "fit":
+            self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit" and self.judge is not None:
             self.judge.reward.prepare()
 

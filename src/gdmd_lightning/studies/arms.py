@@ -70,8 +70,9 @@ class Arm:
         """
         try:
             settings = training.parse([*self.arguments, *extra])
-            PromptDataModule(**vars(settings.data))
+            data = PromptDataModule(**vars(settings.data))
             module = build_module(settings.model)
+            module.check_data(data)
         except (UserError, ArgumentError, ValueError, TypeError) as error:
             raise _of_arm(name, readable_error(error, "fit")) from error
         task.check_size(name, module.height, module.width)
