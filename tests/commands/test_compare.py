@@ -245,7 +245,7 @@ def test_compare_forgets_settings_with_which_nothing_was_trained(begun):
         ),
         (
             '--methods={"DMD":{"configs":["shapes.yaml","shapes_dmdr.yaml"],"fit":{"model.reward":"ShapesReward"}}}',
-            "DMD: model.reward: 'hps_like' is not differentiable",
+            "DMD: model.reward: 'shapes' is not differentiable",
         ),
         (
             '--methods={"DMD":{"configs":["shapes.yaml","shapes_nft.yaml"],"fit":{"data.group_size":1}}}',
