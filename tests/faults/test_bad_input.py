@@ -39,6 +39,14 @@ def test_fit_unknown_config_lists_the_shipped_ones(complaint):
         (b"trainer: caf\xe9\n", "broken.yaml: not a readable YAML file: "),
         ("- a\n- b\n", "broken.yaml: the file has no keys; "),
         ("", "broken.yaml: the file has no keys; "),
+        (
+            "trainer:\n  max_steps: 3\n  callbacks:\n  - class_path: x\n    init_args: {a: 1, a: 2}\n",
+            "broken.yaml: the key 'a' stands there twice, again in line 5; keep one",
+        ),
+        (
+            "trainer: {max_steps: 3}\ndata: {}\ntrainer: {max_steps: 4}\n",
+            "the key 'trainer' stands there twice",
+        ),
         ("trainer: {max_stepps: 3}\n", "fit: unknown key 'trainer.max_stepps'; did you mean 'trainer.max_steps'? "),
         (
             "model: {init_args: {lambda_polciy: 3}}\n",

@@ -1627,6 +1627,12 @@ MUTATIONS = [
     ),
     *errors(
         "configuration/configs.py",
+        ("faults/test_bad_input.py",),
+        ("repeated key: in a list not seen", "        below = node.value", "        below = []"),
+        ("repeated key: the last counts", "    if twice is not None:", "    if False:"),
+    ),
+    *errors(
+        "configuration/configs.py",
         ("configuration/test_lists_of_classes.py",),
         ("lists: merged with earlier ones", "    return _with_whole_lists(with", "    return (with"),
         ("lists: cleared by one class too", "if isinstance(_at(content, key.removeprefix(name)), list)", ""),

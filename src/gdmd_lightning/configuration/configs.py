@@ -100,9 +100,13 @@ def _at(content: object, key: str) -> object:
 def _checked(path: str, sections: Iterable[str] | None) -> str:
     """Return the path if the file holds a YAML mapping; the parser's own message would name no file."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content, twice = yaml.safe_load(text), _repeated(yaml.compose(text, yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"not a readable YAML file: {shortened(error)}", where=path) from error
+    if twice is not None:
+        what = f"the key {twice.value!r} stands there twice, again in line {twice.start_mark.line + 1}"
+        raise UserError(what, where=path, remedy="keep one: the last alone would count")
     if not isinstance(content, dict):
         remedy = "write 'key: value' lines, as fit --print_config does"
         raise UserError("the file has no keys", where=path, remedy=remedy)
@@ -111,3 +115,18 @@ def _checked(path: str, sections: Iterable[str] | None) -> str:
         if key not in valid:
             raise UserError(f"unknown key {str(key)!r}", where=path, remedy=did_you_mean(str(key), valid))
     return path
+
+
+def _repeated(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """The first key that repeats another one of the same mapping, anywhere below a node."""
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        known: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in known:
+                return key
+            known.add(str(key.value))
+            below.append(value)
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    return next(filter(None, map(_repeated, below)), None)
