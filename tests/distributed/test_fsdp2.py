@@ -121,7 +121,7 @@ def test_runs_resume_to_the_bit_on_as_many_ranks(pipeline):
     other = {**shared, "resume": str(path)}
     same = {**other, "data": {"batch_size": 2 * DATA["batch_size"]}}
     alone = run_cases(pipeline, ranks=1, refused=other, ddp={**same, "strategy": "auto"}, same=same)
-    assert "batch_size 16 (now 8)" in alone["refused"][0]["error"]
+    assert "16 samples of an update on all ranks (now 8); set data.global_batch_size 16" in alone["refused"][0]["error"]
     for name in ("same", "ddp"):
         assert "error" not in alone[name][0], alone[name]
         for key, value in found["whole"][0]["weights"].items():
