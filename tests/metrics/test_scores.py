@@ -136,6 +136,20 @@ def test_values_that_are_added_are_those_of_an_update():
     assert added.intervals() == updated.intervals()
 
 
+def test_a_reward_that_changes_pictures_in_place_does_not_change_those_of_other_scores():
+    class Darkening(Brightness):
+        name = "darkening"
+
+        def score(self, images, prompts):
+            return images.mul_(0).mean((1, 2, 3))
+
+    images, prompts = torch.rand(4, 3, 2, 2), [Prompt(f"p{i}") for i in range(4)]
+    scores = [RewardScore(Darkening()), RewardScore(Brightness())]
+    evaluate(lambda noise, texts: images, prompts, scores, (1, 2, 2))
+    assert scores[1].compute()["overall"].item() == pytest.approx(images.mean().item(), abs=1e-6)
+    assert images.mean() > 0
+
+
 def test_geneval_score_of_true_pictures_is_one_in_every_task():
     prompts = evaluation_prompts(10)
     pictures = render(sample_scenes([p.metadata for p in prompts], np.random.default_rng(0)))

@@ -1944,7 +1944,7 @@ MUTATIONS = [
     ),
     *errors(
         "metrics/scores.py",
-        ("studies/test_folders.py",),
+        ("metrics/test_scores.py",),
         (
             "a reward changes the pictures of others",
             "self.judge_parts(images.clone(), prompts)",

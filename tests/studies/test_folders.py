@@ -162,10 +162,13 @@ def test_a_further_score_is_added_to_a_record_without_judging_the_others_again(f
     assert sum(shape[0] for shape in second.asked) == 4
     assert {name: found.scores[name] for name in alone.scores} == alone.scores
     assert found.scores["light/overall"] == found.scores["brightness/overall"]
-    # And one of them alone keeps the other's values, and what it was.
+    # And one of them alone keeps the other's values, and what it was, also where it writes.
     assert scored(folder, record, first) == alone
     assert all_scored(folder, record, both) == found
     assert first.asked == []
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(folder / "0.png")
+    scored(folder, record, first)
+    assert len(first.asked) == 1
     second.scale = 2
     with pytest.raises(UserError, match="its score 'light' had other settings"):
         all_scored(folder, record, both)
