@@ -59,7 +59,7 @@ class GenerationEvaluation(pl.Callback):
         score_teacher: Whether the teacher is scored; a picture costs ``teacher_steps`` evaluations of its network, or
             twice as many with guidance.
         keep_pictures: ``all``, ``latest`` for those of the teacher and the latest evaluation (lists of all are kept),
-            or ``none``, with which an interrupted evaluation starts anew.
+            or ``none``, with which an interrupted evaluation starts over.
         seed: Seed of the noise.
 
     Attributes:
