@@ -116,6 +116,16 @@ def test_pictures_of_other_weights_are_not_taken(tiny_pipeline, tmp_path):
     assert all(x["scores"] != y["scores"] for x, y in zip(before, after, strict=True))
 
 
+def test_pictures_of_another_sampler_or_other_settings_are_not_taken(tiny_pipeline, tmp_path):
+    still, sampled, seeded = Optimization(1e-30, warmup=0), Counting(), Counting()  # the weights do not change
+    evaluated(tiny_pipeline, tmp_path, module=module_of(tiny_pipeline, generator=still))
+    other = module_of(tiny_pipeline, generator=still, sampler=Renoise())
+    evaluated(tiny_pipeline, tmp_path, sampled, module=other)
+    assert len(sampled.asked) == 12  # the teacher is the same
+    evaluated(tiny_pipeline, tmp_path, seeded, seed=1, keep_pictures="latest")
+    assert len(seeded.asked) == 24
+
+
 def test_latest_keeps_the_pictures_of_one_evaluation_and_the_lists_of_all(tiny_pipeline, tmp_path):
     evaluated(tiny_pipeline, tmp_path, updates=3, every_n_updates=1, keep_pictures="latest", per_prompt=1)
     counts = {
