@@ -11,6 +11,7 @@ from torch import Tensor
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.history import PromptHistory, RunningStatistics
+from gdmd_lightning.methods.settings import refuse_unused
 from gdmd_lightning.objectives.advantages import (
     Spread,
     center_within,
@@ -32,14 +33,22 @@ class TargetGroup:
     Args:
         size: Number of targets, ``M``.
         over: What distinguishes them: the ``renoise`` level, the fake score's ``snapshot``, or ``both``.
-        snapshots: Number of past fake scores to keep in addition to the current one, if ``over`` uses them.
+        snapshots: Number of past fake scores to keep in addition to the current one, if ``over`` uses them. Each is
+            renewed in its turn, and a group asks as many as it has targets.
         snapshot_every: Updates between two snapshots.
+
+    Raises:
+        UserError: If a value is out of range, or snapshots are set which ``over`` does not use.
     """
 
     size: Count = 4
     over: Literal["renoise", "snapshot", "both"] = "renoise"
     snapshots: Count = 2
     snapshot_every: Count = 20
+
+    def __post_init__(self) -> None:
+        if self.over == "renoise":
+            refuse_unused(self, "model.targets", "over renoise", "snapshots", "snapshot_every")
 
     @property
     def past(self) -> int:
@@ -70,7 +79,8 @@ class TargetAdvantages:
     Args:
         compare: The group of a target: the targets of one ``state`` (as in the paper), all targets of a
             ``prompt``'s states, or each target against its own ``sample``.
-        spread: Standard deviation to divide by, see :func:`group_advantages`.
+        spread: Standard deviation to divide by, see :func:`group_advantages`; not for ``compare: sample``, which
+            divides by the root mean square of the batch.
         center_strata: First subtract the batch's mean at each position in the group (the rank of its renoise
             level, or its snapshot), so that directions are compared, not levels. Otherwise targets at high
             noise, which get lower rewards whatever their direction, would always be pushed away from.
@@ -78,6 +88,9 @@ class TargetAdvantages:
         score_samples: Also score the samples, for logs and the record; ``compare: sample`` does so anyway.
         rewards: Several rewards (:class:`CombinedReward`) are normalized ``jointly``, as their weighted sum, or
             ``separately``, before they are summed, as in :class:`SampleAdvantages`.
+
+    Raises:
+        UserError: If a value is out of range, or ``spread`` is set for ``compare: sample``.
     """
 
     compare: Literal["state", "prompt", "sample"] = "prompt"
@@ -86,6 +99,10 @@ class TargetAdvantages:
     clip: Positive = 2.0
     score_samples: bool = False
     rewards: Literal["jointly", "separately"] = "jointly"
+
+    def __post_init__(self) -> None:
+        if self.compare == "sample":
+            refuse_unused(self, "model.advantages", "compare sample", "spread")
 
     @property
     def needs_samples(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import NoisyLatents
+from gdmd_lightning.methods.settings import refuse_unused
 from gdmd_lightning.objectives.distribution_matching import normalizer
 from gdmd_lightning.objectives.policy import policy_loss, policy_pair
 from gdmd_lightning.ranges import Decay, Positive, ranged
@@ -34,6 +35,9 @@ class Policy:
             exact weights.
         beta: Strength of the mixture.
         old_decay: Decay of the averaged generator that is the old policy.
+
+    Raises:
+        UserError: If a value is out of range, or another setting than ``form`` is changed for the weighted one.
     """
 
     form: Literal["full", "weighted"] = "full"
@@ -41,6 +45,10 @@ class Policy:
     normalize: Literal["distillation", "error"] = "error"
     beta: Positive = 1.0
     old_decay: Decay = 0.9
+
+    def __post_init__(self) -> None:
+        if self.form == "weighted":
+            refuse_unused(self, "model.policy", "form weighted", "at", "normalize", "beta", "old_decay")
 
 
 def policy_noise(policy: Policy, targets: Tensor, rng: BatchStream) -> Tensor:

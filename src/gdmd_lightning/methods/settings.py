@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,28 @@ from gdmd_lightning.streams import BatchStream, draw_noise, draw_uniform
 
 LOWEST_LEVEL = 1e-3
 """At which a network is asked: at 0 there is no noise to predict."""
+
+
+def refuse_unused(settings: Any, key: str, because: str, *names: str) -> None:
+    """Fail if settings that have no effect beside the others were set.
+
+    Args:
+        settings: A dataclass with a default for each of ``names``.
+        key: Of the settings, such as ``model.policy``.
+        because: Beside what they have none, such as ``form weighted``.
+        names: The settings without effect.
+
+    Raises:
+        UserError: If one of them has another value than its default.
+    """
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if each.name in names and value != each.default:
+            raise UserError(
+                f"it is {value!r}, but has no effect with {because}",
+                where=f"{key}.{each.name}",
+                remedy=f"leave it at its default, {each.default!r}",
+            )
 
 
 @ranged
