@@ -2851,8 +2851,12 @@ MUTATIONS = [
             "            pass",
         ),
         ("engines: another shape loaded", "if source.shape(name) != shapes[name]:", "if False:"),
-        ("engines: other roles learn too", "if parameter.requires_grad and id(parameter) not in mine", "if False"),
         ("engines: frozen networks whole", "sharded=self.shard_frozen,", "sharded=False,"),
+    ),
+    *errors(
+        "strategies/trained.py",
+        ENGINES,
+        ("engines: other roles learn too", "if parameter.requires_grad and id(parameter) not in mine", "if False"),
     ),
     *errors(
         "strategies/multi_engine.py",

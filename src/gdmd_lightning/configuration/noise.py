@@ -17,6 +17,7 @@ ADVICE = {
     "with manual optimization": "methods step their own optimizers",
     "call of `lr_scheduler.step": "an update whose first step is skipped",
     "dirpath has changed from": "a run that continues elsewhere keeps its own best checkpoints; nothing is lost",
+    "`list` across ranks is zero": "a run that trains has no validation batches; callbacks evaluate",
     "TPU available but not used": "the accelerator is in the configuration",
     "GPU available but not used": "the accelerator is in the configuration",
 }

@@ -9,11 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,21 +29,10 @@ from gdmd_lightning.strategies.engine_config import check_config, check_installe
 from gdmd_lightning.strategies.saved_weights import NoSavedWeights
 from gdmd_lightning.strategies.sharding import Weights, constructed_in_shards, fill, gathered
 from gdmd_lightning.strategies.sources import source_of
+from gdmd_lightning.strategies.together import failing_together, write_together
+from gdmd_lightning.strategies.trained import Trained, alone
 
 Stage = Literal[1, 2, 3]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A network with an optimizer of its own.
-
-    Args:
-        network: The network; its parameters with gradient are those of the optimizer.
-        gradient_clipping: Largest gradient norm; 0 for no limit. That of the strategy's ``config`` or ``configs`` wins.
-    """
-
-    network: nn.Module
-    gradient_clipping: float = 0.0
 
 
 class MultiEngineDeepSpeedStrategy(DDPStrategy):
@@ -320,20 +307,11 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             MisconfigurationException: If no optimizer has such a role.
         """
         before, self._learning = self._learning, self._role(role)
-        mine = {id(parameter) for parameter in self._trained[self._learning].network.parameters()}
-        others = [
-            parameter
-            for each in self._trained.values()
-            for parameter in each.network.parameters()
-            if parameter.requires_grad and id(parameter) not in mine
-        ]
-        for parameter in others:
-            parameter.requires_grad_(False)
+        every = (parameter for each in self._trained.values() for parameter in each.network.parameters())
         try:
-            yield
+            with alone(self._trained[self._learning].network, every):
+                yield
         finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
             self._learning = before
 
     def backward(
@@ -476,41 +454,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
             MisconfigurationException: If a rank could not write; the previous checkpoint is unchanged.
         """
         assert self.lightning_module is not None
-        path = Path(self.broadcast(str(filepath)))
-        host = platform.node() or "localhost"
-        part = Path(self.broadcast(str(path.with_name(f"{path.name}.{os.getpid()}@{host}.part"))))
-        found = self.pieces()
-        with self._together(f"{str(path)!r} cannot be written"):
-            if self.is_global_zero:
-                shards.remove_parts(path)
-                part.mkdir(parents=True)
-        checksums: dict[str, int] = {}
-        with self._together(f"{str(path)!r} cannot be written"):
-            for network, pieces in found.items():
-                checksums |= shards.write_pieces(part / network, self.global_rank, pieces)
-        every: list[dict[str, int]] = [{}] * self.world_size
-        torch.distributed.all_gather_object(every, checksums)
-        names = list(self.lightning_module.state_dict())
         trained = [[name for group in groups for name in group] for groups in self._groups.values()]
-        with self._together(f"{str(path)!r} cannot be written"):
-            if self.is_global_zero:
-                rest = {**checkpoint, "names": names, "trained_names": trained}
-                shards.write_rest(part, rest, found, self.world_size, dict(itertools.chain(*map(dict.items, every))))
-                shards.publish(part, path)
-
-    @contextmanager
-    def _together(self, what: str) -> Iterator[None]:
-        """Fail on all ranks if one fails."""
-        mine: str | None = None
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            mine = f"rank {self.global_rank}: {' '.join(str(error).split())}"
-        every: list[str | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(every, mine)
-        failed = [each for each in every if each is not None]
-        if failed:
-            raise MisconfigurationException(f"{what}: {failed[0]}")
+        rest = {**checkpoint, "names": list(self.lightning_module.state_dict()), "trained_names": trained}
+        write_together(Path(self.broadcast(str(filepath))), rest, self.pieces())
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read everything but the shards, which :meth:`load_model_state_dict` fills; plain checkpoints work too.
@@ -539,7 +485,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in saved.items()}
         shapes |= {name: tuple(partitions.shape_of(p)) for name, p in self.lightning_module.named_parameters()}
         missing: Set[str] = frozenset()
-        with self._together("the checkpoint cannot be loaded"):
+        with failing_together("the checkpoint cannot be loaded"):
             source = source_of(checkpoint, self._groups)
             missing = saved.keys() - source.names()
             for name in sorted(saved.keys() & source.names()):
@@ -549,7 +495,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         if strict and missing:
             raise MisconfigurationException(f"the checkpoint lacks {len(missing)} tensors, the first is {min(missing)}")
         self.lightning_module.load_state_dict(whole, strict=False)
-        with self._together("the checkpoint cannot be loaded"):
+        with failing_together("the checkpoint cannot be loaded"):
             for engine in self.engines.values():
                 partitions.load_trained(engine, self._names, self.global_rank, source.read, source.keys, source.scalars)
             for network in self._frozen:
@@ -564,42 +510,6 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
                 group.update({key: value for key, value in saved.items() if key != "params"})
-
-
-@contextmanager
-def learning(module: pl.LightningModule, role: str) -> Iterator[None]:
-    """Inside, only the submodule ``role`` learns: under every strategy, ``manual_backward`` reaches no other weights.
-
-    With :class:`MultiEngineDeepSpeedStrategy`, losses go to the engine of this role.
-    """
-    strategy = module.trainer.strategy
-    if isinstance(strategy, MultiEngineDeepSpeedStrategy):
-        with strategy.learning(role):
-            yield
-        return
-    mine = {id(parameter) for parameter in module.get_submodule(role).parameters()}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
-
-
-def frozen(
-    module: pl.LightningModule, build: Callable[[], nn.Module], weights: Weights, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """Build a network that is not trained, under every strategy; see :meth:`MultiEngineDeepSpeedStrategy.frozen`."""
-    strategy = module.trainer.strategy
-    if isinstance(strategy, MultiEngineDeepSpeedStrategy):
-        return strategy.frozen(build, weights, dtype)
-    network = build()
-    if dtype is not None:
-        network.to(dtype)
-    fill(network, weights)
-    return network.requires_grad_(False).eval()
 
 
 def _among(network: nn.Module, others: Iterable[nn.Module]) -> bool:

@@ -12,6 +12,7 @@ of ranks and the ZeRO stage. Nothing here needs DeepSpeed, and nothing that is r
 from __future__ import annotations
 
 import ctypes
+import glob
 import json
 import math
 import os
@@ -126,7 +127,7 @@ def publish(part: Path, path: Path) -> None:
 
 def remove_parts(path: Path) -> None:
     """Remove what earlier, interrupted writes of ``path`` left behind."""
-    for found in path.parent.glob(f"{path.name}.*.part"):
+    for found in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         _remove(found)
 
 
