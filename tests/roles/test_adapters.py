@@ -197,6 +197,23 @@ def test_standalone_is_a_plain_network_with_the_roles_output(family):
     assert not torch.equal(expected, roles.velocity("teacher", inputs(family)))
 
 
+def test_standalone_keeps_changes_that_are_smaller_than_a_step_of_the_base(family):
+    network = network_of(family).bfloat16()
+    roles = AdapterRoles(family, network, SPECS, lora=LORA)
+    with torch.no_grad():
+        for name, parameter in roles.named_parameters():
+            if name.endswith(("lora_A.ema.weight", "lora_B.ema.weight")):
+                parameter.fill_(1e-4)
+    found, base = roles.standalone("ema").state_dict(), roles.standalone("teacher").state_dict()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in base.values()} == {torch.bfloat16}
+    for name, tensor in found.items():
+        adapted = name.removesuffix(".weight") in {each.rpartition(".lora_A")[0] for each in network.state_dict()}
+        change = LORA.alpha / LORA.rank * LORA.rank * 1e-8 if adapted else 0.0
+        torch.testing.assert_close(tensor.double(), base[name].double() + change, atol=4e-9, rtol=2e-7)
+        assert adapted == (name.endswith(".weight") and not torch.equal(tensor, base[name].float())), name
+
+
 def test_adapters_of_trained_roles_only_require_gradient_from_the_start(family):
     roles = AdapterRoles(family, network_of(family), SPECS, lora=LORA)
     asking = {name for name, p in roles.named_parameters() if p.requires_grad}

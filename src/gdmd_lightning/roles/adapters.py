@@ -177,7 +177,8 @@ class AdapterRoles(Roles):
     def standalone(self, role: str) -> nn.Module:
         network: Any = copy.deepcopy(self.network)
         if role != TEACHER:
-            network.fuse_lora(adapter_names=self._adapters(role))
+            # Most changes of a short training are smaller than half a step between two bfloat16 numbers.
+            network.float().fuse_lora(adapter_names=self._adapters(role))
         network.unload_lora()
         if network.is_gradient_checkpointing:
             network.disable_gradient_checkpointing()  # its recomputation refers to the original roles

@@ -265,7 +265,10 @@ class Roles(nn.Module, ABC):
 
     @abstractmethod
     def standalone(self, role: str) -> nn.Module:
-        """A network that is this role alone, with the modules of the teacher's class, for export."""
+        """A network that is this role alone, with the modules of the teacher's class, for export.
+
+        That of the teacher has the teacher's dtype, others are float32.
+        """
 
     @abstractmethod
     def write_adapter(self, role: str, directory: Path) -> nn.Module:
