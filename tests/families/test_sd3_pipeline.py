@@ -93,6 +93,20 @@ def test_exported_scheduler_visits_the_generators_sigmas(shifted):
         )
 
 
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"])
+def test_exported_scheduler_visits_the_generators_sigmas_whatever_the_teachers_spacing(tiny_pipeline, key):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    family = tiny.family(tiny_pipeline)
+    network = family.load()
+    config = family.loaded.scheduler.config
+    family.loaded.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=3.0, **{key: True})
+    shape = family.latent_shape(32, 32)
+    scheduler = family.to_pipeline(network, 4, shape, stochastic=False).scheduler
+    scheduler.set_timesteps(4, mu=scheduler.config.max_shift)
+    torch.testing.assert_close(scheduler.sigmas, family.few_step_sigmas(4, shape), atol=1e-6, rtol=0)
+
+
 def test_few_step_sigmas_without_shift_are_those_of_dmd2(shifted):
     family, _ = shifted
     if family.loaded.scheduler.config.shift == 1:

@@ -156,6 +156,11 @@ class SD3Family(ModelFamily):
             max_shift=m,
             shift_terminal=float(self.few_step_sigmas(steps, latent_shape)[-2]) if steps > 1 else None,
             stochastic_sampling=stochastic,
+            # A teacher's own spacing is not the generator's.
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+            invert_sigmas=False,
         )
         return StableDiffusion3Pipeline(**self.components(transformer=network, scheduler=scheduler))
 

@@ -17,6 +17,19 @@ from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import per_sample, sigma_from_vp, vp_from_sigma
 
+_EVEN = {
+    "timestep_spacing": "trailing",
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+}
+"""Settings of the exported sampler that a teacher's scheduler may have otherwise; with these it visits our sigmas."""
+
+_UNCLIPPED = {"clip_sample": False, "thresholding": False}
+"""Settings of the exported stochastic sampler; the generator was trained with every ``x0`` as predicted."""
+
 
 class SDXLFamily(ModelFamily):
     """Stable Diffusion XL, base models.
@@ -44,7 +57,7 @@ class SDXLFamily(ModelFamily):
         """Load all weights and the schedule.
 
         Raises:
-            UserError: If the network does not predict noise or velocity.
+            UserError: If the network does not predict noise or velocity, or its times are not the timesteps.
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -72,6 +85,13 @@ class SDXLFamily(ModelFamily):
                 f"the network predicts {self.predicts!r}, according to its scheduler",
                 where="family.path",
                 remedy="use a model that predicts epsilon or v_prediction",
+            )
+        # Only then does diffusers call the network with other times.
+        if self.predicts == "v_prediction" and scheduler.config.get("timestep_type") == "continuous":
+            raise UserError(
+                "the network's times are continuous, according to its scheduler (timestep_type)",
+                where="family.path",
+                remedy="use a model whose times are the timesteps",
             )
         alphas = scheduler.alphas_cumprod.double()
         self.timestep_sigmas = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())  # [T], ascending
@@ -199,9 +219,9 @@ class SDXLFamily(ModelFamily):
         scheduler: Any
         self.check_export(steps, stochastic=stochastic)
         if stochastic:
-            scheduler = LCMScheduler.from_config(config, original_inference_steps=steps)
+            scheduler = LCMScheduler.from_config(config, original_inference_steps=steps, **_UNCLIPPED)
         else:
-            scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+            scheduler = EulerDiscreteScheduler.from_config(config, **_EVEN)
         components = self.components(unet=network, scheduler=scheduler)
         return StableDiffusionXLPipeline(
             **components, force_zeros_for_empty_prompt=self.loaded.config.force_zeros_for_empty_prompt
