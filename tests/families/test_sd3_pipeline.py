@@ -25,8 +25,7 @@ def module(tiny_pipeline):
     return module
 
 
-@pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
-def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
+def compare_with_pipeline(module, noise, steps, guidance_scale):
     ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
     theirs = module.family.loaded(
         TEXTS,
@@ -37,6 +36,43 @@ def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
         output_type="pt",
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
+def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
+    compare_with_pipeline(module, noise, steps, guidance_scale)
+
+
+@pytest.fixture(scope="module", params=["dynamic shift", "our own export"])
+def shifted_by_size(request, module, tmp_path_factory):
+    """A module whose teacher's scheduler computes its shift when the pipeline is called."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if request.param == "our own export":
+        pipeline = module.family.to_pipeline(module.roles.generator, 4, module.latent_shape, stochastic=False)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4)
+        pipeline = type(module.family.loaded)(**module.family.components(scheduler=scheduler))
+    path = tmp_path_factory.mktemp("dynamic") / "pipeline"
+    pipeline.save_pretrained(path)
+    shifted = tiny.module(path, DMD)
+    shifted.configure_model()
+    return shifted
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 16)])
+def test_teacher_with_a_shift_by_size_reproduces_its_pipeline(shifted_by_size, height, width):
+    family = shifted_by_size.family
+    shape = family.latent_shape(height, width)
+    family.loaded(
+        TEXTS, num_inference_steps=4, guidance_scale=1.0, height=height, width=width, max_sequence_length=0,
+        output_type="latent",
+    )  # fmt: skip
+    torch.testing.assert_close(family.teacher_sigmas(4, shape), family.loaded.scheduler.sigmas, rtol=0, atol=0)
+
+
+def test_teacher_with_a_shift_by_size_draws_its_pipelines_pictures(shifted_by_size, noise):
+    compare_with_pipeline(shifted_by_size, noise, 4, 3.0)
 
 
 @pytest.mark.parametrize("length", [0, 5])

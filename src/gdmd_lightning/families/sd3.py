@@ -169,10 +169,18 @@ class SD3Family(ModelFamily):
         return few_step_sigmas(steps, self.loaded.scheduler.config.shift)
 
     def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Sigmas of the pipeline's own scheduler, ``[steps + 1]``, with its shift by image size if it has one."""
         from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
-        scheduler.set_timesteps(steps)
+        config, mu = scheduler.config, None
+        if config.use_dynamic_shifting:
+            patch = self.loaded.transformer.config.patch_size
+            tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
+            lengths = config.base_image_seq_len, config.max_image_seq_len
+            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+        scheduler.set_timesteps(steps, mu=mu)
         return scheduler.sigmas.clone()
 
     def sampling_arguments(self) -> dict[str, Any]:
