@@ -181,6 +181,23 @@ def sketch_with(saved, place, scheduler):
     return family
 
 
+def test_a_schedule_without_signal_at_its_end_has_the_levels_of_the_exported_one(saved, tmp_path):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True,
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+    assert scheduler.alphas_cumprod[-1] == 0
+    family = sketch_with(saved, tmp_path, scheduler)
+    shape = family.latent_shape(32, 32)
+    sigmas = family.few_step_sigmas(4, shape)
+    assert family.timestep(sigmas[:-1]).tolist() == [999, 749, 499, 249]
+    exported = family.to_pipeline(family.loaded.unet, 4, shape, stochastic=False).scheduler
+    exported.set_timesteps(4)
+    torch.testing.assert_close(exported.sigmas / (1 + exported.sigmas), sigmas, atol=1e-6, rtol=0)
+
+
 def test_a_network_with_continuous_times_is_refused(saved, tmp_path):
     from diffusers import EulerDiscreteScheduler
 

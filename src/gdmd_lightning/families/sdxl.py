@@ -93,7 +93,8 @@ class SDXLFamily(ModelFamily):
                 where="family.path",
                 remedy="use a model whose times are the timesteps",
             )
-        alphas = scheduler.alphas_cumprod.double()
+        # Without a signal at the last timestep its log-ratio to noise is infinite; EulerDiscreteScheduler leaves this.
+        alphas = scheduler.alphas_cumprod.double().clamp(min=2**-24)
         self.timestep_sigmas = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())  # [T], ascending
         return self.loaded.unet
 
