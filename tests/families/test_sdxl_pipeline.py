@@ -161,6 +161,25 @@ def test_encoded_images_have_the_latent_shape_and_decode_with_gradient(module):
         module.family.latent_shape(30, 32)
 
 
+def test_latents_are_normalized_by_the_autoencoders_statistics_as_in_the_pipeline(saved, noise):
+    family = SDXLFamily(str(saved))
+    family.load()
+    plain = family.encode_images(torch.zeros(1, 3, 32, 32))
+    mean, std = [0.5, -1.0, 1.5, 0.2], [2.0, 3.0, 1.5, 2.5]
+    family.loaded.vae.register_to_config(latents_mean=mean, latents_std=std)
+    latents, images = (
+        family.loaded(
+            TEXTS, num_inference_steps=1, guidance_scale=1.0, latents=noise.clone(), **{**CALL, "output_type": kind}
+        ).images
+        for kind in ("latent", "pt")
+    )
+    torch.testing.assert_close(family.decode(latents), images, atol=1e-5, rtol=0)
+    scale = family.loaded.vae.config.scaling_factor
+    mean, std = (torch.tensor(each).view(1, 4, 1, 1) for each in (mean, std))
+    encoded = family.encode_images(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(encoded * std / scale + mean, plain / scale, atol=1e-5, rtol=1e-5)
+
+
 def test_family_refuses_a_pipeline_of_another_family(saved, tiny_pipeline):
     with pytest.raises(UserError, match="holds a StableDiffusion3Pipeline, not a StableDiffusionXLPipeline"):
         SDXLFamily(str(tiny_pipeline))

@@ -182,12 +182,23 @@ class SDXLFamily(ModelFamily):
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae
-        return autoencoder.decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
+        latents = latents.to(vae.dtype)
+        mean, std = self._statistics(latents)
+        return autoencoder.decode(vae, latents * std / vae.config.scaling_factor + mean)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.loaded.vae
-        return autoencoder.encode(vae, images) * vae.config.scaling_factor
+        latents = autoencoder.encode(vae, images)
+        mean, std = self._statistics(latents)
+        return (latents - mean) * vae.config.scaling_factor / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and standard deviation of each channel of the autoencoder's latents, ``[1, C, 1, 1]``; few have any."""
+        mean, std = (self.loaded.vae.config.get(name) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:  # diffusers' pipeline needs both, too
+            return 0.0, 1.0
+        return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
