@@ -225,6 +225,17 @@ def test_a_network_with_continuous_times_is_refused(saved, tmp_path):
         sketch_with(saved, tmp_path, continuous)
 
 
+def test_a_network_that_takes_the_guidance_scale_is_refused(saved, tmp_path):
+    path = tmp_path / "pipeline"
+    shutil.copytree(saved, path)
+    config = path / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": 16}))
+    with pytest.raises(
+        UserError, match=r"family\.path: .* takes the guidance scale as an input \(time_cond_proj_dim\)"
+    ):
+        SDXLFamily(str(path)).sketch()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["DMD", "GDMD"])
 def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fast_fit, tmp_path, noise):

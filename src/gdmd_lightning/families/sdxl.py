@@ -57,7 +57,8 @@ class SDXLFamily(ModelFamily):
         """Load all weights and the schedule.
 
         Raises:
-            UserError: If the network does not predict noise or velocity, or its times are not the timesteps.
+            UserError: If the network does not predict noise or velocity, its times are not the timesteps, or it
+                takes the guidance scale as an input.
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -85,6 +86,12 @@ class SDXLFamily(ModelFamily):
                 f"the network predicts {self.predicts!r}, according to its scheduler",
                 where="family.path",
                 remedy="use a model that predicts epsilon or v_prediction",
+            )
+        if self.loaded.unet.config.time_cond_proj_dim is not None:
+            raise UserError(
+                "the UNet takes the guidance scale as an input (time_cond_proj_dim)",
+                where="family.path",
+                remedy="use a model that is not distilled for guidance",
             )
         # Only then does diffusers call the network with other times.
         if self.predicts == "v_prediction" and scheduler.config.get("timestep_type") == "continuous":
