@@ -225,6 +225,14 @@ def test_a_network_with_continuous_times_is_refused(saved, tmp_path):
         sketch_with(saved, tmp_path, continuous)
 
 
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_schedule_that_is_not_variance_preserving_is_refused(saved, tmp_path, name):
+    import diffusers
+
+    with pytest.raises(UserError, match=rf"family\.path: a {name} has no variance-preserving schedule"):
+        sketch_with(saved, tmp_path, getattr(diffusers, name)())
+
+
 def test_a_network_that_takes_the_guidance_scale_is_refused(saved, tmp_path):
     path = tmp_path / "pipeline"
     shutil.copytree(saved, path)

@@ -57,8 +57,8 @@ class SDXLFamily(ModelFamily):
         """Load all weights and the schedule.
 
         Raises:
-            UserError: If the network does not predict noise or velocity, its times are not the timesteps, or it
-                takes the guidance scale as an input.
+            UserError: If the schedule is not variance-preserving, or the network does not predict noise or velocity,
+                its times are not the timesteps, or it takes the guidance scale as an input.
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -80,6 +80,12 @@ class SDXLFamily(ModelFamily):
 
     def _network(self) -> nn.Module:
         scheduler = self.loaded.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"a {type(scheduler).__name__} has no variance-preserving schedule",
+                where="family.path",
+                remedy="use a model with such a schedule, as of an EulerDiscreteScheduler or a DDIMScheduler",
+            )
         self.predicts = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
             raise UserError(
