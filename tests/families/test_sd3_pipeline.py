@@ -1,5 +1,8 @@
 """Sampling SD3 equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -183,6 +186,26 @@ def test_check_pipeline_checks_only_the_form_of_a_hub_id():
     check_pipeline("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline")
     with pytest.raises(UserError, match="no directory"):
         check_pipeline("./stabilityai", "StableDiffusion3Pipeline")
+
+
+@pytest.mark.parametrize("way", ["load", "sketch"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_without_a_known_shift_is_refused(tiny_pipeline, tmp_path, name, way):
+    import diffusers
+
+    path = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, path)
+    scheduler = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.save_pretrained(path / "scheduler")
+    index = path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
+    with pytest.raises(UserError, match=rf"family\.path: the steps of a {name} are not known"):
+        getattr(SD3Family(str(path), max_sequence_length=0), way)()
+
+
+def test_more_text_than_the_pipeline_takes_is_refused(tiny_pipeline):
+    with pytest.raises(UserError, match=r"max_sequence_length.* in \[0, 512\]"):
+        SD3Family(str(tiny_pipeline), max_sequence_length=513)
 
 
 def test_conditioning_keeps_rows_together():
