@@ -229,7 +229,7 @@ def test_a_network_with_continuous_times_is_refused(saved, tmp_path):
 def test_a_schedule_that_is_not_variance_preserving_is_refused(saved, tmp_path, name):
     import diffusers
 
-    with pytest.raises(UserError, match=rf"family\.path: a {name} has no variance-preserving schedule"):
+    with pytest.raises(UserError, match=rf"family\.path: the schedule of {name} is not variance-preserving"):
         sketch_with(saved, tmp_path, getattr(diffusers, name)())
 
 

@@ -82,7 +82,7 @@ class SDXLFamily(ModelFamily):
         scheduler = self.loaded.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
-                f"a {type(scheduler).__name__} has no variance-preserving schedule",
+                f"the schedule of {type(scheduler).__name__} is not variance-preserving",
                 where="family.path",
                 remedy="use a model with such a schedule, as of an EulerDiscreteScheduler or a DDIMScheduler",
             )
