@@ -194,7 +194,7 @@ CONFIGURED = {
     "model.matching.fake_score_updates": (-1, "an integer of at least 1"),
     "model.matching.guidance_scale": (-3.0, "a number of at least 0"),
     "model.matching.renoise_distribution.low": (-0.5, "a number in [0, 1]"),
-    "model.family.max_sequence_length": (-1, "an integer of at least 0"),
+    "model.family.max_sequence_length": (-1, "an integer in [0, 512]"),
     "model.embedding_cache.most": (0, "an integer of at least 1"),
     "data.batch_size": (0, "an integer of at least 1"),
     "data.seed": (-7, "an integer in [0, 4294967295]"),

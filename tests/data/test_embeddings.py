@@ -130,7 +130,7 @@ def loaded(kind, path):
         case "sdxl":
             family = SDXLFamily(str(path))
         case _:
-            family = Flux2KleinFamily(str(path), max_sequence_length=32, text_layers=(1, 2, 3))
+            family = Flux2KleinFamily(str(path), max_sequence_length=32, text_layers=(1, 2))
     family.load()
     return family
 

@@ -91,6 +91,14 @@ def test_family_refuses_a_wrong_resolution_layer_count_or_pipeline(saved, module
         tiny.family(saved)
 
 
+@pytest.mark.parametrize("way", ["load", "sketch"])
+@pytest.mark.parametrize("layers", [(), (1,), (1, 2, 3)])
+def test_another_number_of_text_layers_than_the_network_takes_is_refused(saved, layers, way):
+    family = Flux2KleinFamily(str(saved), max_sequence_length=24, text_layers=layers)
+    with pytest.raises(UserError, match=rf"family\.text_layers: {len(layers)} layers of width 16 .*; give 2 layers"):
+        getattr(family, way)()
+
+
 @pytest.mark.parametrize("method", ["DMD", pytest.param("GDMD", marks=pytest.mark.slow)])
 def test_command_line_trains_resumes_and_exports_for_diffusers(method, saved, fast_fit, tmp_path, noise):
     from diffusers import Flux2KleinPipeline

@@ -1,5 +1,8 @@
 """Sampling SD3 equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -25,8 +28,7 @@ def module(tiny_pipeline):
     return module
 
 
-@pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
-def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
+def compare_with_pipeline(module, noise, steps, guidance_scale):
     ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
     theirs = module.family.loaded(
         TEXTS,
@@ -37,6 +39,43 @@ def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
         output_type="pt",
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
+def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
+    compare_with_pipeline(module, noise, steps, guidance_scale)
+
+
+@pytest.fixture(scope="module", params=["dynamic shift", "our own export"])
+def shifted_by_size(request, module, tmp_path_factory):
+    """A module whose teacher's scheduler computes its shift when the pipeline is called."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if request.param == "our own export":
+        pipeline = module.family.to_pipeline(module.roles.generator, 4, module.latent_shape, stochastic=False)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4)
+        pipeline = type(module.family.loaded)(**module.family.components(scheduler=scheduler))
+    path = tmp_path_factory.mktemp("dynamic") / "pipeline"
+    pipeline.save_pretrained(path)
+    shifted = tiny.module(path, DMD)
+    shifted.configure_model()
+    return shifted
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 16)])
+def test_teacher_with_a_shift_by_size_reproduces_its_pipeline(shifted_by_size, height, width):
+    family = shifted_by_size.family
+    shape = family.latent_shape(height, width)
+    family.loaded(
+        TEXTS, num_inference_steps=4, guidance_scale=1.0, height=height, width=width, max_sequence_length=0,
+        output_type="latent",
+    )  # fmt: skip
+    torch.testing.assert_close(family.teacher_sigmas(4, shape), family.loaded.scheduler.sigmas, rtol=0, atol=0)
+
+
+def test_teacher_with_a_shift_by_size_draws_its_pipelines_pictures(shifted_by_size, noise):
+    compare_with_pipeline(shifted_by_size, noise, 4, 3.0)
 
 
 @pytest.mark.parametrize("length", [0, 5])
@@ -93,6 +132,20 @@ def test_exported_scheduler_visits_the_generators_sigmas(shifted):
         )
 
 
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"])
+def test_exported_scheduler_visits_the_generators_sigmas_whatever_the_teachers_spacing(tiny_pipeline, key):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    family = tiny.family(tiny_pipeline)
+    network = family.load()
+    config = family.loaded.scheduler.config
+    family.loaded.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=3.0, **{key: True})
+    shape = family.latent_shape(32, 32)
+    scheduler = family.to_pipeline(network, 4, shape, stochastic=False).scheduler
+    scheduler.set_timesteps(4, mu=scheduler.config.max_shift)
+    torch.testing.assert_close(scheduler.sigmas, family.few_step_sigmas(4, shape), atol=1e-6, rtol=0)
+
+
 def test_few_step_sigmas_without_shift_are_those_of_dmd2(shifted):
     family, _ = shifted
     if family.loaded.scheduler.config.shift == 1:
@@ -133,6 +186,26 @@ def test_check_pipeline_checks_only_the_form_of_a_hub_id():
     check_pipeline("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline")
     with pytest.raises(UserError, match="no directory"):
         check_pipeline("./stabilityai", "StableDiffusion3Pipeline")
+
+
+@pytest.mark.parametrize("way", ["load", "sketch"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_without_a_known_shift_is_refused(tiny_pipeline, tmp_path, name, way):
+    import diffusers
+
+    path = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, path)
+    scheduler = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.save_pretrained(path / "scheduler")
+    index = path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
+    with pytest.raises(UserError, match=rf"family\.path: the steps of a {name} are not known"):
+        getattr(SD3Family(str(path), max_sequence_length=0), way)()
+
+
+def test_more_text_than_the_pipeline_takes_is_refused(tiny_pipeline):
+    with pytest.raises(UserError, match=r"max_sequence_length.* in \[0, 512\]"):
+        SD3Family(str(tiny_pipeline), max_sequence_length=513)
 
 
 def test_conditioning_keeps_rows_together():

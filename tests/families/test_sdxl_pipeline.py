@@ -1,5 +1,8 @@
 """Sampling SDXL equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -108,6 +111,47 @@ def test_exported_renoise_sampler_visits_our_timesteps_or_refuses_the_steps(modu
         module.family.to_pipeline(module.roles.generator, 3, module.latent_shape, stochastic=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"interpolation_type": "log_linear"},
+        {"final_sigmas_type": "sigma_min"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_exported_euler_sampler_visits_our_levels_whatever_the_teachers_spacing(saved, settings):
+    from diffusers import EulerDiscreteScheduler
+
+    family = SDXLFamily(str(saved))
+    network = family.load()
+    family.loaded.scheduler = EulerDiscreteScheduler.from_config(family.loaded.scheduler.config, **settings)
+    shape = family.latent_shape(32, 32)
+    scheduler = family.to_pipeline(network, 4, shape, stochastic=False).scheduler
+    scheduler.set_timesteps(4)
+    visited = scheduler.sigmas / (1 + scheduler.sigmas)
+    torch.testing.assert_close(visited, family.few_step_sigmas(4, shape), atol=1e-6, rtol=0)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_exported_renoise_sampler_clips_nothing_whatever_the_teachers_scheduler_does(saved):
+    from diffusers import DDIMScheduler
+
+    family = SDXLFamily(str(saved))
+    network = family.load()
+    family.loaded.scheduler = DDIMScheduler.from_config(
+        family.loaded.scheduler.config, clip_sample=True, thresholding=True
+    )
+    scheduler = family.to_pipeline(network, 4, family.latent_shape(32, 32), stochastic=True).scheduler
+    scheduler.set_timesteps(4)
+    far = torch.full((1, 4, 8, 8), 50.0)
+    alpha = scheduler.alphas_cumprod[999]
+    x0 = scheduler.step(torch.zeros_like(far), scheduler.timesteps[0], far).denoised
+    torch.testing.assert_close(x0, far / alpha.sqrt(), rtol=1e-3, atol=0)
+
+
 def test_encoded_images_have_the_latent_shape_and_decode_with_gradient(module):
     latents = module.family.encode_images(torch.rand(2, 3, 32, 32)).requires_grad_()
     assert latents.shape == (2, *module.family.latent_shape(32, 32))
@@ -117,11 +161,87 @@ def test_encoded_images_have_the_latent_shape_and_decode_with_gradient(module):
         module.family.latent_shape(30, 32)
 
 
+def test_latents_are_normalized_by_the_autoencoders_statistics_as_in_the_pipeline(saved, noise):
+    family = SDXLFamily(str(saved))
+    family.load()
+    plain = family.encode_images(torch.zeros(1, 3, 32, 32))
+    mean, std = [0.5, -1.0, 1.5, 0.2], [2.0, 3.0, 1.5, 2.5]
+    family.loaded.vae.register_to_config(latents_mean=mean, latents_std=std)
+    latents, images = (
+        family.loaded(
+            TEXTS, num_inference_steps=1, guidance_scale=1.0, latents=noise.clone(), **{**CALL, "output_type": kind}
+        ).images
+        for kind in ("latent", "pt")
+    )
+    torch.testing.assert_close(family.decode(latents), images, atol=1e-5, rtol=0)
+    scale = family.loaded.vae.config.scaling_factor
+    mean, std = (torch.tensor(each).view(1, 4, 1, 1) for each in (mean, std))
+    encoded = family.encode_images(torch.zeros(1, 3, 32, 32))
+    torch.testing.assert_close(encoded * std / scale + mean, plain / scale, atol=1e-5, rtol=1e-5)
+
+
 def test_family_refuses_a_pipeline_of_another_family(saved, tiny_pipeline):
     with pytest.raises(UserError, match="holds a StableDiffusion3Pipeline, not a StableDiffusionXLPipeline"):
         SDXLFamily(str(tiny_pipeline))
     with pytest.raises(UserError, match="holds a StableDiffusionXLPipeline, not a StableDiffusion3Pipeline"):
         tiny.family(saved)
+
+
+def sketch_with(saved, place, scheduler):
+    """Sketch a pipeline that has this scheduler."""
+    path = place / "pipeline"
+    shutil.copytree(saved, path)
+    scheduler.save_pretrained(path / "scheduler")
+    index = path / "model_index.json"
+    kind = ["diffusers", type(scheduler).__name__]
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": kind}))
+    family = SDXLFamily(str(path))
+    family.sketch()
+    return family
+
+
+def test_a_schedule_without_signal_at_its_end_has_the_levels_of_the_exported_one(saved, tmp_path):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True,
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+    assert scheduler.alphas_cumprod[-1] == 0
+    family = sketch_with(saved, tmp_path, scheduler)
+    shape = family.latent_shape(32, 32)
+    sigmas = family.few_step_sigmas(4, shape)
+    assert family.timestep(sigmas[:-1]).tolist() == [999, 749, 499, 249]
+    exported = family.to_pipeline(family.loaded.unet, 4, shape, stochastic=False).scheduler
+    exported.set_timesteps(4)
+    torch.testing.assert_close(exported.sigmas / (1 + exported.sigmas), sigmas, atol=1e-6, rtol=0)
+
+
+def test_a_network_with_continuous_times_is_refused(saved, tmp_path):
+    from diffusers import EulerDiscreteScheduler
+
+    continuous = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(UserError, match=r"family\.path: the network's times are continuous"):
+        sketch_with(saved, tmp_path, continuous)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_schedule_that_is_not_variance_preserving_is_refused(saved, tmp_path, name):
+    import diffusers
+
+    with pytest.raises(UserError, match=rf"family\.path: the schedule of {name} is not variance-preserving"):
+        sketch_with(saved, tmp_path, getattr(diffusers, name)())
+
+
+def test_a_network_that_takes_the_guidance_scale_is_refused(saved, tmp_path):
+    path = tmp_path / "pipeline"
+    shutil.copytree(saved, path)
+    config = path / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "time_cond_proj_dim": 16}))
+    with pytest.raises(
+        UserError, match=r"family\.path: .* takes the guidance scale as an input \(time_cond_proj_dim\)"
+    ):
+        SDXLFamily(str(path)).sketch()
 
 
 @pytest.mark.slow

@@ -31,8 +31,10 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
 def encode(vae: Autoencoder, images: Tensor) -> Tensor:
     """Latents in the autoencoder's own scale, float32, of images ``[B, 3, H, W]`` in [0, 1]."""
     with _without_float16(vae, images.device):
-        latents: Tensor = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
-    return latents
+        encoded = vae.encode((images * 2 - 1).to(vae.dtype))
+    # AutoencoderTiny has no distribution.
+    latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return latents.float()
 
 
 def _without_float16(vae: Autoencoder, device: torch.device) -> AbstractContextManager[object]:

@@ -55,8 +55,8 @@ class Flux2KleinFamily(ModelFamily):
         """Load all weights.
 
         Raises:
-            UserError: If the text encoder has fewer layers than requested, or the network takes the guidance
-                scale as an input and should not, or the other way round.
+            UserError: If the text encoder has fewer layers than requested, the network takes another number of
+                them, or it takes the guidance scale as an input and should not, or the other way round.
         """
         import diffusers
 
@@ -73,10 +73,17 @@ class Flux2KleinFamily(ModelFamily):
         return self._network()
 
     def _network(self) -> nn.Module:
-        layers = self.loaded.text_encoder.config.get_text_config().num_hidden_layers
-        if max(self.text_layers) > layers:
+        encoder = self.loaded.text_encoder.config.get_text_config()
+        layers, width = encoder.num_hidden_layers, self.loaded.transformer.config.joint_attention_dim
+        if max(self.text_layers, default=0) > layers:
             raise UserError(
                 f"the text encoder has {layers} layers, not {max(self.text_layers)}", where="family.text_layers"
+            )
+        if len(self.text_layers) * encoder.hidden_size != width:
+            raise UserError(
+                f"{len(self.text_layers)} layers of width {encoder.hidden_size} are not the network's {width}",
+                where="family.text_layers",
+                remedy=f"give {width // encoder.hidden_size} layers",
             )
         if self.loaded.transformer.config.guidance_embeds != self.embeds_guidance:
             takes = "takes no guidance scale" if self.embeds_guidance else "takes the guidance scale as an input"

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.families import autoencoder
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
-from gdmd_lightning.ranges import Whole, ranged
+from gdmd_lightning.ranges import Range, ranged
 from gdmd_lightning.schedules import few_step_sigmas
 
 _T5 = ("text_encoder_3", "tokenizer_3")
+
+TextLength = Annotated[int, Range(0, 512)]  # diffusers' pipeline refuses more
 
 
 @ranged
@@ -26,8 +29,8 @@ class SD3Family(ModelFamily):
 
     Args:
         path: Directory or hub id of a ``StableDiffusion3Pipeline``.
-        max_sequence_length: Number of T5 tokens, as in the pipeline's call. Without T5 the pipeline passes as
-            many zero tokens, so the length matters there too. Shapes uses 0.
+        max_sequence_length: Number of T5 tokens, as in the pipeline's call, at most 512. Without T5 the
+            pipeline passes as many zero tokens, so the length matters there too. Shapes uses 0.
         use_t5: Load the T5 encoder if the pipeline has one.
         dtype: Precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
 
@@ -38,12 +41,17 @@ class SD3Family(ModelFamily):
     repeated_blocks = ("JointTransformerBlock",)
 
     def __init__(
-        self, path: str, max_sequence_length: Whole = 256, use_t5: bool = True, dtype: str = "float32"
+        self, path: str, max_sequence_length: TextLength = 256, use_t5: bool = True, dtype: str = "float32"
     ) -> None:
         super().__init__(path)
         self.max_sequence_length, self.use_t5, self.dtype = max_sequence_length, use_t5, dtype
 
     def load(self) -> nn.Module:
+        """Load all weights.
+
+        Raises:
+            UserError: If the scheduler is none of diffusers' ``FlowMatch`` schedulers.
+        """
         from diffusers import StableDiffusion3Pipeline
 
         self.pipeline = load_pipeline(
@@ -54,7 +62,7 @@ class SD3Family(ModelFamily):
             drop=() if self.use_t5 else _T5,
             build=self.build_network,
         )
-        return self.loaded.transformer
+        return self._network()
 
     def sketch(self) -> nn.Module:
         from diffusers import StableDiffusion3Pipeline
@@ -63,6 +71,17 @@ class SD3Family(ModelFamily):
             StableDiffusion3Pipeline, self.path, self.dtype, drop=() if self.use_t5 else _T5
         )
         self._empty = self.blank_conditioning(torch.device("meta"))
+        return self._network()
+
+    def _network(self) -> nn.Module:
+        # Others have a shift under another name, and may keep a FlowMatch scheduler's, which they do not use.
+        scheduler = type(self.loaded.scheduler).__name__
+        if not scheduler.startswith("FlowMatch"):
+            raise UserError(
+                f"the steps of a {scheduler} are not known",
+                where="family.path",
+                remedy="save the pipeline with a FlowMatchEulerDiscreteScheduler of the same shift",
+            )
         return self.loaded.transformer
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
@@ -156,6 +175,11 @@ class SD3Family(ModelFamily):
             max_shift=m,
             shift_terminal=float(self.few_step_sigmas(steps, latent_shape)[-2]) if steps > 1 else None,
             stochastic_sampling=stochastic,
+            # A teacher's own spacing is not the generator's.
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+            invert_sigmas=False,
         )
         return StableDiffusion3Pipeline(**self.components(transformer=network, scheduler=scheduler))
 
@@ -164,10 +188,18 @@ class SD3Family(ModelFamily):
         return few_step_sigmas(steps, self.loaded.scheduler.config.shift)
 
     def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Sigmas of the pipeline's own scheduler, ``[steps + 1]``, with its shift by image size if it has one."""
         from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
-        scheduler.set_timesteps(steps)
+        config, mu = scheduler.config, None
+        if config.use_dynamic_shifting:
+            patch = self.loaded.transformer.config.patch_size
+            tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
+            lengths = config.base_image_seq_len, config.max_image_seq_len
+            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+        scheduler.set_timesteps(steps, mu=mu)
         return scheduler.sigmas.clone()
 
     def sampling_arguments(self) -> dict[str, Any]:

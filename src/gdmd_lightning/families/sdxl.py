@@ -17,6 +17,19 @@ from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.schedules import per_sample, sigma_from_vp, vp_from_sigma
 
+_EVEN = {
+    "timestep_spacing": "trailing",
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+}
+"""Settings of the exported sampler that a teacher's scheduler may have otherwise; with these it visits our sigmas."""
+
+_UNCLIPPED = {"clip_sample": False, "thresholding": False}
+"""Settings of the exported stochastic sampler; the generator was trained with every ``x0`` as predicted."""
+
 
 class SDXLFamily(ModelFamily):
     """Stable Diffusion XL, base models.
@@ -44,7 +57,8 @@ class SDXLFamily(ModelFamily):
         """Load all weights and the schedule.
 
         Raises:
-            UserError: If the network does not predict noise or velocity.
+            UserError: If the schedule is not variance-preserving, or the network does not predict noise or velocity,
+                its times are not the timesteps, or it takes the guidance scale as an input.
         """
         from diffusers import StableDiffusionXLPipeline
 
@@ -66,6 +80,12 @@ class SDXLFamily(ModelFamily):
 
     def _network(self) -> nn.Module:
         scheduler = self.loaded.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"the schedule of {type(scheduler).__name__} is not variance-preserving",
+                where="family.path",
+                remedy="use a model with such a schedule, as of an EulerDiscreteScheduler or a DDIMScheduler",
+            )
         self.predicts = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
             raise UserError(
@@ -73,7 +93,21 @@ class SDXLFamily(ModelFamily):
                 where="family.path",
                 remedy="use a model that predicts epsilon or v_prediction",
             )
-        alphas = scheduler.alphas_cumprod.double()
+        if self.loaded.unet.config.time_cond_proj_dim is not None:
+            raise UserError(
+                "the UNet takes the guidance scale as an input (time_cond_proj_dim)",
+                where="family.path",
+                remedy="use a model that is not distilled for guidance",
+            )
+        # Only then does diffusers call the network with other times.
+        if self.predicts == "v_prediction" and scheduler.config.get("timestep_type") == "continuous":
+            raise UserError(
+                "the network's times are continuous, according to its scheduler (timestep_type)",
+                where="family.path",
+                remedy="use a model whose times are the timesteps",
+            )
+        # Without a signal at the last timestep its log-ratio to noise is infinite; EulerDiscreteScheduler leaves this.
+        alphas = scheduler.alphas_cumprod.double().clamp(min=2**-24)
         self.timestep_sigmas = sigma_from_vp(alphas.sqrt(), (1 - alphas).sqrt())  # [T], ascending
         return self.loaded.unet
 
@@ -161,12 +195,23 @@ class SDXLFamily(ModelFamily):
 
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.loaded.vae
-        return autoencoder.decode(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
+        latents = latents.to(vae.dtype)
+        mean, std = self._statistics(latents)
+        return autoencoder.decode(vae, latents * std / vae.config.scaling_factor + mean)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         vae = self.loaded.vae
-        return autoencoder.encode(vae, images) * vae.config.scaling_factor
+        latents = autoencoder.encode(vae, images)
+        mean, std = self._statistics(latents)
+        return (latents - mean) * vae.config.scaling_factor / std
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and standard deviation of each channel of the autoencoder's latents, ``[1, C, 1, 1]``; few have any."""
+        mean, std = (self.loaded.vae.config.get(name) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:  # diffusers' pipeline needs both, too
+            return 0.0, 1.0
+        return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -199,9 +244,9 @@ class SDXLFamily(ModelFamily):
         scheduler: Any
         self.check_export(steps, stochastic=stochastic)
         if stochastic:
-            scheduler = LCMScheduler.from_config(config, original_inference_steps=steps)
+            scheduler = LCMScheduler.from_config(config, original_inference_steps=steps, **_UNCLIPPED)
         else:
-            scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+            scheduler = EulerDiscreteScheduler.from_config(config, **_EVEN)
         components = self.components(unet=network, scheduler=scheduler)
         return StableDiffusionXLPipeline(
             **components, force_zeros_for_empty_prompt=self.loaded.config.force_zeros_for_empty_prompt
