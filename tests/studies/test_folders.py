@@ -463,6 +463,25 @@ def test_pictures_are_those_that_the_pipeline_draws_with_these_settings(tiny_pip
         assert np.array_equal(np.array(Image.open(shot.file)), np.array(expected))
 
 
+def test_noise_of_a_stochastic_scheduler_belongs_to_the_picture(tiny_pipeline, tmp_path):
+    config = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"stochastic_sampling": True}))
+
+    def drawn(out, seed=0):
+        drawing = pipelines.Drawing(str(tmp_path / "pipeline"), 3, 1.0, 32, 32, seed=seed)
+        pipelines.draw_pictures(drawing, [Prompt("a red circle")], 2, tmp_path / out, "cpu")
+        return [(tmp_path / out / f"000000-{number}.png").read_bytes() for number in range(2)]
+
+    before = torch.get_rng_state()
+    first = drawn("out")
+    assert torch.equal(torch.get_rng_state(), before)
+    (tmp_path / "out" / "000000-1.png").unlink()  # goes on with the second picture alone
+    torch.rand(1)
+    assert drawn("out") == first
+    assert len({*first, *drawn("other", seed=1)}) == 4
+
+
 def test_metadata_of_a_drawn_picture_does_not_replace_its_prompt(tiny_pipeline, tmp_path):
     drawing = pipelines.Drawing(str(tiny_pipeline), 1, 1.0, 32, 32)
     prompt = Prompt("a sign", {"text": "open", "file": "x"})

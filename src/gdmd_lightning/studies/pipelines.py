@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ class Drawing:
         guidance_scale: Guidance scale.
         height, width: In pixels; None for the pipeline's own.
         dtype: Precision of its networks.
-        seed: Seed of the noise; every picture has its own stream.
+        seed: Seed of all noise; every picture has its own streams.
     """
 
     path: str
@@ -139,14 +140,27 @@ def _load(drawing: Drawing, device: str) -> Any:
 def _draw(pipeline: Any, drawing: Drawing, text: str, seed: int) -> Image.Image:
     size = {name: value for name in ("height", "width") if (value := getattr(drawing, name)) is not None}
     try:
-        picture: Image.Image = pipeline(
-            prompt=text,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            **size,
-        ).images[0]
+        with _global_streams(named_seed("steps", seed), pipeline.device):
+            picture: Image.Image = pipeline(
+                prompt=text,
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance_scale,
+                generator=torch.Generator().manual_seed(seed),
+                **size,
+            ).images[0]
     except Exception as error:  # a pipeline may raise anything
         what = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(what, where=f"--pipeline {drawing.path}") from error
     return picture
+
+
+@contextmanager
+def _global_streams(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global streams and put them back: a scheduler draws the noise of its steps from them.
+
+    Some pipelines, such as those of SD3 and FLUX.2, do not pass their generator to the scheduler.
+    """
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(on_device):
+        torch.manual_seed(seed)
+        yield
