@@ -57,6 +57,7 @@ SIDEWAYS = {
     ("directories", "files"),  # marks are written atomically
     ("files", "errors"),  # a full disk
     ("locations", "errors"),  # a configuration that is not found
+    ("pictures", "errors"),  # a file that is no picture
     ("ranges", "errors"),  # a number out of range
     ("schedules", "ranges"),  # levels are numbers in [0, 1]
     ("schedules", "errors"),  # a lowest level above the highest

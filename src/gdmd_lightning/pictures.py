@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from gdmd_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LIST = "pictures.jsonl"
 """The list of a directory's pictures: file, prompt, row and number, seed, and what else is known of each."""
@@ -37,3 +44,20 @@ def encode_png(pixels: Tensor, chunks: Mapping[str, str]) -> bytes:
         info.add_text(key, value)
     Image.fromarray(pixels.numpy()).save(file, "PNG", pnginfo=info)
     return file.getvalue()
+
+
+def read_picture(path: Path) -> Image:
+    """A picture file of any format in RGB, 8 bits, turned as its EXIF data say.
+
+    Raises:
+        UserError: If it is not readable, or has more than 8 bits in a channel: they would be cut, not scaled.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"not a readable image: {error}", where=str(path)) from error

@@ -80,16 +80,38 @@ def test_prompt_without_an_image_is_named(folder):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"file_name": "red.png"}', r"metadata\.jsonl:2: not a captioned image: \{"),
-        ("red.png", r"metadata\.jsonl:2: not a captioned image: red\.png"),
+        ('{"file_name": "red.png"}', r"metadata\.jsonl:2: not a captioned image"),
+        ("red.png", r"metadata\.jsonl:2: broken JSON at column 1"),
+        ('{"file_name": "red.png", "text": ["red", "a circle"]}', r"metadata\.jsonl:2: not a captioned image"),
+        (b'{"file_name": "red.png", "text": "caf\xe9"}', r"metadata\.jsonl:2: not UTF-8 \(byte 0xe9"),
         ('["red.png", "red"]', r"metadata\.jsonl:2: not a captioned image"),
         ('{"file_name": "none.png", "text": "red"}', r"metadata\.jsonl:2: no such file: .*none\.png"),
     ],
 )
 def test_wrong_line_is_named(folder, line, said):
-    (folder / "metadata.jsonl").write_text(f'{{"file_name": "red.png", "text": "red"}}\n{line}\n')
+    line = line.encode() if isinstance(line, str) else line
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "red.png", "text": "red"}\n' + line + b"\n")
     with pytest.raises(UserError, match=said):
         CaptionedImages(str(folder)).check(SimpleNamespace(texts=lambda: iter(["red"])))
+
+
+def test_byte_order_mark_is_no_part_of_the_first_line(folder):
+    whole = CaptionedImages(str(folder)).files
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "metadata.jsonl").read_bytes())
+    assert CaptionedImages(str(folder)).files == whole
+
+
+def test_image_is_turned_as_its_exif_data_say_and_more_than_8_bits_are_refused(tmp_path):
+    image, exif = Image.new("RGB", (8, 16), (255, 255, 255)), Image.Exif()
+    image.paste((0, 0, 0), (0, 0, 8, 8))  # the upper half, which is the right one in the turned image
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    found = read_image(tmp_path / "turned.png", 8, 16)
+    assert found[:, :, :8].min() == 1
+    assert found[:, :, 8:].max() == 0
+    Image.new("I;16", (8, 8), 256).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep\.png: not a readable image: its pixels have more than 8 bits"):
+        read_image(tmp_path / "deep.png", 8, 8)
 
 
 def test_folder_without_metadata_is_refused(tmp_path):

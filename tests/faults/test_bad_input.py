@@ -7,6 +7,7 @@ from pathlib import Path
 import bad_rewards
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gdmd_lightning.cli import main
 from gdmd_lightning.errors import UserError
@@ -146,6 +147,24 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def without(path: Path, name: str) -> None:
+    """Remove a weight from a file, next to which a variant is whole."""
+    weights = load_file(path)
+    save_file(weights, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    del weights[name]
+    save_file(weights, path, {"format": "pt"})
+
+
+def adapted(path: Path) -> None:
+    """Save a network with LoRA attached."""
+    from diffusers import SD3Transformer2DModel
+    from peft import LoraConfig
+
+    network = SD3Transformer2DModel.from_pretrained(path)
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    network.save_pretrained(path)
+
+
 def edited(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
@@ -160,6 +179,15 @@ DAMAGES = (
     (lambda p: edited(p / "transformer/config.json", num_layers=2), "cannot be loaded"),
     (lambda p: edited(p / "transformer/config.json", num_attention_heads=2), "cannot be loaded"),
     (lambda p: edited(p / "text_encoder/config.json", num_hidden_layers=4), "cannot be loaded"),
+    (
+        lambda p: without(p / "text_encoder/model.safetensors", "text_model.encoder.layers.0.mlp.fc1.weight"),
+        "lacks 1 of its 53 weights, such as 'text_model.encoder.layers.0.mlp.fc1.weight'; save or download it again",
+    ),
+    (
+        lambda p: without(p / "transformer/diffusion_pytorch_model.safetensors", "proj_out.weight"),
+        "weights, such as 'proj_out.weight'; save or download it again",
+    ),
+    (lambda p: adapted(p / "transformer"), "/transformer' was saved with LoRA attached; call fuse_lora(), to keep"),
     (lambda p: shutil.rmtree(p / "transformer"), "lacks its component 'transformer'"),
     (lambda p: shutil.rmtree(p / "tokenizer_2"), "lacks its component 'tokenizer_2'"),
     (lambda p: edited(p / "model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline, not a "),

@@ -145,7 +145,7 @@ MUTATIONS = [
         ("images: width and height swapped", "(width, height), Image", "(height, width), Image"),
         ("images: not scaled to 1", "permute(2, 0, 1) / 255", "permute(2, 0, 1) / 256"),
         ("images: same scenes every time", "np.random.default_rng(seed)", "np.random.default_rng(0)"),
-        ("images: missing files accepted", "if not file.is_file():", "if False:"),
+        ("images: missing files accepted", "if not (self.path / name).is_file():", "if False:"),
     ),
     *errors(
         "methods/ac_dmd.py",
@@ -1877,6 +1877,9 @@ MUTATIONS = [
         ("pictures of other settings kept", "!= settings:", "!= settings and False:"),
         ("one noise for all drawn pictures", "torch.Generator().manual_seed(seed)", "torch.Generator().manual_seed(0)"),
         ("steps of a pipeline ignored", "num_inference_steps=drawing.steps", "num_inference_steps=1"),
+        ("arguments of a pipeline's call ignored", "**drawing.arguments,", ""),
+        ("arguments of a pipeline's call unchecked", "if name not in hints:", "if False:"),
+        ("noise of a scheduler from anywhere", "        torch.manual_seed(seed)\n", ""),
         ("guidance of a pipeline ignored", "guidance_scale=drawing.guidance_scale", "guidance_scale=1.0"),
     ),
     *errors(
@@ -1891,8 +1894,18 @@ MUTATIONS = [
         ("scores of a record forgotten", "return {**there, **here}, known", "return here, known"),
         ("values without their parts kept", "or len(value.parts) != len(score.part_names(prompts[i]))", ""),
         ("metadata not in the key of a value", '.hexdigest() if prompt.metadata else ""', '.hexdigest() and ""'),
+    ),
+    *errors(
+        "pictures.py",
+        ("studies/test_folders.py", "data/test_images.py"),
         ("pictures as the camera was held", "ImageOps.exif_transpose(image).convert", "image.convert"),
         ("deep pictures cut off", 'if image.mode.startswith(("I", "F")):', "if False:"),
+    ),
+    *errors(
+        "families/loading.py",
+        INPUT,
+        ("missing weights accepted", "missing.append(name)", "pass"),
+        ("LoRA left attached accepted", "if attached:", "if False:"),
     ),
     *errors(
         "metrics/intervals.py",

@@ -378,6 +378,10 @@ def test_evaluate_scores_directories_with_scores_of_a_configuration(folder, tmp_
         (["--pipeline", "a=x", "--teacher", "y"], "--teacher: only with --checkpoint; "),
         (["--checkpoint", "a=x", "--batch_size", "3"], "--batch_size: only with --scores, --pictures or --pipeline; "),
         (["--pipeline", "a=x", "--teacher_steps", "3"], "--teacher_steps: only for Shapes' teacher, without --scores"),
+        (
+            ["--pictures", "a=x", "--pipeline_arguments.x", "1"],
+            "--pipeline_arguments: only with --pipeline; leave it out",
+        ),
         (["--pictures", "a=nowhere"], "nowhere: it has no pictures.jsonl"),
         (["--pipeline", "..=x"], "--pipeline: '..=x' is not NAME=PATH; give a name, then the path"),
         (["--pipeline", ".=x"], "--pipeline: '.=x' is not NAME=PATH; give a name, then the path"),
@@ -461,6 +465,78 @@ def test_pictures_are_those_that_the_pipeline_draws_with_these_settings(tiny_pip
         options = {"num_inference_steps": 3, "guidance_scale": 2.5, "height": 32, "width": 16}
         expected = pipe(prompt="a red circle", generator=generator, **options).images[0]
         assert np.array_equal(np.array(Image.open(shot.file)), np.array(expected))
+
+
+def test_noise_of_a_stochastic_scheduler_belongs_to_the_picture(tiny_pipeline, tmp_path):
+    config = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"stochastic_sampling": True}))
+
+    def drawn(out, seed=0):
+        drawing = pipelines.Drawing(str(tmp_path / "pipeline"), 3, 1.0, 32, 32, seed=seed)
+        pipelines.draw_pictures(drawing, [Prompt("a red circle")], 2, tmp_path / out, "cpu")
+        return [(tmp_path / out / f"000000-{number}.png").read_bytes() for number in range(2)]
+
+    before = torch.get_rng_state()
+    first = drawn("out")
+    assert torch.equal(torch.get_rng_state(), before)
+    (tmp_path / "out" / "000000-1.png").unlink()  # goes on with the second picture alone
+    torch.rand(1)
+    assert drawn("out") == first
+    assert len({*first, *drawn("other", seed=1)}) == 4
+
+
+BRIGHT = '[{"class_path": "RewardScore", "init_args": {"reward": {"class_path": "tiny.Brightness"}}}]'
+
+
+def test_arguments_of_the_pipelines_call_reach_it_and_belong_to_the_pictures(
+    complaint, tiny_pipeline, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle\n")
+    usual = ["evaluate", "--pipeline", f"a={tiny_pipeline}", "--prompts=prompts.txt", "--scores", BRIGHT]
+    usual += ["--steps=1", "--height=32", "--width=32"]
+    main([*usual, "--out=plain"])
+    failed = complaint(*usual, "--out=out", '--pipeline_arguments={"max_sequence_length": 600}')
+    assert failed.startswith(f"--pipeline {tiny_pipeline}: fails: ValueError: `max_sequence_length` cannot be greater")
+    assert not Path("out/a").exists()  # settings that failed are not in the way of others
+    main([*usual, "--out=out", '--pipeline_arguments={"max_sequence_length": 0}'])
+    assert Path("out/a/000000-0.png").read_bytes() != Path("plain/a/000000-0.png").read_bytes()
+    assert json.loads(Path("out/a/drawn_with.json").read_text())["arguments"] == {"max_sequence_length": 0}
+    assert "out/a: its pictures were drawn with other weights, settings" in complaint(*usual, "--out=out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "max_sequence_lenght",
+            0,
+            "a StableDiffusion3Pipeline is not called with it; did you mean 'max_sequence_length'?",
+        ),
+        ("max_sequence_length", "long", "expected int, got 'long'"),
+        ("max_sequence_length", True, "expected int, got True"),
+        ("prompt", "a dog", "another option decides about it; use --prompts"),
+        ("height", 64, "another option decides about it; use --height"),
+        ("latents", [0], "another option decides about it; use --seed"),
+        ("return_dict", False, "a pipeline must return pictures; leave it out"),
+        ("prompt_embeds", [0.5], "expected torch.FloatTensor | None, got [0.5]"),
+        ("sigmas", [1.0, 0.5], "2 values for 3 steps; use --steps 2"),
+    ],
+)
+def test_wrong_argument_of_the_pipelines_call_is_refused_before_anything_is_loaded(tiny_pipeline, name, value, said):
+    with pytest.raises(UserError) as caught:
+        pipelines.checked_arguments(str(tiny_pipeline), {name: value}, 3)
+    assert str(caught.value) == f"--pipeline_arguments.{name}: {said}"
+
+
+def test_lists_become_tuples_where_the_pipelines_call_has_them(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    given = {"original_size": [64, 64], "guidance_rescale": 1, "negative_prompt": None}
+    expected = {"guidance_rescale": 1, "negative_prompt": None, "original_size": (64, 64)}
+    assert pipelines.checked_arguments(str(tmp_path), given, 3) == expected
+    with pytest.raises(UserError, match="a StableDiffusionXLPipeline is not called with it"):
+        pipelines.checked_arguments(str(tmp_path), {"kwargs": 1}, 3)
 
 
 def test_metadata_of_a_drawn_picture_does_not_replace_its_prompt(tiny_pipeline, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -47,6 +47,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of pipelines"
     )
+    parser.add_argument(
+        "--pipeline_arguments",
+        type=dict[str, Any],
+        default={},
+        help="further arguments of pipelines' calls, such as '{\"max_sequence_length\": 0}'",
+    )
     parser.add_argument("--per_prompt", type=int, default=1, help="pictures of a prompt that are drawn and kept")
     parser.add_argument("--seed", type=int, default=0, help="seed of their noise")
     add_loading_options(parser)
@@ -65,7 +71,7 @@ def main(arguments: list[str]) -> int:
     return _score_pictures(options) if _keeps_pictures(options) else _score_generators(options)
 
 
-OF_PIPELINES = ("steps", "pipeline_guidance", "height", "width", "dtype")
+OF_PIPELINES = ("steps", "pipeline_guidance", "height", "width", "dtype", "pipeline_arguments")
 OF_CHECKPOINTS = ("teacher", "trust")
 OF_PROMPTS = ("prompts", "count", "column", "split", "tag")
 OF_DRAWINGS = ("per_prompt", "seed")
@@ -131,11 +137,16 @@ def _score_pictures(options: Namespace) -> int:
         raise UserError("a name is given twice", where="--pictures", remedy="give each row of the table its own name")
     from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
     from gdmd_lightning.studies.folders import read_folder, score_folder
-    from gdmd_lightning.studies.pipelines import Drawing, draw_pictures
+    from gdmd_lightning.studies.pipelines import Drawing, checked_arguments, draw_pictures
     from gdmd_lightning.studies.scorecards import write_scores
     from gdmd_lightning.studies.tables import folder_table
     from gdmd_lightning.studies.tasks import built_scores, shapes_scores
 
+    how = {"height": options.height, "width": options.width, "dtype": options.dtype, "seed": options.seed}
+    drawings = {}
+    for name, path in pipelines:
+        arguments = checked_arguments(path, options.pipeline_arguments, options.steps)
+        drawings[name] = Drawing(path, options.steps, options.pipeline_guidance, arguments=arguments, **how)
     shots = {name: read_folder(Path(directory)) for name, directory in pictures}
     columns = {name: options[name] for name in ("column", "split", "tag")}
     prompts = read_evaluation_prompts(options.prompts, options.count, **columns) if pipelines or checkpoints else []
@@ -149,9 +160,7 @@ def _score_pictures(options: Namespace) -> int:
     draw = [_drawing_of_checkpoint(options, name, path, prompts, device) for name, path in checkpoints]
     rows = []
     with output_directory(options.out):
-        for name, path in pipelines:
-            how = {"height": options.height, "width": options.width, "dtype": options.dtype, "seed": options.seed}
-            drawing = Drawing(path, options.steps, options.pipeline_guidance, **how)
+        for name, drawing in drawings.items():
             draw_pictures(drawing, prompts, options.per_prompt, options.out / name, device)
         for drawn in draw:
             drawn()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdmd_lightning.data.rows import numbered_rows, parsed
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.pictures import read_picture
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.shapes.scenes import render, sample_scenes
 
@@ -74,7 +75,7 @@ class CaptionedImages(ImageSource):
 
     The captions must be the training prompts, so that real and generated images are judged under the same text; the
     same file can be the source of the prompts (``data: {source: FOLDER/metadata.jsonl, column: text}``). Images are
-    scaled to cover the resolution and cropped at their center.
+    turned as their EXIF data say, scaled to cover the resolution and cropped at their center.
 
     Args:
         path: The folder.
@@ -97,22 +98,16 @@ class CaptionedImages(ImageSource):
         """Files by caption, in the order of the lines."""
         found: dict[str, list[Path]] = {}
         metadata = self.path / "metadata.jsonl"
-        with metadata.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{metadata}:{number}"
-                try:
-                    row = json.loads(line)
-                    text, file = row["text"], self.path / row["file_name"]
-                except (ValueError, KeyError, TypeError) as error:
-                    remedy = 'write {"file_name": ..., "text": ...}'
-                    raise UserError(
-                        f"not a captioned image: {line.strip()[:80]}", where=where, remedy=remedy
-                    ) from error
-                if not file.is_file():
-                    raise UserError(f"no such file: {str(file)!r}", where=where)
-                found.setdefault(text, []).append(file)
+        for number, line in numbered_rows(str(metadata)):
+            where = f"{metadata}:{number}"
+            row = parsed(line, where)
+            text, name = (row.get("text"), row.get("file_name")) if isinstance(row, dict) else (None, None)
+            if not isinstance(text, str) or not isinstance(name, str):
+                remedy = 'write {"file_name": ..., "text": ...}'
+                raise UserError("not a captioned image", where=where, remedy=remedy)
+            if not (self.path / name).is_file():
+                raise UserError(f"no such file: {str(self.path / name)!r}", where=where)
+            found.setdefault(text, []).append(self.path / name)
         return found
 
     def check(self, data: Any) -> None:
@@ -141,13 +136,9 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
     """An image file as ``[3, height, width]`` in [0, 1], scaled to cover that size and cropped at its center.
 
     Raises:
-        UserError: If the file is not a readable image.
+        UserError: As :func:`gdmd_lightning.pictures.read_picture`.
     """
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a readable image: {error}", where=str(path)) from error
+    fitted = ImageOps.fit(read_picture(path), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1) / 255

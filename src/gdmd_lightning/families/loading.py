@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.autoencoder import keep_range
 from gdmd_lightning.families.hub import loading_problem
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+_ADAPTER = re.compile(r"\.(base_layer|lora_[AB])\.")
+"""In names of weights that peft has wrapped, or added."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def load_pipeline(
     if directory.is_dir():
         index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
         empty |= {part for part in may_lack if index.get(part, [None])[0] is None}
+        _refuse_adapters(directory, empty)
     built = {} if build is None else {network: build(network_files(path, network, getattr(torch, dtype)))}
     logging.disable_progress_bar()
     try:
@@ -131,41 +134,86 @@ def network_files(path: str, network: str, dtype: Any) -> NetworkFiles:
         index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
         kind: Any = getattr(diffusers, index[network][1])
         config = kind.load_config(str(directory / network))
-        names, shards = {_WEIGHTS}, directory / network / f"{_WEIGHTS}.index.json"
-        if shards.is_file():
-            names = {Path(name).name for name in json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values()}
+        files = weight_files(directory / network) or [directory / network / _DIFFUSERS]
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             f"the {network} of {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}",
             where="family.path",
             remedy="save or download it again",
         ) from error
-    files = tuple(directory / network / name for name in sorted(names))
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise UserError(f"no file {missing[0]!r}", where="family.path", remedy="save or download it again")
-    return NetworkFiles(kind, config, files, dtype)
+    return NetworkFiles(kind, config, tuple(files), dtype)
 
 
-def _check_complete(component: Any, directory: Path) -> None:
+def weight_files(directory: Path) -> list[Path]:
+    """The ``.safetensors`` files that ``from_pretrained`` reads of a component, none of a variant such as fp16."""
+    for name in (_DIFFUSERS, _TRANSFORMERS):
+        whole, shards = directory / name, directory / f"{name}.index.json"
+        # If a directory has both, diffusers reads the shards, and transformers the whole.
+        if shards.is_file() and not (whole.is_file() and name == _TRANSFORMERS):
+            names = json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted({directory / Path(shard).name for shard in names})
+        if whole.is_file():
+            return [whole]
+    return []
+
+
+def _held(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights in a component's files, by name."""
+    from safetensors import safe_open
+
+    held: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(directory):
+        with safe_open(file, "pt") as content:
+            held |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    return held
+
+
+def _refuse_adapters(directory: Path, empty: Collection[str]) -> None:
+    """Refuse a pipeline that was saved with LoRA attached: under such names the libraries find no weights.
+
+    Raises:
+        UserError: If a component, of those that are loaded, was saved so.
+    """
+    for part in sorted(each for each in directory.iterdir() if each.is_dir() and each.name not in empty):
+        try:
+            attached = any(_ADAPTER.search(name) for name in _held(part))
+        except Exception:  # broken files are for from_pretrained to complain about
+            continue
+        if attached:
+            raise UserError(
+                f"{str(part)!r} was saved with LoRA attached",
+                where="family.path",
+                remedy="call fuse_lora(), to keep what it learned, then unload_lora_weights(), and save it again",
+            )
+
+
+def _check_complete(component: nn.Module, directory: Path) -> None:
     """Check that a component's files hold all of its weights.
 
-    transformers initializes missing weights at random. It also renames weights when loading, so this counts them
-    instead of comparing names.
+    transformers initializes missing weights at random, and diffusers leaves them without values. Both rename some
+    when loading, so one of another name and the same shape is taken for it.
 
     Raises:
         UserError: If weights are missing.
     """
-    from safetensors import safe_open
-
-    held = 0
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, "pt") as content:
-            held += sum(math.prod(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118
-    needed = sum(parameter.numel() for parameter in component.parameters())
-    if held < needed:
+    held = _held(directory)
+    needed: dict[str, Tensor] = dict(component.named_parameters())
+    needed |= {name: buffer for name, buffer in component.named_buffers() if buffer.is_meta}
+    others, missing = Counter(shape for name, shape in held.items() if name not in needed), []
+    for name, weight in needed.items():
+        shape = tuple(weight.shape)
+        if name in held:
+            continue
+        if weight.is_meta or not others[shape]:
+            missing.append(name)
+        others[shape] -= 1
+    if missing:
         raise UserError(
-            f"the pipeline cannot be loaded: {str(directory)!r} holds {held:,} of the {needed:,} weights of its config",
+            f"the pipeline cannot be loaded: {str(directory)!r} lacks {len(missing):,} of its {len(needed):,} weights, "
+            f"such as {missing[0]!r}",
             where="family.path",
             remedy="save or download it again",
         )

@@ -20,7 +20,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.metrics.intervals import Interval, Value, intervals
 from gdmd_lightning.metrics.scores import TaskScore, task_of
-from gdmd_lightning.pictures import LIST
+from gdmd_lightning.pictures import LIST, read_picture
 from gdmd_lightning.prompts import Prompt
 
 LISTS = (LIST, "metadata.jsonl")
@@ -172,16 +172,7 @@ def _batches(files: Sequence[Path], size: int) -> Iterator[tuple[list[int], Tens
 
 
 def _load(file: Path) -> Tensor:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a readable image: {error}", where=str(file)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1) / 255
 
 
 Key = tuple[str, str, str]

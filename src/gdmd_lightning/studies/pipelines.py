@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from gdmd_lightning.configuration.suggestions import did_you_mean
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.hub import loading_problem
 from gdmd_lightning.files import atomic_file, files_digest, write_atomically
@@ -33,7 +37,9 @@ class Drawing:
         guidance_scale: Guidance scale.
         height, width: In pixels; None for the pipeline's own.
         dtype: Precision of its networks.
-        seed: Seed of the noise; every picture has its own stream.
+        seed: Seed of all noise; every picture has its own streams.
+        arguments: Further arguments of the pipeline's call, such as ``max_sequence_length``, as
+            :func:`checked_arguments` gives them.
     """
 
     path: str
@@ -43,6 +49,76 @@ class Drawing:
     width: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Arguments of calls that are given otherwise: by options, and because pictures are files.
+_OF_OPTIONS = {
+    "prompt": "--prompts",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--pipeline_guidance",
+    "height": "--height",
+    "width": "--width",
+    "generator": "--seed",
+    "latents": "--seed",
+    "num_images_per_prompt": "--per_prompt",
+}
+_OF_PICTURES = ("output_type", "return_dict")
+_OF_STEPS = ("sigmas", "timesteps")
+
+
+def checked_arguments(path: str, arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Further arguments of a pipeline's call, sorted, with tuples where the call has them; reads only its index.
+
+    Args:
+        path: Directory or hub id of the pipeline.
+        arguments: Plain values by name, as JSON and YAML have them.
+        steps: Sampling steps.
+
+    Raises:
+        UserError: If the call has no such argument or takes no such value, or an option decides about it.
+    """
+    import diffusers
+
+    if not arguments:
+        return {}
+    kind = getattr(diffusers, str(_index(path).get("_class_name")), None)
+    if kind is None:
+        what = f"{path!r} holds no pipeline of diffusers, so they cannot be checked"
+        raise UserError(what, where="--pipeline_arguments", remedy="leave them out")
+    known = dict(inspect.signature(kind.__call__, eval_str=True).parameters)
+    # Some calls take any name, as **kwargs, and ignore it.
+    hints = {name: each.annotation for name, each in known.items() if name != "self" and each.kind != each.VAR_KEYWORD}
+    checked = {}
+    for name, value in sorted(arguments.items()):
+        where = f"--pipeline_arguments.{name}"
+        if name in _OF_OPTIONS:
+            raise UserError("another option decides about it", where=where, remedy=f"use {_OF_OPTIONS[name]}")
+        if name in _OF_PICTURES:
+            raise UserError("a pipeline must return pictures", where=where, remedy="leave it out")
+        if name not in hints:
+            what = f"a {kind.__name__} is not called with it"
+            raise UserError(what, where=where, remedy=did_you_mean(name, hints.keys() - {*_OF_OPTIONS, *_OF_PICTURES}))
+        for given in (value, tuple(value)) if isinstance(value, list) else (value,):
+            if _is_of(given, hints[name]):
+                checked[name] = given
+                break
+        else:
+            expected = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else str(hints[name])
+            raise UserError(f"expected {expected or hints[name]}, got {value!r}", where=where)
+        if name in _OF_STEPS and value is not None and len(value) != steps:
+            raise UserError(f"{len(value)} values for {steps} steps", where=where, remedy=f"use --steps {len(value)}")
+    return checked
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a plain value has the kind of a type; not what is inside of it, which pipelines annotate loosely."""
+    if hint in (Any, inspect.Parameter.empty):
+        return True
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, each) for each in get_args(hint))
+    kind = get_origin(hint) or hint
+    return type(value) in ((int, float) if kind is float else (kind,))  # a bool is no int here
 
 
 def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, out: Path, device: str) -> None:
@@ -75,9 +151,10 @@ def draw_pictures(drawing: Drawing, prompts: Sequence[Prompt], per_prompt: int, 
         )
     missing = [each for each in wanted if not _is_picture(out / picture_name(*each[:2]))]
     pipeline = _load(drawing, device) if missing else None
-    write_atomically(out / SETTINGS, settings)  # a pipeline that cannot be loaded leaves nothing
     for row, number, prompt in tqdm(missing, desc=f"drawing {out.name}", unit="picture"):
         picture = _draw(pipeline, drawing, prompt.text, named_seed("drawn", drawing.seed, row, number))
+        if not (out / SETTINGS).is_file():  # a pipeline that cannot be loaded, or fails at once, leaves nothing
+            write_atomically(out / SETTINGS, settings)
         with atomic_file(out / picture_name(row, number)) as part:
             picture.save(part, "PNG")
     # Metadata on its own: it may have a key "text", such as what a picture should say.
@@ -121,17 +198,31 @@ def _is_picture(file: Path) -> bool:
     return True
 
 
-def _load(drawing: Drawing, device: str) -> Any:
+def _index(path: str) -> dict[str, Any]:
+    """The content of a pipeline's ``model_index.json``."""
     from diffusers import DiffusionPipeline
 
     try:
-        index = DiffusionPipeline.load_config(drawing.path)
+        return dict(DiffusionPipeline.load_config(path))
+    except Exception as error:  # diffusers and the hub raise many unrelated types
+        raise _not_loaded(path, error) from error
+
+
+def _not_loaded(path: str, error: Exception) -> UserError:
+    problem, remedy = loading_problem(path, error)
+    return UserError(f"{path!r} {problem}", where="--pipeline", remedy=remedy)
+
+
+def _load(drawing: Drawing, device: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    index = _index(drawing.path)
+    try:
         # Parts that were saved as None, such as SD3's largest text encoder, are asked for by name otherwise.
         without = {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is None}
         pipeline = DiffusionPipeline.from_pretrained(drawing.path, dtype=getattr(torch, drawing.dtype), **without)
     except Exception as error:  # diffusers, transformers and safetensors raise a dozen unrelated types here
-        problem, remedy = loading_problem(drawing.path, error)
-        raise UserError(f"{drawing.path!r} {problem}", where="--pipeline", remedy=remedy) from error
+        raise _not_loaded(drawing.path, error) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -139,14 +230,28 @@ def _load(drawing: Drawing, device: str) -> Any:
 def _draw(pipeline: Any, drawing: Drawing, text: str, seed: int) -> Image.Image:
     size = {name: value for name in ("height", "width") if (value := getattr(drawing, name)) is not None}
     try:
-        picture: Image.Image = pipeline(
-            prompt=text,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-            **size,
-        ).images[0]
+        with _global_streams(named_seed("steps", seed), pipeline.device):
+            picture: Image.Image = pipeline(
+                prompt=text,
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance_scale,
+                generator=torch.Generator().manual_seed(seed),
+                **size,
+                **drawing.arguments,
+            ).images[0]
     except Exception as error:  # a pipeline may raise anything
         what = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(what, where=f"--pipeline {drawing.path}") from error
     return picture
+
+
+@contextmanager
+def _global_streams(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global streams and put them back: a scheduler draws the noise of its steps from them.
+
+    Some pipelines, such as those of SD3 and FLUX.2, do not pass their generator to the scheduler.
+    """
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(on_device):
+        torch.manual_seed(seed)
+        yield
