@@ -34,7 +34,7 @@ SCORES = "GenerationEvaluation.scores"
 
 @ranged
 class GenerationEvaluation(pl.Callback):
-    """Scores the generator at regular intervals, at the end and in ``trainer.validate``, next to its teacher.
+    """Scores the generator at regular intervals, at ``max_steps`` and in ``trainer.validate``, next to its teacher.
 
     Scores are logged as ``eval/<score>/<task>``. A ``ModelCheckpoint`` can monitor them; its ``every_n_train_steps``
     must be ``every_n_updates`` or a multiple of it. The image grid goes to TensorBoard and to ``pictures/`` in the
