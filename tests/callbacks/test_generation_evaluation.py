@@ -202,6 +202,42 @@ def test_trainer_validate_evaluates_a_checkpoint_once(tiny_pipeline, tmp_path):
     assert not steps
 
 
+class StopAfter(pl.Callback):
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        trainer.should_stop = pl_module.updates == self.updates
+
+
+def test_a_resumed_run_that_is_stopped_early_does_not_evaluate(tiny_pipeline, tmp_path):
+    """Lightning validates where a run is stopped, and asks for the batches of that."""
+    saved = tiny.SaveAfter(1, tmp_path / "one.ckpt")
+    tiny.train(quick(tiny_pipeline), 1, callbacks=[evaluation(every_n_updates=9), saved], default_root_dir=tmp_path)
+    done = []
+    tests = evaluation(every_n_updates=9)
+    tests.run = lambda trainer, module: done.append(module.updates)
+    resumed = tiny.trainer(6, callbacks=[tests, StopAfter(3)], default_root_dir=tmp_path)
+    data = PromptDataModule("shapes", batch_size=8, group_size=4)
+    resumed.fit(quick(tiny_pipeline), datamodule=data, ckpt_path=tmp_path / "one.ckpt")
+    assert resumed.global_step == 3
+    assert done == []
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_the_teacher_is_scored_again_for_pictures_of_another_size(tiny_pipeline, tmp_path, size):
+    options = {"every_n_updates": 1, "score_teacher": True, "teacher_steps": 2, "keep_pictures": "none"}
+    saved = tiny.SaveAfter(1, tmp_path / "one.ckpt")
+    first = evaluation(**options)
+    tiny.train(quick(tiny_pipeline), 1, callbacks=[first, saved], default_root_dir=tmp_path)
+    module = ReFL(tiny.family(tiny_pipeline), tiny.Brightness(), steps=2, height=size, width=size)
+    again = evaluation(**options)
+    data = PromptDataModule("shapes", batch_size=8, group_size=4)
+    resumed = tiny.trainer(2, callbacks=[again], default_root_dir=tmp_path)
+    resumed.fit(module, datamodule=data, ckpt_path=tmp_path / "one.ckpt")
+    assert (again.teacher == first.teacher) is (size == 32)
+
+
 def test_evaluation_of_a_prompt_file_has_one_score(tiny_pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo squares\n")

@@ -62,8 +62,10 @@ def expected(world, record, compare, spread, center) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("spread", ["group", "batch"])
-@pytest.mark.parametrize("compare", ["state", "prompt", "sample"])
+@pytest.mark.parametrize(
+    ("compare", "spread"),
+    [("state", "group"), ("state", "batch"), ("prompt", "group"), ("prompt", "batch"), ("sample", "batch")],
+)
 def test_gdmd_normalizes_each_reward_on_its_own(compare, spread, center):
     options = {"compare": compare, "spread": spread, "center_strata": center, "score_samples": True}
     world, record = judged(**options)

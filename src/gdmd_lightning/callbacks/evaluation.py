@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from gdmd_lightning.callbacks.kept_pictures import KeptPictures
@@ -87,6 +88,7 @@ class GenerationEvaluation(pl.Callback):
         check_names(scores, SCORES)
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
+        self._latent_shape: tuple[int, ...] | None = None
         self.keep_pictures = keep_pictures
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.columns_of_prompts = {"column": column, "split": split, "tag": tag}
@@ -114,12 +116,13 @@ class GenerationEvaluation(pl.Callback):
         return self._generate_state_key(**scores, **prompts, **teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's scores."""
-        return {"teacher": self.teacher}
+        """The teacher's scores, and the shape of the latents of which they are."""
+        return {"teacher": self.teacher, "latent_shape": self._latent_shape}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do not compute the teacher's scores again."""
-        self.teacher = dict(state_dict["teacher"])
+        self.teacher, shape = dict(state_dict["teacher"]), state_dict.get("latent_shape")
+        self._latent_shape = None if shape is None else tuple(shape)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load what the scores need, so that nothing is missing at the first evaluation, hours later.
@@ -148,15 +151,17 @@ class GenerationEvaluation(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate once in ``trainer.validate``."""
         assert isinstance(pl_module, DistillationModule)
-        if trainer.validating:
+        if trainer.state.fn == TrainerFn.VALIDATING:
             self.run(trainer, pl_module)
 
     def run(self, trainer: pl.Trainer, module: DistillationModule) -> None:
         """Evaluate now."""
-        if self.score_teacher and not self.teacher:
+        # A run may go on with pictures of another size; checkpoints of earlier versions do not have it.
+        if self.score_teacher and (not self.teacher or self._latent_shape not in (None, module.latent_shape)):
             teacher = partial(_of_teacher, module, self.teacher_steps, self.teacher_guidance)
             self._score(trainer, module, "teacher", teacher)
             self.teacher = {name: float(value) for name, value in self._values().items()}
+        self._latent_shape = module.latent_shape
         seconds = self._score(trainer, module, "ema", module.generate)
         values = self._values()
         others = tuple(f"{name}/" for name in self._names_of_others(trainer))
@@ -166,7 +171,7 @@ class GenerationEvaluation(pl.Callback):
         measured: dict[str, Any] = {f"eval/{name}": value for name, value in values.items()}
         measured |= {f"teacher/{name}": value for name, value in self.teacher.items()}
         measured |= {} if math.isnan(seconds) else {"eval/seconds_per_picture": seconds}
-        if trainer.validating:
+        if trainer.state.fn == TrainerFn.VALIDATING:
             module.log_dict(measured, batch_size=1)  # Lightning logs them once, and returns them
         else:
             log_figures(trainer, module, measured)

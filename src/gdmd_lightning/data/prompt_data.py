@@ -179,7 +179,8 @@ class PromptDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[int]]:
         """One batch without a prompt for ``trainer.validate``, in which callbacks evaluate; none while a run trains."""
-        if self.trainer is None or not self.trainer.validating:
+        # Not ``trainer.validating``, which is also true while a run that trains asks for these batches.
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.VALIDATING:
             return []
         nothing: Any = range(self.trainer.world_size)
         return [DataLoader(nothing)]
