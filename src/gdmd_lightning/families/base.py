@@ -352,10 +352,22 @@ class ModelFamily(ABC):
     def encoding_settings(self) -> dict[str, Any]:
         """The settings that affect an embedding.
 
-        By default all arguments of the constructor except the path; each must be an attribute of the same
-        name.
+        By default all arguments of the constructor and of those of its bases except the path; each must be an
+        attribute of the same name. A base's is left out if a subclass does not keep it.
+
+        Raises:
+            UserError: If an argument is no attribute.
         """
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "path"}
+        own = _arguments(type(self))
+        missing = [name for name in own if not hasattr(self, name)]
+        if missing:
+            raise UserError(
+                f"it does not keep its argument {missing[0]!r}",
+                where=type(self).__name__,
+                remedy=f"set self.{missing[0]} in the constructor, or override encoding_settings",
+            )
+        bases = [name for kind in type(self).__mro__ if "__init__" in vars(kind) for name in _arguments(kind)]
+        return {name: getattr(self, name) for name in [*own, *bases] if hasattr(self, name)}
 
     def text_fingerprint(self) -> str:
         """Hash of all that affects an embedding, see :func:`text_fingerprint`; independent of the path."""
@@ -426,3 +438,10 @@ class ModelFamily(ABC):
             if isinstance(component, nn.Module):
                 component.to(device)
         self._empty = None if self._empty is None else self._empty.to(device)
+
+
+def _arguments(kind: type) -> list[str]:
+    """Names of the arguments of a class's constructor, except the path and those that it passes on unseen."""
+    _, *given = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    unseen = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in given if each.kind not in unseen and each.name != "path"]
