@@ -216,6 +216,14 @@ class Guided(SD3Family):
         self.gain = gain
 
 
+class Short(SD3Family):
+    """A family of one's own that has chosen the settings of its base itself."""
+
+    def __init__(self, path: str, gain: float = 1.0):
+        super().__init__(path, max_sequence_length=0)
+        self.gain = gain
+
+
 def test_settings_that_a_family_of_ones_own_passes_on_count_too(pipelines, tmp_path):
     first = {"max_sequence_length": 4}
     families = [
@@ -224,6 +232,7 @@ def test_settings_that_a_family_of_ones_own_passes_on_count_too(pipelines, tmp_p
     one, *others = families
     settings = {"gain": 1.0, "max_sequence_length": 4, "use_t5": True, "dtype": "float32"}
     assert one.encoding_settings() == settings
+    assert Short(str(pipelines["sd3"])).encoding_settings() == {"gain": 1.0}
     del settings["gain"]
     assert SD3Family(str(pipelines["sd3"]), **first).encoding_settings() == settings
     for each in families:

@@ -352,22 +352,21 @@ class ModelFamily(ABC):
     def encoding_settings(self) -> dict[str, Any]:
         """The settings that affect an embedding.
 
-        By default all arguments of the constructor and of those of its bases except the path; each must be an
-        attribute of the same name. A base's is left out if a subclass does not keep it.
+        By default all arguments of the constructor except the path, and those of its bases that it passes on unseen
+        (``**options``); each must be an attribute of the same name.
 
         Raises:
-            UserError: If an argument is no attribute.
+            UserError: If one is not.
         """
-        own = _arguments(type(self))
-        missing = [name for name in own if not hasattr(self, name)]
-        if missing:
-            raise UserError(
-                f"it does not keep its argument {missing[0]!r}",
-                where=type(self).__name__,
-                remedy=f"set self.{missing[0]} in the constructor, or override encoding_settings",
-            )
-        bases = [name for kind in type(self).__mro__ if "__init__" in vars(kind) for name in _arguments(kind)]
-        return {name: getattr(self, name) for name in [*own, *bases] if hasattr(self, name)}
+        names = _arguments(type(self))
+        for name in names:
+            if not hasattr(self, name):
+                raise UserError(
+                    f"it does not keep its argument {name!r}",
+                    where=type(self).__name__,
+                    remedy=f"set self.{name} in the constructor, or override encoding_settings",
+                )
+        return {name: getattr(self, name) for name in names}
 
     def text_fingerprint(self) -> str:
         """Hash of all that affects an embedding, see :func:`text_fingerprint`; independent of the path."""
@@ -441,7 +440,13 @@ class ModelFamily(ABC):
 
 
 def _arguments(kind: type) -> list[str]:
-    """Names of the arguments of a class's constructor, except the path and those that it passes on unseen."""
-    _, *given = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    """Names of a constructor's arguments, and of those of its bases that it passes on unseen, except the path."""
     unseen = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [each.name for each in given if each.kind not in unseen and each.name != "path"]
+    names: dict[str, None] = {}
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            _, *given = inspect.signature(vars(each)["__init__"]).parameters.values()
+            names |= dict.fromkeys(one.name for one in given if one.kind not in unseen)
+            if not any(one.kind in unseen for one in given):
+                break
+    return [name for name in names if name != "path"]
