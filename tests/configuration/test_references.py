@@ -46,6 +46,13 @@ def test_short_values_are_replaced_only_as_they_were_given():
     assert masked == {"a": "${oc.env:PLACE}/teacher", "b": "/data/other"}
 
 
+def test_numbers_are_written_as_values(monkeypatch):
+    monkeypatch.setenv("SCALE", "2.5")
+    text = yaml.safe_dump({"guidance_scale": 2.5, "margin": 2.5, "name": "2.5"})
+    masked = yaml.safe_load(with_references(text, environment_references(["--model.guidance_scale=${oc.env:SCALE}"])))
+    assert masked == {"guidance_scale": 2.5, "margin": 2.5, "name": "${oc.env:SCALE}"}
+
+
 def test_configuration_without_references_is_unchanged():
     assert environment_references(["--model.steps=3", "plain"]) == {}
     assert with_references("# a comment\nb:   1\n", {}) == "# a comment\nb:   1\n"

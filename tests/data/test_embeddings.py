@@ -208,6 +208,42 @@ def test_cache_of_another_maximum_length_is_refused(pipelines, tmp_path):
     assert refused(one, other, tmp_path / "cache")
 
 
+class Guided(SD3Family):
+    """A family of one's own that passes on the settings that it does not know."""
+
+    def __init__(self, path: str, gain: float = 1.0, **sd3):
+        super().__init__(path, **sd3)
+        self.gain = gain
+
+
+class Short(SD3Family):
+    """A family of one's own that has chosen the settings of its base itself."""
+
+    def __init__(self, path: str, gain: float = 1.0):
+        super().__init__(path, max_sequence_length=0)
+        self.gain = gain
+
+
+def test_settings_that_a_family_of_ones_own_passes_on_count_too(pipelines, tmp_path):
+    first = {"max_sequence_length": 4}
+    families = [
+        Guided(str(pipelines["sd3"]), **first | other) for other in ({}, {"max_sequence_length": 5}, {"gain": 2.0})
+    ]
+    one, *others = families
+    settings = {"gain": 1.0, "max_sequence_length": 4, "use_t5": True, "dtype": "float32"}
+    assert one.encoding_settings() == settings
+    assert Short(str(pipelines["sd3"])).encoding_settings() == {"gain": 1.0}
+    del settings["gain"]
+    assert SD3Family(str(pipelines["sd3"]), **first).encoding_settings() == settings
+    for each in families:
+        each.load()
+    for number, other in enumerate(others):
+        assert refused(one, other, tmp_path / f"cache {number}")
+    del one.gain
+    with pytest.raises(UserError, match=r"^Guided: it does not keep its argument 'gain'.*set self\.gain"):
+        one.encoding_settings()
+
+
 def test_cache_is_refused_after_one_changed_weight(pipelines, tmp_path):
     one, other = (loaded("sd3", pipelines["sd3"]) for _ in range(2))
     weight = max(other.loaded.text_encoder_2.parameters(), key=torch.numel)

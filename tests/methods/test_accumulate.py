@@ -124,6 +124,15 @@ def test_accumulation_of_other_batches_is_refused(tmp_path):
         tiny.trainer(1).fit(module_of(accumulate=2), loader)
 
 
+def test_a_loader_without_its_data_module_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    module, loader = module_of(), three_prompts(tmp_path).train_dataloader()
+    monkeypatch.setattr(module, "configure_model", None)
+    with pytest.raises(
+        UserError, match=r"^trainer\.fit: .*a loader of prompts without its data module.*=PromptDataModule"
+    ):
+        tiny.trainer(1).fit(module, loader)
+
+
 def test_a_plan_follows_the_whole_update(monkeypatch):
     from gdmd_lightning.planning import footprint
 

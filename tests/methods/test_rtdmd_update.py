@@ -100,9 +100,11 @@ def test_last_step_is_matched_at_renoised_samples_of_their_own_prompts():
 
 def test_without_rewards_it_is_ac_dmd_of_the_last_step():
     world = rtdmd(grpo_weight=0.0, refl_weight=0.0, matching_weight=1.0)
-    _, own = world.update()
+    done, own = world.update()
     r = Rollout(world)
     assert trained_steps(world) == [3]
+    assert world.module.judge.reward.asked == []
+    assert "reward_sample" not in done.logs
     other = World(ACDMD, matching=matching(), each=4, sampler=CPS(0.9))
     last = torch.full((len(r.x0),), 3)
     latents = NoisyLatents(r.states[3], other.module.sigmas[last].to(r.x0), other.batch.conditioning)

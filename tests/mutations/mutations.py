@@ -653,10 +653,12 @@ MUTATIONS = [
         ("settings of a reward ignored", ', "reward": described(self.reward)}', "}"),
     ),
     *errors(
-        "metrics/settings.py",
-        ("metrics/test_scores.py",),
+        "described.py",
+        ("metrics/test_scores.py", "test_described.py"),
         ("batch size counts as a setting", " - set(WITHOUT_EFFECT)", ""),
-        ("rules on the class ignored", "[vars(kind) for kind in getmro(type(value))] + ", ""),
+        ("rules on the class ignored", "[vars(kind) for kind in inspect.getmro(type(value))] + ", ""),
+        ("private arguments ignored", "if hidden else {}", "if False else {}"),
+        ("what is loaded when asked for is a setting", " - lazy", ""),
     ),
     *errors(
         "callbacks/evaluation.py",

@@ -21,7 +21,7 @@ CHOSEN_BY_RUN = ("trainer.logger", "trainer.default_root_dir", "ckpt_path")
 class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` when training starts, complete or not at all, and gives every logger the settings.
 
-    Settings taken from the environment are written as references. TensorBoard lists the settings of a run in its tab
+    Texts taken from the environment are written as references. TensorBoard lists the settings of a run in its tab
     HPARAMS, next to its last loss and scores.
     """
 

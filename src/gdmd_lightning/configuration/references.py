@@ -1,7 +1,7 @@
-"""Values that a configuration takes from the environment stay references in everything that a run writes.
+"""Texts that a configuration takes from the environment stay references in everything that a run writes.
 
 ``${oc.env:TOKEN}`` is resolved when it is parsed. Saved as parsed, a secret would be in ``config.yaml`` and in every
-checkpoint.
+checkpoint. A number has its value there: it equals other settings that are no references.
 """
 
 from __future__ import annotations

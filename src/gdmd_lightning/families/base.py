@@ -352,10 +352,21 @@ class ModelFamily(ABC):
     def encoding_settings(self) -> dict[str, Any]:
         """The settings that affect an embedding.
 
-        By default all arguments of the constructor except the path; each must be an attribute of the same
-        name.
+        By default all arguments of the constructor except the path, and those of its bases that it passes on unseen
+        (``**options``); each must be an attribute of the same name.
+
+        Raises:
+            UserError: If one is not.
         """
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "path"}
+        names = _arguments(type(self))
+        for name in names:
+            if not hasattr(self, name):
+                raise UserError(
+                    f"it does not keep its argument {name!r}",
+                    where=type(self).__name__,
+                    remedy=f"set self.{name} in the constructor, or override encoding_settings",
+                )
+        return {name: getattr(self, name) for name in names}
 
     def text_fingerprint(self) -> str:
         """Hash of all that affects an embedding, see :func:`text_fingerprint`; independent of the path."""
@@ -426,3 +437,16 @@ class ModelFamily(ABC):
             if isinstance(component, nn.Module):
                 component.to(device)
         self._empty = None if self._empty is None else self._empty.to(device)
+
+
+def _arguments(kind: type) -> list[str]:
+    """Names of a constructor's arguments, and of those of its bases that it passes on unseen, except the path."""
+    unseen = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names: dict[str, None] = {}
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            _, *given = inspect.signature(vars(each)["__init__"]).parameters.values()
+            names |= dict.fromkeys(one.name for one in given if one.kind not in unseen)
+            if not any(one.kind in unseen for one in given):
+                break
+    return [name for name in names if name != "path"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.described import Described
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.pretrained import DTYPES, Precision, check_directory, is_local, load_pretrained
 from gdmd_lightning.families.qwen_vl import chats, encoded, load_processor, patches, picture_features, text_inputs
@@ -24,7 +25,7 @@ Picture = tuple[Tensor, Tensor]
 """Features of a picture and its grid, see :func:`picture_features`."""
 
 
-class Answers(ABC):
+class Answers(Described, ABC):
     """Tells how probable the right answers to questions about pictures are.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdmd_lightning.described import Described
 from gdmd_lightning.families.preprocessing import center_crop, normalized
 from gdmd_lightning.families.pretrained import check_directory, load_any, load_pretrained
 from gdmd_lightning.families.sketch import sketch_model
@@ -22,7 +23,7 @@ GRAY = 0x99 / 255
 """Every pixel outside the object's mask."""
 
 
-class ColorClassifier:
+class ColorClassifier(Described):
     """Names the color of objects.
 
     Args:

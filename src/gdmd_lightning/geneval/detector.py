@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.described import Described
 from gdmd_lightning.geneval.rules import OFFICIAL, Detection, Rules
 from gdmd_lightning.prompts import Prompt
 
 
-class Detector(ABC):
+class Detector(Described, ABC):
     """Finds objects in pictures.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
-from gdmd_lightning.data.prompt_data import PromptDataModule
+from gdmd_lightning.data.prompt_data import PromptDataModule, PromptLoader
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.deepspeed import DeepSpeedEngine, DeepSpeedPlacement, check_stages, trained_networks
 from gdmd_lightning.engines.fsdp import FSDPEngine, FSDPPlacement, check_sharding
@@ -301,6 +301,12 @@ class RoleModule(pl.LightningModule):
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.samples * self.world_size, data.group_size)
                 self.check_prompts(data.first_prompts())
+            elif data is None and isinstance(self.trainer.fit_loop._data_source.instance, PromptLoader):
+                raise UserError(
+                    "it has a loader of prompts without its data module, which places batches and keeps the position",
+                    where="trainer.fit",
+                    remedy="give it datamodule=PromptDataModule(...)",
+                )
 
     def _ask_for_whole_updates(self, data: Any) -> None:
         """Let the data module yield the samples of a whole update at once, so that its position is that of updates."""

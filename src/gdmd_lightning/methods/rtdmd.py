@@ -80,14 +80,16 @@ class RTDMD(AmbientModule):
         """Roll out and judge once; one generator step on all terms; then the fake score's steps."""
         self.judge.check(batch.prompts)
         path = self.rollout(batch, sampler=self.grpo.sampler)
-        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
+        judging = self.grpo_weight > 0 or self.refl_weight > 0
+        judged = self.sample_advantages(self.judge, path.x0, batch, self.history) if judging else None
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
         s, draw = self.ends(state), self.draw_renoise(state)
-        logs = {"sample_std": std(path.x0)} | judged.logs(self.grpo.advantage_clip)
+        logs = {"sample_std": std(path.x0)} | ({} if judged is None else judged.logs(self.grpo.advantage_clip))
         with learn("generator") as backward:
             for k in steps:
+                assert judged is not None, "steps are drawn only with a policy gradient"
                 for rows, share in self.micro_batches(len(batch)):
                     predict, weight = self.predictor("generator", batch.conditioning.select(rows)), share / len(steps)
                     loss, _, clipped = grpo_term(predict, self.grpo, path.select(rows), k, judged.advantages[rows])

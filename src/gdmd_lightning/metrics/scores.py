@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from gdmd_lightning.described import described
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
 from gdmd_lightning.metrics.intervals import NO_TASK, Interval, Value, exact_mean, intervals
-from gdmd_lightning.metrics.settings import described
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.rewards.base import Reward, checked_score
 from gdmd_lightning.rewards.geneval import GenEvalReward

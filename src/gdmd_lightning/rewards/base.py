@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gdmd_lightning.described import Described
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.pictures import NonFinitePictures, not_finite
 from gdmd_lightning.prompts import Prompt
 
 
-class Reward(ABC):
+class Reward(Described, ABC):
     """Scores pictures.
 
     Attributes:

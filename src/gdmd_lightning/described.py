@@ -1,0 +1,131 @@
+"""The settings of a reward, detector or answering model as plain values."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WITHOUT_EFFECT = ("batch_size",)
+"""Settings that do not change a score."""
+
+
+class Described:
+    """Base of what :func:`described` knows by its settings: it remembers the arguments of its constructor.
+
+    They are described before the constructor runs, since what it makes of them may be loaded or changed later.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _recorded(cls.__init__)  # type: ignore[method-assign]
+
+
+def _recorded(build: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(build)
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_arguments" not in vars(self):  # else a subclass has recorded its own
+            object.__setattr__(self, "_arguments", _arguments(build, self, *args, **kwargs))
+        build(self, *args, **kwargs)
+
+    return recorded
+
+
+def _arguments(build: Callable[..., None], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a constructor by name, with their defaults, each described; none if they do not fit it."""
+    signature = inspect.signature(build)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return {}  # the constructor says it better
+    bound.apply_defaults()
+    _, *given = bound.arguments.items()
+    found: dict[str, Any] = {}
+    for name, value in given:
+        found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return {name: described(value) for name, value in found.items()}
+
+
+def described(value: Any) -> Any:
+    """A value as JSON can write it: of an object with settings, its class, public attributes and other arguments.
+
+    Arguments that are no public attribute, or one that is known only by its class, enter as a digest: what is private
+    is written nowhere. Weights are known by their path. What is neither a plain value nor an object with settings is
+    known by its class.
+    """
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, PurePath | torch.dtype):
+        return str(value)
+    if isinstance(value, bytes | complex | range):
+        return repr(value)
+    if isinstance(value, re.Pattern):
+        return [described(value.pattern), value.flags]
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return _of_numbers(value)
+    if isinstance(value, list | tuple):
+        return [described(each) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted((described(each) for each in value), key=_as_text)
+    if isinstance(value, Mapping):
+        return {str(key): described(each) for key, each in value.items()}
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    name = type(value).__qualname__
+    if not (isinstance(value, Described) or is_dataclass(value)):
+        return name
+    # Detectors have their rules on the class.
+    owners = [vars(kind) for kind in inspect.getmro(type(value))] + [getattr(value, "__dict__", {})]
+    public = {key for owner in owners for key, each in owner.items() if key[0] != "_" and not _is_code(each)}
+    lazy = {key for owner in owners for key, each in owner.items() if isinstance(each, functools.cached_property)}
+    attributes = {key: getattr(value, key) for key in sorted(public - lazy - set(WITHOUT_EFFECT))}
+    found = {key: described(each) for key, each in attributes.items()}
+    arguments = getattr(value, "_arguments", {})
+    if is_dataclass(value):
+        arguments = {field.name: described(getattr(value, field.name)) for field in fields(value) if field.init}
+    told = {key for key, each in attributes.items() if found[key] not in (None, type(each).__qualname__)}
+    told |= {key for key, each in arguments.items() if key in found and found[key] == each}
+    hidden = {key: each for key, each in arguments.items() if key not in told and key not in WITHOUT_EFFECT}
+    digest = {"arguments": _digest(_as_text(hidden).encode())} if hidden else {}
+    return {"class": name, **found, **digest}
+
+
+def _of_numbers(value: Any) -> Any:
+    """A tensor or array by its type, shape and content; a tensor without memory by the first two."""
+    if isinstance(value, Tensor):
+        kind, shape = str(value.dtype), list(value.shape)
+        if value.is_meta:
+            return [kind, shape]
+        value = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+        content = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    else:
+        kind, shape = str(value.dtype), list(value.shape)
+        content = repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes()
+    return [kind, shape, _digest(content)]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, FunctionType | property | classmethod | staticmethod)
