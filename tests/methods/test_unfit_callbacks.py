@@ -1,0 +1,54 @@
+"""What the trainer takes but a run leaves without effect is refused before anything is loaded."""
+
+import pytest
+import tiny
+from lightning.pytorch.callbacks import EarlyStopping
+
+from gdmd_lightning.configuration import training
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.refl import ReFL
+
+
+def refused(tiny_pipeline, *callbacks, updates=1, **options):
+    """The message with which a trainer in Python refuses, before the module loads its networks."""
+    module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=2)
+    with pytest.raises(UserError) as found:
+        tiny.train(module, updates, callbacks=list(callbacks), **options)
+    assert not hasattr(module, "roles")
+    return str(found.value)
+
+
+STOPPING = (
+    "EarlyStopping: it looks at its figure when an epoch ends, and the only epoch is the whole run; "
+    "use CollapseWatch with policy: stop, or EvaluationBudget"
+)
+
+
+@pytest.mark.parametrize("looks", [{}, {"check_on_train_epoch_end": False}])
+def test_early_stopping_that_never_looks_is_refused(tiny_pipeline, looks):
+    limit = {"limit_train_batches": 1} if looks else {}
+    assert refused(tiny_pipeline, EarlyStopping("train/seconds", **looks), **limit) == STOPPING
+
+
+def test_early_stopping_with_a_validation_interval_never_looks(tiny_pipeline):
+    found = refused(tiny_pipeline, EarlyStopping("loss"), limit_train_batches=2, val_check_interval=2)
+    assert found == STOPPING
+
+
+def test_the_command_line_refuses_early_stopping(fast_fit):
+    with pytest.raises(UserError, match=r"^EarlyStopping: it looks at its figure when an epoch ends"):
+        training.run([*fast_fit, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=los"])
+
+
+class AfterEveryUpdate(EarlyStopping):
+    """Looks after every update."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self._run_early_stopping_check(trainer)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(EarlyStopping, {"limit_train_batches": 1}), (AfterEveryUpdate, {})])
+def test_early_stopping_that_looks_stops(tiny_pipeline, kind, options):
+    module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=2)
+    stop = kind("train/seconds", min_delta=1e6, patience=1)
+    assert tiny.train(module, 4, callbacks=[stop], **options).global_step == 2
