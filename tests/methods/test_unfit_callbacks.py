@@ -1,8 +1,10 @@
 """What the trainer takes but a run leaves without effect is refused before anything is loaded."""
 
+from datetime import timedelta
+
 import pytest
 import tiny
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from gdmd_lightning.configuration import training
 from gdmd_lightning.errors import UserError
@@ -52,3 +54,18 @@ def test_early_stopping_that_looks_stops(tiny_pipeline, kind, options):
     module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=2)
     stop = kind("train/seconds", min_delta=1e6, patience=1)
     assert tiny.train(module, 4, callbacks=[stop], **options).global_step == 2
+
+
+@pytest.mark.parametrize("monitor", [None, "loss"])
+def test_checkpoints_at_intervals_of_time_are_refused(tiny_pipeline, tmp_path, monitor):
+    keeper = ModelCheckpoint(tmp_path, monitor=monitor, train_time_interval=timedelta(0))
+    assert refused(tiny_pipeline, keeper, enable_checkpointing=True) == (
+        "ModelCheckpoint.train_time_interval: Lightning saves at intervals of time under automatic optimization only, "
+        "so nothing until the run ends; use every_n_train_steps, a number of updates"
+    )
+
+
+def test_the_command_line_refuses_intervals_of_time(fast_fit):
+    keeper = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.train_time_interval=0:10:00"]
+    with pytest.raises(UserError, match=r"^ModelCheckpoint\.train_time_interval: "):
+        training.run([*fast_fit, *keeper])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from gdmd_lightning.errors import UserError
 
@@ -29,6 +29,12 @@ def check_fitting(trainer: pl.Trainer, *, endless: bool) -> None:
                 "it looks at its figure when an epoch ends, and the only epoch is the whole run",
                 where=type(callback).__name__,
                 remedy="use CollapseWatch with policy: stop, or EvaluationBudget",
+            )
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            raise UserError(
+                "Lightning saves at intervals of time under automatic optimization only, so nothing until the run ends",
+                where="ModelCheckpoint.train_time_interval",
+                remedy="use every_n_train_steps, a number of updates",
             )
 
 
