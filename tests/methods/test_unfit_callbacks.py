@@ -69,3 +69,14 @@ def test_the_command_line_refuses_intervals_of_time(fast_fit):
     keeper = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.train_time_interval=0:10:00"]
     with pytest.raises(UserError, match=r"^ModelCheckpoint\.train_time_interval: "):
         training.run([*fast_fit, *keeper])
+
+
+@pytest.mark.parametrize("batches", [2, 1.0])
+def test_overfit_batches_is_refused(tiny_pipeline, batches):
+    said = "trainer.overfit_batches: it has no effect: prompts go on as they come, in every epoch; use a data.source of"
+    assert refused(tiny_pipeline, overfit_batches=batches).startswith(said)
+
+
+def test_the_command_line_refuses_overfit_batches(fast_fit):
+    with pytest.raises(UserError, match=r"^trainer\.overfit_batches: it has no effect"):
+        training.run([*fast_fit, "--trainer.overfit_batches=1"])

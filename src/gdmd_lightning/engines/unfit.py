@@ -20,9 +20,14 @@ def check_fitting(trainer: pl.Trainer, *, endless: bool) -> None:
     Raises:
         UserError: If one could not.
     """
+    if endless and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        raise UserError(
+            "it has no effect: prompts go on as they come, in every epoch",
+            where="trainer.overfit_batches",
+            remedy="use a data.source of only so many prompts",
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        kind = next((each for each in type(callback).__mro__ if each.__module__.startswith("lightning.")), pl.Callback)
-        if type(callback).on_train_batch_end is not kind.on_train_batch_end:
+        if not type(callback).on_train_batch_end.__module__.startswith("lightning."):
             continue
         if endless and isinstance(callback, EarlyStopping) and not _looks(trainer, callback):
             raise UserError(
