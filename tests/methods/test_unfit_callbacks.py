@@ -1,10 +1,25 @@
 """What the trainer takes but a run leaves without effect is refused before anything is loaded."""
 
+import re
 from datetime import timedelta
 
 import pytest
 import tiny
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+import yaml
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 
 from gdmd_lightning.configuration import training
 from gdmd_lightning.errors import UserError
@@ -80,3 +95,32 @@ def test_overfit_batches_is_refused(tiny_pipeline, batches):
 def test_the_command_line_refuses_overfit_batches(fast_fit):
     with pytest.raises(UserError, match=r"^trainer\.overfit_batches: it has no effect"):
         training.run([*fast_fit, "--trainer.overfit_batches=1"])
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (lambda: GradientAccumulationScheduler({0: 2}), r"an update takes .*; use model\.accumulate"),
+        (LearningRateFinder, r"it knows one optimizer, .*; set the learning rate of each role"),
+        (BatchSizeFinder, r"an update keeps its size .*; set data\.batch_size, and model\.micro_batch_size"),
+        (BackboneFinetuning, r".* without a backbone; use model\.lora"),
+        (lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1), r".*; use model\.ema_decay"),
+        (WeightAveraging, r".* checkpoints can be neither resumed nor exported; use model\.ema_decay"),
+        (EMAWeightAveraging, r".*; use model\.ema_decay"),
+        (SpikeDetection, r"it needs a single loss, .*; use CollapseWatch"),
+        (lambda: ModelPruning("l1_unstructured", amount=0.5), r"it prunes layers .*; remove it"),
+        (lambda: Timer("00:00:10:00", interval="epoch"), r"it looks at the time when an epoch ends, .*; use step"),
+    ],
+)
+def test_callbacks_that_cannot_work_are_refused(tiny_pipeline, callback, said):
+    unfit = callback()
+    where = type(unfit).__name__ + (r"\.interval" if isinstance(unfit, Timer) else "")
+    assert re.match(rf"{where}: {said}", found := refused(tiny_pipeline, unfit)), found
+
+
+def test_a_timer_in_a_configuration_ends_the_run(fast_fit, tmp_path):
+    timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:00:00"]
+    assert training.run([*fast_fit, *timer]).trainer.global_step == 0
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    (timer,) = (each for each in settings["trainer"]["callbacks"] if each["class_path"].endswith(".Timer"))
+    assert timer["init_args"]["interval"] == "step"
