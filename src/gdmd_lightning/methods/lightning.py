@@ -364,7 +364,7 @@ class RoleModule(pl.LightningModule):
             optimizer = settings.optimizer(self.roles.parameters_of(role))
             end = -1 if settings.schedule == "constant" else self.trainer.max_steps
             schedule = settings.scheduler(optimizer, end)
-            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
+            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
         return out
 
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any]:
