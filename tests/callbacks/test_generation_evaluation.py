@@ -1,7 +1,6 @@
 """Evaluation at checkpoints: scores by task, images next to the teacher's, and no effect on the training."""
 
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 
 import lightning.pytorch as pl
@@ -291,7 +290,6 @@ def test_monitored_score_keeps_the_best_checkpoint_and_not_the_last(tiny_pipelin
     [
         ({}, "has no every_n_train_steps"),
         ({"every_n_epochs": 1}, "has no every_n_train_steps"),
-        ({"train_time_interval": timedelta(minutes=1)}, "has no every_n_train_steps"),
         ({"every_n_train_steps": 3}, "saves every 3 updates"),
         ({"every_n_train_steps": 1}, "saves every 1 updates"),
     ],

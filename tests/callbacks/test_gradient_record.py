@@ -13,11 +13,14 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
 from gdmd_lightning.callbacks.gradient_record import COLUMNS, GradientRewardRecord, read_record
+from gdmd_lightning.configuration import training
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.advantages import TargetGroup
+from gdmd_lightning.metrics.scores import RewardScore
 
 UPDATES, STATES, TARGETS = 6, 8, 3
 
@@ -177,3 +180,21 @@ def test_recording_does_not_change_the_run(tiny_pipeline, tmp_path):
     tiny.train(watched, 2, callbacks=[GradientRewardRecord(pictures_every=1)], default_root_dir=tmp_path)
     assert (tmp_path / "gradient_rewards" / "part-00000000-0.parquet").is_file()
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
+
+
+def test_a_fast_dev_run_leaves_no_record_and_no_pictures(tiny_pipeline, tmp_path):
+    score = RewardScore(tiny.Brightness())
+    for _ in range(2):
+        tests = GenerationEvaluation([score], count=6, columns=1, teacher_steps=2, every_n_updates=1)
+        callbacks = [GradientRewardRecord(flush_every=1, pictures_every=1), tests]
+        tiny.train(tiny.module(tiny_pipeline), 2, callbacks=callbacks, default_root_dir=tmp_path, fast_dev_run=2)
+        assert set(tests.teacher) == {f"brightness/{task}" for task in score.figures(tests.prompts)}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fast_dev_run_of_the_command_line_leaves_nothing(fast_fit, tmp_path):
+    place = tmp_path / "nothing"
+    for _ in range(2):
+        training.run([*fast_fit, "--trainer.fast_dev_run=2", f"--trainer.default_root_dir={place}"])
+    assert [each for each in place.rglob("*") if each.is_file()] == []
+    assert not (tmp_path / "run").exists()

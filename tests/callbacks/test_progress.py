@@ -4,14 +4,18 @@ import io
 import itertools
 import logging
 import re
+import shlex
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import tiny
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from gdmd_lightning.callbacks import progress
+from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
 from gdmd_lightning.callbacks.progress import Progress, clock
 from gdmd_lightning.configuration.noise import is_noise, quiet
 from gdmd_lightning.configuration.training import use_progress
@@ -89,6 +93,53 @@ def test_next_commands_name_only_what_this_run_has_saved(tiny_pipeline, capsys, 
     lines = resumed(tiny_pipeline, capsys, tmp_path, 3, save_last=save_last, save_top_k=top_k)
     assert sum("last.ckpt" in line for line in lines) == named
     assert any(line.startswith("1 updates in ") and line.endswith(", 3 in all") for line in lines)
+
+
+def commands(tiny_pipeline, capsys, place, *keepers, module=None, **options):
+    """The printed commands of a finished run, by their label, as the arguments that a shell would make of them."""
+    keepers = keepers or (ModelCheckpoint(place, every_n_train_steps=1, save_last=True),)
+    where = {"default_root_dir": place, "enable_checkpointing": True, "enable_progress_bar": True, **options}
+    tiny.train(module or tiny.module(tiny_pipeline, DMD), 2, callbacks=[Progress(), *keepers], **where)
+    lines = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    labels = ("train longer", "sample", "export", "look at the record")
+    return {label: shlex.split(line) for label, _, line in lines if label in labels}
+
+
+def test_commands_quote_their_paths(tiny_pipeline, capsys, tmp_path):
+    place = tmp_path / "it's my run"
+    last = str(place / "last.ckpt")
+    keepers = ModelCheckpoint(place, every_n_train_steps=1, save_last=True), GradientRewardRecord()
+    found = commands(tiny_pipeline, capsys, place, *keepers, module=tiny.module(tiny_pipeline))
+    longer = ["fit", "--config", f"{place}/config.yaml", "--ckpt_path", last, "--trainer.max_steps", "4"]
+    assert found["train longer"][3:] == longer
+    assert found["sample"][3:] == ["sample", last, "PROMPTS", f"{place}/samples"]
+    assert found["export"][3:] == ["export", last, f"{place}/pipeline"]
+    assert found["look at the record"][0] == f"GDMD_RUN={place}"
+
+
+def test_commands_trust_the_users_own_classes_but_no_reward(tiny_pipeline, capsys, tmp_path):
+    module = tiny.module(tiny_pipeline, DMD)
+    family = {"class_path": "own.families.Mine", "init_args": {"path": "x"}}
+    settings = {"family": family, "sampler": {"class_path": "gdmd_lightning.samplers.ODE"}}
+    settings["reward"] = {"class_path": "liking.Mine"}
+    model = {"class_path": "my_methods.Mine", "init_args": settings}
+    module.provenance = replace(module.provenance, configuration=yaml.safe_dump({"model": model}))
+    found = commands(tiny_pipeline, capsys, tmp_path, module=module)
+    for label in ("sample", "export"):
+        assert found[label][-4:] == ["--trust", "my_methods", "--trust", "own.families"]
+    assert "--trust" not in found["train longer"]
+
+
+def test_weights_alone_are_not_trained_longer(tiny_pipeline, capsys, tmp_path):
+    weights = ModelCheckpoint(tmp_path / "weights", every_n_train_steps=1, save_last=True, save_weights_only=True)
+    assert list(commands(tiny_pipeline, capsys, tmp_path, weights)) == ["sample", "export"]
+    whole = ModelCheckpoint(tmp_path / "whole", every_n_train_steps=2, save_last=True)
+    found = commands(tiny_pipeline, capsys, tmp_path, weights, whole)
+    assert str(tmp_path / "whole" / "last.ckpt") in found["train longer"]
+
+
+def test_a_fast_dev_run_names_no_commands(tiny_pipeline, capsys, tmp_path):
+    assert commands(tiny_pipeline, capsys, tmp_path, fast_dev_run=2) == {}
 
 
 def test_lines_are_seconds_apart_but_the_first_and_last_update_are_always_shown(tiny_pipeline, capsys):

@@ -6,7 +6,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import tiny
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from world import THREE as TEXTS
 from world import GaussianFamily, Liking, PlainEngine, World, module_of, three_prompts
 
@@ -425,3 +426,11 @@ def test_reward_of_a_training_is_loaded_before_its_teacher(tmp_path, monkeypatch
     monkeypatch.setattr(GaussianFamily, "load", None)
     with pytest.raises(UserError, match=r"^no weights$"):
         tiny.trainer(1).fit(ReFL(GaussianFamily(), reward=reward), datamodule=three_prompts(tmp_path))
+
+
+def test_lightnings_monitor_of_learning_rates_logs_every_update_of_the_warm_up(tiny_pipeline, tmp_path):
+    warming = Optimization(learning_rate=4e-3, warmup=4)
+    module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=2, generator=warming)
+    monitor = LearningRateMonitor()
+    tiny.train(module, 3, callbacks=[monitor], logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert [round(rate, 6) for rate in monitor.lrs["lr-AdamW"]] == [1e-3, 2e-3, 3e-3]

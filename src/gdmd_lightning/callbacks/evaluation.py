@@ -42,7 +42,8 @@ class GenerationEvaluation(pl.Callback):
     run's directory. Every picture is kept as PNG in ``evaluations/``, in a directory for the teacher and one for each
     evaluation, with a list of prompts, seeds and all scores; an evaluation that was interrupted continues from there
     when the run is resumed. The teacher's scores are computed once, at the first evaluation, kept in checkpoints, and
-    logged with each evaluation as ``teacher/<score>/<task>``, a level line.
+    logged with each evaluation as ``teacher/<score>/<task>``, a level line. A ``fast_dev_run`` evaluates, but writes
+    nothing.
 
     Args:
         scores: What to compute.
@@ -181,7 +182,8 @@ class GenerationEvaluation(pl.Callback):
 
     def _score(self, trainer: pl.Trainer, module: DistillationModule, role: str, generate: Generate) -> float:
         """Fill the scores with a generator's pictures on all ranks; the seconds that one picture took."""
-        kept = None if self.keep_pictures == "none" else self._kept(trainer, module, role)
+        keeps = self.keep_pictures != "none" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        kept = self._kept(trainer, module, role) if keeps else None
         with module.roles.lockstep(role):
             seconds = evaluate(
                 generate,
@@ -254,6 +256,8 @@ class GenerationEvaluation(pl.Callback):
             },
             texts,
         )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         # The first evaluation has the plain names; those of the others would replace its pictures.
         name = self._name(trainer) if self._is_further(trainer) else ""
         with warn_if_not_written(), atomic_file(directory / name / f"{module.updates:06d}.png") as part:

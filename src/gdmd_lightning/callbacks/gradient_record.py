@@ -34,7 +34,8 @@ class GradientRewardRecord(pl.Callback):
 
     Parts are written to ``gradient_rewards/`` in the run's directory as ``part-<first step>-<rank>.parquet``,
     each one complete or absent; pyarrow, pandas and polars read them as one dataset. A resumed run drops rows
-    recorded after its checkpoint, and renames a part that a failing disk has damaged to ``.damaged``.
+    recorded after its checkpoint, and renames a part that a failing disk has damaged to ``.damaged``. A
+    ``fast_dev_run`` writes and drops nothing.
 
     Columns: ``step``, ``rank``, ``state`` and ``target`` (indices in the batch and the group), ``prompt``,
     ``sigma`` (of the student's state), ``t`` (renoise level), ``snapshot`` (0 is the current fake score),
@@ -75,6 +76,8 @@ class GradientRewardRecord(pl.Callback):
 
         assert isinstance(pl_module, DistillationModule)
         self._waiting.clear()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._place = self.directory(trainer)
         earlier = sorted(self._place.glob("part-*-*.parquet"))
         if earlier and trainer.ckpt_path is None:
@@ -105,6 +108,8 @@ class GradientRewardRecord(pl.Callback):
     ) -> None:
         """Keep this update's record, on the device until it is written."""
         assert isinstance(pl_module, DistillationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         judged: JudgedTargets = outputs["record"]
         step = pl_module.updates - 1
         self._waiting.append((step, judged.without_latents()))

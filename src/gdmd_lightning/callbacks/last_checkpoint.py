@@ -10,12 +10,15 @@ class SaveLastUpdate(pl.Callback):
     """Saves ``last.ckpt`` at the end of a run for every ``ModelCheckpoint(save_last=True)``.
 
     ``ModelCheckpoint`` alone saves at its interval, so the updates after that would be lost. Where a ``last.ckpt``
-    exists, it would also save ``last-v1.ckpt`` next to it and leave the first one old.
+    exists, it would also save ``last-v1.ckpt`` next to it and leave the first one old. In a ``fast_dev_run`` nothing is
+    saved.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make every ``ModelCheckpoint`` overwrite its ``last.ckpt``; also one of an earlier run that is resumed."""
         for keeper in _keepers(trainer):
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                keeper.save_last = False  # Lightning suppresses all checkpoints of such a run but this one
             name = keeper.CHECKPOINT_NAME_LAST
             if "{" not in name:  # a name with metrics is different in every update
                 keeper.last_model_path = keeper.format_checkpoint_name({}, name)

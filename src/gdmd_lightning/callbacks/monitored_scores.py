@@ -15,8 +15,8 @@ def check_monitors(trainer: pl.Trainer, scores: Mapping[str, Sequence[str]], eve
 
     Or if it monitors a task that such a score does not have: Lightning would save nothing at all.
 
-    By default it saves at the end of an epoch, which is the end of the run, and at an interval of time it never saves
-    under manual optimization. Between two evaluations it would keep weights under a score that is not theirs.
+    By default it saves at the end of an epoch, which is the end of the run. Between two evaluations it would keep
+    weights under a score that is not theirs.
 
     Args:
         trainer: The trainer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from gdmd_lightning.callbacks.gradient_record import GradientRewardRecord
 from gdmd_lightning.callbacks.run_directory import run_directory
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.methods.base import DistillationModule
+from gdmd_lightning.methods.provenance import named_classes, parsed
 from gdmd_lightning.ranges import Positive, ranged
 
 WIDTH = 79
@@ -170,16 +172,32 @@ def results(trainer: pl.Trainer, module: DistillationModule, directory: Path) ->
     ]
     keepers = [k for k in trainer.checkpoint_callbacks if isinstance(k, ModelCheckpoint) and k.save_last]
     # A resumed run knows the paths of the earlier one, whether it saves there itself or not.
-    last = next((k.last_model_path for k in keepers if k._last_checkpoint_saved), None)
-    if last is None or trainer.interrupted or module.updates < trainer.max_steps:
+    saved = [k for k in keepers if k._last_checkpoint_saved]
+    done = module.updates >= trainer.max_steps and not trainer.interrupted
+    if not saved or not done or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return lines
     command = "python -m gdmd_lightning"
-    longer = 2 * module.updates
+    last = shlex.quote(saved[0].last_model_path)
+    trust = "".join(f" --trust {shlex.quote(name)}" for name in _own_modules(module))
+    whole = next((shlex.quote(k.last_model_path) for k in saved if not k.save_weights_only), None)
+    if whole is not None:
+        config = shlex.quote(f"{directory}/config.yaml")
+        longer = f"fit --config {config} --ckpt_path {whole} --trainer.max_steps {2 * module.updates}"
+        lines.append(f"train longer: {command} {longer}")
     lines += [
-        f"train longer: {command} fit --config {directory}/config.yaml --ckpt_path {last} --trainer.max_steps {longer}",
-        f"sample: {command} sample {last} PROMPTS {directory}/samples",
-        f"export: {command} export {last} {directory}/pipeline",
+        f"sample: {command} sample {last} PROMPTS {shlex.quote(f'{directory}/samples')}{trust}",
+        f"export: {command} export {last} {shlex.quote(f'{directory}/pipeline')}{trust}",
     ]
     if any(isinstance(c, GradientRewardRecord) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        lines.append(f"look at the record: GDMD_RUN={directory} jupyter lab notebooks/gradient_rewards.ipynb")
+        # The notebook runs in its own directory.
+        run = shlex.quote(str(directory.absolute()))
+        lines.append(f"look at the record: GDMD_RUN={run} jupyter lab notebooks/gradient_rewards.ipynb")
     return lines
+
+
+def _own_modules(module: DistillationModule) -> list[str]:
+    """Modules of the user's classes that the checkpoint names; its reward is not needed to sample or export."""
+    model = (parsed(module.provenance.configuration) or {}).get("model") or {}
+    settings = {name: value for name, value in (model.get("init_args") or {}).items() if name != "reward"}
+    named = named_classes({**model, "init_args": settings})
+    return sorted({name.rpartition(".")[0] for name in named if name.partition(".")[0] != "gdmd_lightning"})

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import LightningEnum
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +23,9 @@ from gdmd_lightning.errors import UserError
 ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)")
 SECRET = 8
 """Values of at least this length are also replaced inside longer texts."""
+
+# The default of ``Timer.interval`` is an enumeration's member, which yaml would refuse to write.
+yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, word: dumper.represent_str(word.value))
 
 
 class ReferencingParser(LightningArgumentParser):

@@ -22,6 +22,7 @@ from gdmd_lightning.engines.lightning import LightningEngine
 from gdmd_lightning.engines.non_finite import NonFinite, StepGuard
 from gdmd_lightning.engines.placement import Placement
 from gdmd_lightning.engines.precision import check_precision
+from gdmd_lightning.engines.unfit import check_fitting
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.fingerprint import fingerprint, weights_fingerprint
@@ -284,6 +285,13 @@ class RoleModule(pl.LightningModule):
 
     # Training.
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """No further callbacks. Fail if one of the trainer could have no effect, before it loads anything itself."""
+        if self._fitting:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_fitting(self.trainer, endless=isinstance(data, PromptDataModule))
+        return []
+
     def setup(self, stage: str) -> None:
         """Fail early if the trainer's settings do not fit, or the method cannot learn from the data."""
         if stage == "fit":
@@ -362,7 +370,7 @@ class RoleModule(pl.LightningModule):
             optimizer = settings.optimizer(self.roles.parameters_of(role))
             end = -1 if settings.schedule == "constant" else self.trainer.max_steps
             schedule = settings.scheduler(optimizer, end)
-            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}})
+            out.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
         return out
 
     def training_step(self, batch: PromptBatch, batch_index: int) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from gdmd_lightning.errors import UserError
 
@@ -79,3 +80,16 @@ def parsed(configuration: str) -> Any:
 
 def _malformed(part: str, what: str, remedy: str = "the file is damaged or was changed") -> UserError:
     return UserError(f"{part}: {what}", where="checkpoint", remedy=remedy)
+
+
+def named_classes(settings: Any) -> Iterator[str]:
+    """Every ``class_path`` in a parsed configuration."""
+    if isinstance(settings, list | tuple):
+        for each in settings:
+            yield from named_classes(each)
+    elif isinstance(settings, Namespace | dict):
+        for name, value in (vars(settings) if isinstance(settings, Namespace) else settings).items():
+            if name == "class_path" and isinstance(value, str):
+                yield value
+            else:
+                yield from named_classes(value)

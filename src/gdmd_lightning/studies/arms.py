@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 
 from gdmd_lightning.callbacks.settings import CHOSEN_BY_RUN
 from gdmd_lightning.configuration import training
@@ -24,7 +24,7 @@ from gdmd_lightning.errors import StoppedBySignal, UserError, WriteError
 from gdmd_lightning.files import write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.checkpointing import read_checkpoint
-from gdmd_lightning.methods.provenance import Provenance, read_provenance
+from gdmd_lightning.methods.provenance import Provenance, named_classes, read_provenance
 from gdmd_lightning.methods.resuming import flattened
 from gdmd_lightning.studies.contestants import student
 from gdmd_lightning.studies.recorded import ANOTHER_OUT, record_settings
@@ -123,7 +123,7 @@ class Run:
 
         Besides this package's own classes, it may run those that the arm names: its configurations are the user's.
         """
-        named = sorted(set(_named_classes(training.parse(self.arguments).model)))
+        named = sorted(set(named_classes(training.parse(self.arguments).model)))
         return load_module(str(self.checkpoint), role="ema", trust=named)
 
     @property
@@ -165,19 +165,6 @@ class Run:
         """
         (row,) = read_scorecard(self.scorecard(budget), prompts=task.prompts, count=count).rows
         return row
-
-
-def _named_classes(settings: Any) -> Iterator[str]:
-    """Every ``class_path`` in a parsed configuration."""
-    if isinstance(settings, list | tuple):
-        for each in settings:
-            yield from _named_classes(each)
-    elif isinstance(settings, Namespace | dict):
-        for name, value in (vars(settings) if isinstance(settings, Namespace) else settings).items():
-            if name == "class_path" and isinstance(value, str):
-                yield value
-            else:
-                yield from _named_classes(value)
 
 
 def last_checkpoint(directory: Path) -> Path:
