@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.locations import resolve
 from gdmd_lightning.shapes.settings import PretrainSettings, Stage
 from gdmd_lightning.studies import shapes_teacher as study
 from gdmd_lightning.studies.shapes_teacher import pretrain
@@ -29,6 +30,36 @@ def test_pretrain_makes_a_pipeline_that_diffusers_loads(tmp_path):
     assert (out / "scorer" / "tokenizer.json").is_file()
     pipe = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None)
     assert len(pipe.transformer.transformer_blocks) == 1
+
+
+def test_pretrain_saves_the_tokenizer_it_trains_with(tmp_path, monkeypatch):
+    """It is the shipped one, or, for text encoders that are trained on, theirs."""
+    from transformers import CLIPTokenizer
+
+    seen = []
+    train = study._train
+
+    def spied(module, batches, stage, settings, name, *callbacks):
+        if name == "teacher":
+            seen.extend(batches.dataset[0][1].tolist())
+        train(module, batches, stage, settings, name, *callbacks)
+
+    monkeypatch.setattr(study, "_train", spied)
+    first = pretrain(settings(tmp_path / "first"))
+    shipped = CLIPTokenizer.from_pretrained(resolve("package:assets/shapes/tokenizer")).get_vocab()
+    assert CLIPTokenizer.from_pretrained(first / "tokenizer").get_vocab() == shipped
+    # As an earlier version left it: the ids of two words are swapped.
+    swapped = json.loads((first / "tokenizer" / "tokenizer.json").read_text())
+    vocab = swapped["model"]["vocab"]
+    vocab["a</w>"], vocab["circle</w>"] = vocab["circle</w>"], vocab["a</w>"]
+    (first / "tokenizer" / "tokenizer.json").write_text(json.dumps(swapped))
+    seen.clear()
+    second = pretrain(settings(tmp_path / "second", start_from=first))
+    tokenizer = CLIPTokenizer.from_pretrained(second / "tokenizer")
+    assert tokenizer.get_vocab() == vocab
+    caption = study.make_pictures(24, 2).captions[0]
+    assert seen == tokenizer(caption, padding="max_length").input_ids
+    assert CLIPTokenizer.from_pretrained(second / "scorer").get_vocab() == vocab
 
 
 def test_pretrain_leaves_no_part_when_saving_is_interrupted(tmp_path, monkeypatch):
