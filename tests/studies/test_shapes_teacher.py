@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import resolve
@@ -15,6 +16,7 @@ from gdmd_lightning.studies.shapes_teacher import pretrain
 
 SHORT = Stage(steps=2, batch_size=4)
 PARTS = {"vae", "scorer", "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+STATES = ("state_dict", "current_model_state")  # of a checkpoint with averages: averaged and raw weights
 
 
 def settings(out, **changes):
@@ -85,6 +87,28 @@ def test_pretrain_completes_a_pipeline_whose_last_save_was_interrupted(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "settings.json", "vae", "scorer"}
     out = pretrain(settings(tmp_path))
     assert {path.name for path in out.iterdir() if path.is_dir()} == PARTS | {"checkpoints"}
+
+
+def test_pretrain_saves_the_averaged_weights_also_if_its_last_save_failed_once(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    def every_step(directory, **options):
+        return ModelCheckpoint(directory, **{**options, "every_n_train_steps": 1})
+
+    monkeypatch.setattr(study, "ModelCheckpoint", every_step)
+    with monkeypatch.context() as patched:
+        patched.setattr(study.parts.CLIPTextModelWithProjection, "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(settings(tmp_path))
+    saved = load_file(pretrain(settings(tmp_path)) / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = torch.load(tmp_path / "checkpoints" / "teacher" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == SHORT.steps
+    averaged, raw = ({name: last[key][f"transformer.{name}"].half() for name in saved} for key in STATES)
+    assert all(torch.equal(saved[name], averaged[name]) for name in saved)
+    assert not all(torch.equal(saved[name], raw[name]) for name in saved)
 
 
 @pytest.fixture

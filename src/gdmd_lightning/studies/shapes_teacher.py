@@ -120,8 +120,15 @@ def _train_teacher(settings: PretrainSettings, tokenizer: CLIPTokenizer) -> None
     )
     captions, wrong = _tokens(tokenizer, pictures.captions), _tokens(tokenizer, pictures.wrong)
     batches = loader(latents, captions, wrong, batch_size=stage.batch_size)
-    _train(module, batches, stage, settings, "teacher", EMAWeightAveraging(decay=settings.ema_decay))
+    _train(module, batches, stage, settings, "teacher", _AveragesAtEnd(decay=settings.ema_decay))
     _save_pipeline(settings.out, vae, tokenizer, transformer, encoders)
+
+
+class _AveragesAtEnd(EMAWeightAveraging):
+    """Leaves the averaged weights also after a fit that has no step left, which skips the end of training."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 def _save_pipeline(out: Path, vae: Any, tokenizer: CLIPTokenizer, transformer: Any, encoders: Any) -> None:
