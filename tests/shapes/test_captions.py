@@ -161,3 +161,15 @@ def test_tokenizer_has_one_token_per_word() -> None:
     lengths = [len(ids) for ids in tokenizer(all_texts).input_ids]
     assert lengths == [len(text.split()) + 2 for text in all_texts]
     assert max(lengths) == 11 < MAX_TOKENS
+
+
+def test_tokenizer_has_the_ids_of_the_shipped_one() -> None:
+    from transformers import CLIPTokenizer
+
+    from gdmd_lightning.locations import resolve
+    from gdmd_lightning.shapes.pipeline import build_tokenizer
+
+    tokenizer, shipped = build_tokenizer(), CLIPTokenizer.from_pretrained(resolve("package:assets/shapes/tokenizer"))
+    assert tokenizer.get_vocab() == shipped.get_vocab()
+    assert tokenizer(["a red circle", "Zebras, too"]).input_ids == shipped(["a red circle", "Zebras, too"]).input_ids
+    assert len(tokenizer("a " * 20, truncation=True).input_ids) == 12

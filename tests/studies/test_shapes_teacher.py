@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.locations import resolve
 from gdmd_lightning.shapes.settings import PretrainSettings, Stage
 from gdmd_lightning.studies import shapes_teacher as study
 from gdmd_lightning.studies.shapes_teacher import pretrain
 
 SHORT = Stage(steps=2, batch_size=4)
 PARTS = {"vae", "scorer", "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+STATES = ("state_dict", "current_model_state")  # of a checkpoint with averages: averaged and raw weights
 
 
 def settings(out, **changes):
@@ -29,6 +32,36 @@ def test_pretrain_makes_a_pipeline_that_diffusers_loads(tmp_path):
     assert (out / "scorer" / "tokenizer.json").is_file()
     pipe = StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None)
     assert len(pipe.transformer.transformer_blocks) == 1
+
+
+def test_pretrain_saves_the_tokenizer_it_trains_with(tmp_path, monkeypatch):
+    """It is the shipped one, or, for text encoders that are trained on, theirs."""
+    from transformers import CLIPTokenizer
+
+    seen = []
+    train = study._train
+
+    def spied(module, batches, stage, settings, name, *callbacks):
+        if name == "teacher":
+            seen.extend(batches.dataset[0][1].tolist())
+        train(module, batches, stage, settings, name, *callbacks)
+
+    monkeypatch.setattr(study, "_train", spied)
+    first = pretrain(settings(tmp_path / "first"))
+    shipped = CLIPTokenizer.from_pretrained(resolve("package:assets/shapes/tokenizer")).get_vocab()
+    assert CLIPTokenizer.from_pretrained(first / "tokenizer").get_vocab() == shipped
+    # As an earlier version left it: the ids of two words are swapped.
+    swapped = json.loads((first / "tokenizer" / "tokenizer.json").read_text())
+    vocab = swapped["model"]["vocab"]
+    vocab["a</w>"], vocab["circle</w>"] = vocab["circle</w>"], vocab["a</w>"]
+    (first / "tokenizer" / "tokenizer.json").write_text(json.dumps(swapped))
+    seen.clear()
+    second = pretrain(settings(tmp_path / "second", start_from=first))
+    tokenizer = CLIPTokenizer.from_pretrained(second / "tokenizer")
+    assert tokenizer.get_vocab() == vocab
+    caption = study.make_pictures(24, 2).captions[0]
+    assert seen == tokenizer(caption, padding="max_length").input_ids
+    assert CLIPTokenizer.from_pretrained(second / "scorer").get_vocab() == vocab
 
 
 def test_pretrain_leaves_no_part_when_saving_is_interrupted(tmp_path, monkeypatch):
@@ -54,6 +87,28 @@ def test_pretrain_completes_a_pipeline_whose_last_save_was_interrupted(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "settings.json", "vae", "scorer"}
     out = pretrain(settings(tmp_path))
     assert {path.name for path in out.iterdir() if path.is_dir()} == PARTS | {"checkpoints"}
+
+
+def test_pretrain_saves_the_averaged_weights_also_if_its_last_save_failed_once(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    def every_step(directory, **options):
+        return ModelCheckpoint(directory, **{**options, "every_n_train_steps": 1})
+
+    monkeypatch.setattr(study, "ModelCheckpoint", every_step)
+    with monkeypatch.context() as patched:
+        patched.setattr(study.parts.CLIPTextModelWithProjection, "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(settings(tmp_path))
+    saved = load_file(pretrain(settings(tmp_path)) / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = torch.load(tmp_path / "checkpoints" / "teacher" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == SHORT.steps
+    averaged, raw = ({name: last[key][f"transformer.{name}"].half() for name in saved} for key in STATES)
+    assert all(torch.equal(saved[name], averaged[name]) for name in saved)
+    assert not all(torch.equal(saved[name], raw[name]) for name in saved)
 
 
 @pytest.fixture

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import string
+from pathlib import Path
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -15,7 +14,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from gdmd_lightning.shapes.captions import WORDS
+from gdmd_lightning.locations import resolve
 from gdmd_lightning.shapes.scenes import SIZE
 
 MAX_TOKENS = 12  # the longest caption has 9 words, plus the start and end tokens
@@ -25,20 +24,11 @@ SHIFT = 1.0  # less than SD3's 3, because small pictures lose their layout at lo
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the world is one token; other words are split into letters."""
-    begin, end = "<|startoftext|>", "<|endoftext|>"
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=[begin, end],
-        end_of_word_suffix="</w>",
-        initial_alphabet=list(string.ascii_lowercase),
-        show_progress=False,
-    )
-    trained.train_from_iterator([*WORDS, *string.ascii_lowercase], trainer)
-    model = json.loads(trained.to_str())["model"]
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    """The shipped CLIP tokenizer: every word of the world is one token; other words are split into letters."""
+    # Not trained anew: training numbers tokens of equal counts in another order each time.
+    file = resolve("package:assets/shapes/tokenizer/tokenizer.json")
+    model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 

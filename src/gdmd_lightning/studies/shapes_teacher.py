@@ -61,10 +61,9 @@ def _made_with(settings: PretrainSettings) -> dict[str, Any]:
 
 
 def _train_missing(settings: PretrainSettings) -> None:
-    tokenizer = parts.build_tokenizer()
-
-    def tokens(texts: list[str]) -> Tensor:
-        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    earlier = settings.start_from
+    # Text encoders that are trained on know the ids of their own tokenizer.
+    tokenizer = parts.build_tokenizer() if earlier is None else CLIPTokenizer.from_pretrained(earlier / "tokenizer")
 
     if not (settings.out / "vae").is_dir():
         vae = parts.build_autoencoder()
@@ -80,16 +79,20 @@ def _train_missing(settings: PretrainSettings) -> None:
         pictures = make_pictures(settings.pictures, settings.seed + 1)
         stage = settings.scorer
         training = ScorerTraining(scorer, stage.learning_rate)
-        batches = loader(pictures.images, tokens(pictures.captions), batch_size=stage.batch_size)
+        batches = loader(pictures.images, _tokens(tokenizer, pictures.captions), batch_size=stage.batch_size)
         _train(training, batches, stage, settings, "scorer")
         _save(scorer, settings.out / "scorer", tokenizer)
     if not (settings.out / "transformer").is_dir():
-        _train_teacher(settings, tokens)
+        _train_teacher(settings, tokenizer)
 
 
-def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
+def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Ids of texts, ``[texts, MAX_TOKENS]``."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def _train_teacher(settings: PretrainSettings, tokenizer: CLIPTokenizer) -> None:
     vae = AutoencoderKL.from_pretrained(settings.out / "vae")
-    tokenizer = parts.build_tokenizer()
     pictures = make_pictures(settings.pictures, settings.seed + 2)
     latents = (_encode(vae, pictures.images) - vae.config.shift_factor) * vae.config.scaling_factor
     if settings.start_from is None:
@@ -102,7 +105,7 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
             for name in ("text_encoder", "text_encoder_2")
         )
         transformer = SD3Transformer2DModel.from_pretrained(earlier / "transformer", dtype=torch.float32)
-    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
+    empty = _tokens(tokenizer, [""])[0]
     stage = settings.teacher
     distribution = LogitNormal(shift=parts.SHIFT, low=1e-3, high=1.0)
     module = TeacherTraining(
@@ -115,10 +118,17 @@ def _train_teacher(settings: PretrainSettings, tokens: Any) -> None:
         noise_from=settings.noise_from,
         seed=settings.seed,
     )
-    captions, wrong = tokens(pictures.captions), tokens(pictures.wrong)
+    captions, wrong = _tokens(tokenizer, pictures.captions), _tokens(tokenizer, pictures.wrong)
     batches = loader(latents, captions, wrong, batch_size=stage.batch_size)
-    _train(module, batches, stage, settings, "teacher", EMAWeightAveraging(decay=settings.ema_decay))
+    _train(module, batches, stage, settings, "teacher", _AveragesAtEnd(decay=settings.ema_decay))
     _save_pipeline(settings.out, vae, tokenizer, transformer, encoders)
+
+
+class _AveragesAtEnd(EMAWeightAveraging):
+    """Leaves the averaged weights also after a fit that has no step left, which skips the end of training."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 def _save_pipeline(out: Path, vae: Any, tokenizer: CLIPTokenizer, transformer: Any, encoders: Any) -> None:
