@@ -9,6 +9,7 @@ import pyarrow.dataset as ds
 import pytest
 from conftest import PICTURES
 
+from gdmd_lightning.callbacks.logged_figures import read_figures
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration import training
 from gdmd_lightning.methods.checkpointing import read_checkpoint
@@ -89,3 +90,18 @@ def test_last_checkpoint_is_the_last_with_several_callbacks(fast_fit, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"last.ckpt", "step=3.ckpt", "epoch=0-step=3.ckpt"}
     assert read_checkpoint(str(checkpoints / "last.ckpt"), in_memory=False)["global_step"] == 3
+
+
+@pytest.fixture
+def kept(fast_fit, tmp_path) -> list[str]:
+    """The cheap configuration with a checkpoint of every update."""
+    keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1, save_top_k: -1, filename: '{step}'}}"
+    (tmp_path / "kept.yaml").write_text(f"trainer: {{log_every_n_steps: 1, callbacks: [{keeper}]}}\n")
+    return [*fast_fit, "--config", str(tmp_path / "kept.yaml")]
+
+
+def test_tensorboard_hides_what_came_after_the_checkpoint_that_is_resumed(kept, tmp_path):
+    training.run([*kept, "--trainer.max_steps=3"])
+    one = tmp_path / "run" / "checkpoints" / "step=1.ckpt"
+    training.run([*kept, "--trainer.max_steps=2", f"--ckpt_path={one}"])
+    assert [update for update, _ in read_figures(tmp_path / "run", "loss")["loss"]] == [1, 2]

@@ -177,7 +177,8 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
         if updates is None:
             continue
         if isinstance(logger, TensorBoardLogger):
-            logger._kwargs.setdefault("purge_step", updates + 1)
+            if logger._kwargs.get("purge_step") is None:  # the command line gives a class all of its arguments
+                logger._kwargs["purge_step"] = updates + 1
         else:
             logger._experiment = _ContinuedMetrics(logger.log_dir, updates)
     for keeper in trainer.checkpoint_callbacks:
