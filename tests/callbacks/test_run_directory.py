@@ -69,6 +69,22 @@ def test_every_run_gets_a_directory_of_its_own_for_everything(tmp_path, kind):
         run.release()
 
 
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("version", [None, "first"])
+@pytest.mark.parametrize("place", ["~/runs", "$HOME/runs"])
+def test_a_place_in_the_home_directory_is_one(tmp_path, monkeypatch, kind, version, place):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in (0, 1):
+        logger = kind(place, "project", version and version + str(number))
+        run = choose(trainer(tmp_path, logger))
+        assert run.path == tmp_path / "runs" / "project" / (f"first{number}" if version else f"version_{number}")
+        assert Path(logger.log_dir) == run.path
+        logger.log_metrics({"loss": 1.0}, step=1)
+        logger.save()
+        assert any(path.name.startswith(("metrics.csv", "events")) for path in run.path.iterdir())
+        run.release()
+
+
 def test_two_runs_at_once_get_two_directories(tmp_path):
     paths = [choose(trainer(tmp_path)).path for _ in range(2)]
     assert [path.name for path in paths] == ["version_0", "version_1"]

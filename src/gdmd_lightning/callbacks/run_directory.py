@@ -103,7 +103,7 @@ def run_root(trainer: pl.Trainer) -> Path:
     """
     logger = versioned(trainer.loggers)
     if logger is not None:
-        return Path(os.path.expandvars(os.path.expanduser(logger.root_dir)))
+        return _expanded(logger.root_dir)
     first = trainer.loggers[0] if trainer.loggers else None
     save_dir = str((first and first.save_dir) or trainer.default_root_dir)
     if not _is_local(save_dir):
@@ -112,7 +112,12 @@ def run_root(trainer: pl.Trainer) -> Path:
         raise UserError(
             f"{save_dir!r} is not a local directory", where="trainer.default_root_dir", remedy="give a local one"
         )
-    return Path(save_dir) / str((first and first.name) or UNNAMED)
+    return _expanded(save_dir) / str((first and first.name) or UNNAMED)
+
+
+def _expanded(place: str) -> Path:
+    """A path with ``~`` and variables of the environment replaced; of Lightning's loggers only TensorBoard's does."""
+    return Path(os.path.expandvars(os.path.expanduser(place)))
 
 
 def versioned(loggers: list[Logger]) -> TensorBoardLogger | CSVLogger | None:
@@ -169,7 +174,9 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
         tolerate_failed_writes(logger)
         if not isinstance(logger, TensorBoardLogger | CSVLogger) or not _is_local(logger.root_dir):
             continue
-        if logger._version is None and Path(os.path.expandvars(logger.root_dir)).resolve() == root.resolve():
+        if isinstance(logger, CSVLogger):
+            logger._save_dir = str(_expanded(logger.save_dir))
+        if logger._version is None and _expanded(logger.root_dir).resolve() == root.resolve():
             # Loggers decide their place when they are constructed, which is before the checkpoint is known.
             logger._root_dir, logger._name, logger._version = str(path.parent), "", path.name
             if isinstance(logger, CSVLogger):
