@@ -152,7 +152,13 @@ def test_resumed_csv_log_keeps_the_rows_up_to_the_checkpoint(tmp_path):
     csv = last.parents[1] / "metrics.csv"
     csv.write_text("loss,step\n0.5,1\n0.4,2\n0.3,3\n")
     logger = CSVLogger(tmp_path, "x")
-    choose(trainer(tmp_path, logger), last, updates=2)
+    before = csv.read_text()
+    made = trainer(tmp_path, logger)
+    run = choose(made, last, updates=2)
+    logger.save()
+    assert csv.read_text() == before, "the checkpoint may still be refused"
+    assert not (csv.parent / "hparams.yaml").exists()
+    run.on_train_start(made, None)
     logger.log_metrics({"loss": 0.25, "other": 1.0}, step=3)
     logger.save()
     assert [row.split(",") for row in csv.read_text().split()] == [

@@ -2304,7 +2304,7 @@ MUTATIONS = [
             "elif own is not None and (placed and",
         ),
         ("results of another run touched", "if resumed is None and any(", "if False and any("),
-        ("rows after the checkpoint kept", '"step") or 0) <= updates', '"step") or 0) >= 0'),
+        ("rows after the checkpoint kept", '"step") or 0) <= self._updates', '"step") or 0) >= 0'),
         ("checkpoint directory of the user ignored", " and keeper.dirpath is None:", ":"),
     ),
     *errors(

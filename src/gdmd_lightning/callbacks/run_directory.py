@@ -89,6 +89,12 @@ class RunDirectory(pl.Callback):
         decided = trainer.strategy.broadcast(None if self.path is None else str(self.path))
         self.path = None if decided is None else Path(decided)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop the rows that a resumed run logged after its checkpoint, which has been accepted by now."""
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger) and isinstance(logger._experiment, _ContinuedMetrics):
+                logger._experiment.begin()
+
     def release(self) -> None:
         """Give the directory back; one that is still empty is removed."""
         if self._lock is not None:
@@ -194,10 +200,23 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
 
 
 class _ContinuedMetrics(ExperimentWriter):
-    """Continues the ``metrics.csv`` of a resumed run; Lightning's own class deletes it."""
+    """Continues the files of a resumed run, and leaves them as they are until :meth:`begin`; Lightning's deletes them.
+
+    Args:
+        log_dir: The logger's directory.
+        updates: Updates of the checkpoint that is resumed.
+    """
 
     def __init__(self, log_dir: str, updates: int) -> None:
         super().__init__(log_dir)
+        self._updates = updates
+        self._begun = False
+
+    def begin(self) -> None:
+        """Drop all rows after the checkpoint, the first time; a refused checkpoint must not cost a run its rows."""
+        if self._begun:
+            return
+        self._begun = True
         file = Path(self.metrics_file_path)
         if not file.is_file():
             return
@@ -206,13 +225,18 @@ class _ContinuedMetrics(ExperimentWriter):
 
         with file.open(newline="", encoding="utf-8") as text:
             reader = csv.DictReader(text)
-            rows = [row for row in reader if float(row.get("step") or 0) <= updates]
+            rows = [row for row in reader if float(row.get("step") or 0) <= self._updates]
             self.metrics_keys = list(reader.fieldnames or [])
         kept = io.StringIO(newline="")
         writer = csv.DictWriter(kept, self.metrics_keys)
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(file, kept.getvalue())
+
+    def save(self) -> None:
+        """Write what was logged, and no empty ``hparams.yaml`` before training starts."""
+        if self._begun:
+            super().save()
 
     def _check_log_dir_exists(self) -> None:
         """Delete nothing."""

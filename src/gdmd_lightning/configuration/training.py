@@ -123,8 +123,9 @@ class DistillationCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not has_bar:
             use_progress(trainer)
-        # The run's directory must be known before any other callback writes to it.
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunDirectory))  # type: ignore[attr-defined]
+        # The run's directory must be known, and say what the run is, before any other callback writes to it.
+        first = (RunDirectory, SaveConfig)
+        trainer.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
