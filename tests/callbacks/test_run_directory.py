@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory
+from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory, starts_over
 from gdmd_lightning.configuration.resuming import place_given, resolve_checkpoint
 from gdmd_lightning.errors import UserError
 
@@ -116,6 +116,41 @@ def test_results_of_another_run_are_refused_without_its_checkpoint(tmp_path, lef
         choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_run_that_was_killed_before_its_first_checkpoint_starts_over(tmp_path, kind):
+    run = tmp_path / "x" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("settings")
+    (run / "metrics.csv").write_text("loss,step\n0.5,0\n0.4,1\n")
+    made = trainer(tmp_path, kind(tmp_path, "x", "first"))
+    chosen = next(c for c in made.callbacks if isinstance(c, RunDirectory))
+    for other in (None, "other settings"):
+        with pytest.raises(UserError, match="it has results of another run"):
+            chosen.choose(made, None, 0, placed=True, configuration=other)
+    chosen.choose(made, None, 0, placed=True, configuration="settings")
+    assert chosen.starts_over
+    assert starts_over(made)
+    chosen.on_train_start(made, None)
+    if kind is TensorBoardLogger:
+        assert made.logger._kwargs["purge_step"] == 0
+    else:
+        assert (run / "metrics.csv").read_text().split() == ["loss,step"]
+
+
+@pytest.mark.parametrize("place", ["run/checkpoints", "mine"])
+def test_run_with_any_checkpoint_does_not_start_over(tmp_path, place):
+    run = tmp_path / "run"
+    (tmp_path / place).mkdir(parents=True)
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text("settings")
+    (run / "metrics.csv").write_text("loss,step\n0.5,1\n")
+    (tmp_path / place / "step=1.ckpt").write_text("")
+    keeper = ModelCheckpoint(tmp_path / "mine" if place == "mine" else None)
+    made = trainer(tmp_path, CSVLogger(tmp_path, "", "run"), keeper)
+    with pytest.raises(UserError, match="it has results of another run"):
+        made.callbacks[0].choose(made, None, 0, placed=True, configuration="settings")
 
 
 def test_a_run_that_wrote_nothing_leaves_no_directory(tmp_path):

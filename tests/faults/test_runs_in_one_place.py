@@ -91,6 +91,18 @@ def test_refused_resume_changes_nothing(kept, tmp_path):
     assert "max_steps: 3" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_last_or_new_starts_a_run_over_that_has_no_checkpoint_yet(fast_fit, tmp_path):
+    arguments = [*fast_fit, *PICTURES, "--ckpt_path=last_or_new", "--trainer.max_steps=2"]
+    training.run(arguments)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed earlier
+    training.run(arguments)
+    assert read_checkpoint(str(run / "checkpoints" / "last.ckpt"), in_memory=False)["global_step"] == 2
+    assert [update for update, _ in read_figures(run, "loss")["loss"]] == [1, 2]
+    steps = ds.dataset(sorted(map(str, run.glob("gradient_rewards/part-*.parquet")))).to_table()["step"].to_pylist()
+    assert {step: steps.count(step) for step in steps} == dict.fromkeys(range(2), 8 * 2)
+
+
 def test_last_without_a_run_is_an_error(fast_fit, place, complaint):
     assert complaint("fit", *placeless(fast_fit), "--ckpt_path=last").startswith("ckpt_path last: no run in ")
     assert not place.exists()

@@ -16,6 +16,7 @@ from gdmd_lightning.directories import DirectoryLock
 from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.files import write_atomically
 
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 RESULTS = (f"{CHECKPOINTS}/*.ckpt", "gradient_rewards/*", "pictures/*", "evaluations/*", "metrics.csv")
 UNNAMED = "lightning_logs"
@@ -33,6 +34,12 @@ def run_directory(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def starts_over(trainer: pl.Trainer) -> bool:
+    """Whether this run begins anew in its directory, where it was killed before its first checkpoint."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, RunDirectory) and callback.starts_over for callback in callbacks)
+
+
 class RunDirectory(pl.Callback):
     """Decides the directory of a run before anything is written, and reserves it until the run ends.
 
@@ -44,13 +51,23 @@ class RunDirectory(pl.Callback):
 
     Attributes:
         path: The directory; None before the decision.
+        starts_over: Whether the same run began in it before, and has no checkpoint.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.starts_over = False
         self._lock: DirectoryLock | None = None
 
-    def choose(self, trainer: pl.Trainer, resumed: Path | None, updates: int, *, placed: bool) -> None:
+    def choose(
+        self,
+        trainer: pl.Trainer,
+        resumed: Path | None,
+        updates: int,
+        *,
+        placed: bool,
+        configuration: str | None = None,
+    ) -> None:
         """Decide, reserve the directory, and direct loggers and checkpoints to it; call before ``trainer.fit``.
 
         Args:
@@ -58,6 +75,8 @@ class RunDirectory(pl.Callback):
             resumed: The checkpoint that the run continues, or None.
             updates: Updates of that checkpoint.
             placed: Whether the user asked for a place, so that a checkpoint elsewhere does not decide.
+            configuration: The content of ``config.yaml``; a run that began with exactly this one, and was killed before
+                its first checkpoint, is started over. None to refuse that, too.
 
         Raises:
             UserError: If the directory is in use, or has results of another run.
@@ -74,7 +93,9 @@ class RunDirectory(pl.Callback):
         else:
             path = _new_version(root)
         self._lock = DirectoryLock(path)
-        if resumed is None and any(True for pattern in RESULTS for _ in path.glob(pattern)):
+        began = resumed is None and configuration is not None and _began(path, configuration)
+        self.starts_over = began and not _has_checkpoint(trainer, path)
+        if resumed is None and not self.starts_over and any(True for pattern in RESULTS for _ in path.glob(pattern)):
             self.release()
             last = path / CHECKPOINTS / "last.ckpt"
             there = (
@@ -82,11 +103,14 @@ class RunDirectory(pl.Callback):
             )
             raise UserError("it has results of another run", where=str(path), remedy=f"{there}, or use another version")
         self.path = path
-        _direct(trainer, path, root, None if resumed is None else updates)
+        if self.starts_over:
+            updates = -1  # something may have been logged at 0, before the first update
+        _direct(trainer, path, root, updates if self.starts_over or resumed is not None else None)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tell all ranks what rank 0 decided."""
-        decided = trainer.strategy.broadcast(None if self.path is None else str(self.path))
+        mine = (None if self.path is None else str(self.path), self.starts_over)
+        decided, self.starts_over = trainer.strategy.broadcast(mine)
         self.path = None if decided is None else Path(decided)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,6 +172,18 @@ def _run_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
 
 
+def _began(path: Path, configuration: str) -> bool:
+    """Whether a run of this very configuration began in a directory."""
+    file = path / CONFIG
+    return file.is_file() and file.read_text(encoding="utf-8") == configuration
+
+
+def _has_checkpoint(trainer: pl.Trainer, path: Path) -> bool:
+    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
+    places = [path / CHECKPOINTS, *(Path(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None)]
+    return any(True for place in places for _ in place.glob("*.ckpt"))
+
+
 def _new_version(root: Path) -> Path:
     """Create ``version_N`` with the next number, which no other process gets."""
     try:
@@ -174,7 +210,7 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
         trainer: The trainer.
         path: The run's directory.
         root: Where the trainer's runs are.
-        updates: Updates of the checkpoint that is resumed, or None; what was logged later is dropped.
+        updates: Updates of the checkpoint that is resumed; what was logged later is dropped. None in a new directory.
     """
     for logger in trainer.loggers:
         tolerate_failed_writes(logger)

@@ -180,7 +180,13 @@ class DistillationCLI(LightningCLI):
             if resumed is not None:
                 updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
             self.config_init.fit.ckpt_path = None if resumed is None else str(resumed)
-        _of_type(self.trainer, RunDirectory).choose(self.trainer, resumed, updates, placed=place_given(self._arguments))
+        _of_type(self.trainer, RunDirectory).choose(
+            self.trainer,
+            resumed,
+            updates,
+            placed=place_given(self._arguments),
+            configuration=_of_type(self.trainer, SaveConfig).text() if given == "last_or_new" else None,
+        )
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train; report a failed write, code that exits, or a rank that has ended as an error."""
