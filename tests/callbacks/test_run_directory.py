@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory
+from gdmd_lightning.callbacks.run_directory import RunDirectory, run_directory, starts_over
 from gdmd_lightning.configuration.resuming import place_given, resolve_checkpoint
 from gdmd_lightning.errors import UserError
 
@@ -69,6 +69,22 @@ def test_every_run_gets_a_directory_of_its_own_for_everything(tmp_path, kind):
         run.release()
 
 
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("version", [None, "first"])
+@pytest.mark.parametrize("place", ["~/runs", "$HOME/runs"])
+def test_a_place_in_the_home_directory_is_one(tmp_path, monkeypatch, kind, version, place):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in (0, 1):
+        logger = kind(place, "project", version and version + str(number))
+        run = choose(trainer(tmp_path, logger))
+        assert run.path == tmp_path / "runs" / "project" / (f"first{number}" if version else f"version_{number}")
+        assert Path(logger.log_dir) == run.path
+        logger.log_metrics({"loss": 1.0}, step=1)
+        logger.save()
+        assert any(path.name.startswith(("metrics.csv", "events")) for path in run.path.iterdir())
+        run.release()
+
+
 def test_two_runs_at_once_get_two_directories(tmp_path):
     paths = [choose(trainer(tmp_path)).path for _ in range(2)]
     assert [path.name for path in paths] == ["version_0", "version_1"]
@@ -100,6 +116,41 @@ def test_results_of_another_run_are_refused_without_its_checkpoint(tmp_path, lef
         choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_run_that_was_killed_before_its_first_checkpoint_starts_over(tmp_path, kind):
+    run = tmp_path / "x" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("settings")
+    (run / "metrics.csv").write_text("loss,step\n0.5,0\n0.4,1\n")
+    made = trainer(tmp_path, kind(tmp_path, "x", "first"))
+    chosen = next(c for c in made.callbacks if isinstance(c, RunDirectory))
+    for other in (None, "other settings"):
+        with pytest.raises(UserError, match="it has results of another run"):
+            chosen.choose(made, None, 0, placed=True, configuration=other)
+    chosen.choose(made, None, 0, placed=True, configuration="settings")
+    assert chosen.starts_over
+    assert starts_over(made)
+    chosen.on_train_start(made, None)
+    if kind is TensorBoardLogger:
+        assert made.logger._kwargs["purge_step"] == 0
+    else:
+        assert (run / "metrics.csv").read_text().split() == ["loss,step"]
+
+
+@pytest.mark.parametrize("place", ["run/checkpoints", "mine"])
+def test_run_with_any_checkpoint_does_not_start_over(tmp_path, place):
+    run = tmp_path / "run"
+    (tmp_path / place).mkdir(parents=True)
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text("settings")
+    (run / "metrics.csv").write_text("loss,step\n0.5,1\n")
+    (tmp_path / place / "step=1.ckpt").write_text("")
+    keeper = ModelCheckpoint(tmp_path / "mine" if place == "mine" else None)
+    made = trainer(tmp_path, CSVLogger(tmp_path, "", "run"), keeper)
+    with pytest.raises(UserError, match="it has results of another run"):
+        made.callbacks[0].choose(made, None, 0, placed=True, configuration="settings")
 
 
 def test_a_run_that_wrote_nothing_leaves_no_directory(tmp_path):
@@ -136,7 +187,13 @@ def test_resumed_csv_log_keeps_the_rows_up_to_the_checkpoint(tmp_path):
     csv = last.parents[1] / "metrics.csv"
     csv.write_text("loss,step\n0.5,1\n0.4,2\n0.3,3\n")
     logger = CSVLogger(tmp_path, "x")
-    choose(trainer(tmp_path, logger), last, updates=2)
+    before = csv.read_text()
+    made = trainer(tmp_path, logger)
+    run = choose(made, last, updates=2)
+    logger.save()
+    assert csv.read_text() == before, "the checkpoint may still be refused"
+    assert not (csv.parent / "hparams.yaml").exists()
+    run.on_train_start(made, None)
     logger.log_metrics({"loss": 0.25, "other": 1.0}, step=3)
     logger.save()
     assert [row.split(",") for row in csv.read_text().split()] == [

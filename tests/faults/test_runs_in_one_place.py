@@ -9,8 +9,10 @@ import pyarrow.dataset as ds
 import pytest
 from conftest import PICTURES
 
+from gdmd_lightning.callbacks.logged_figures import read_figures
 from gdmd_lightning.cli import main
 from gdmd_lightning.configuration import training
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 
 
@@ -29,6 +31,14 @@ def place(fast_fit, tmp_path, monkeypatch) -> Path:
     """A working directory without the configuration's own files."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "lightning_logs"
+
+
+@pytest.fixture
+def kept(fast_fit, tmp_path) -> list[str]:
+    """The cheap configuration with a checkpoint of every update."""
+    keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1, save_top_k: -1, filename: '{step}'}}"
+    (tmp_path / "kept.yaml").write_text(f"trainer: {{log_every_n_steps: 1, callbacks: [{keeper}]}}\n")
+    return [*fast_fit, "--config", str(tmp_path / "kept.yaml")]
 
 
 # callbacks/test_gradient_record.py continues a run twice without fit.
@@ -67,6 +77,32 @@ def test_second_run_leaves_the_first_unchanged_and_a_resumed_one_continues_it(fa
     assert cli.trainer.global_step == 5
 
 
+def test_refused_resume_changes_nothing(kept, tmp_path):
+    logger = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}, name: run, version: .}}}}"
+    arguments = [*kept, f"--trainer.logger={logger}"]
+    training.run([*arguments, "--trainer.max_steps=2"])
+    before = contents(tmp_path / "run")
+    resumed = [*arguments, f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'step=1.ckpt'}", "--trainer.max_steps=3"]
+    with pytest.raises(UserError, match="lora"):
+        training.run([*resumed, "--model.lora={rank: 2, alpha: 2}"])
+    assert contents(tmp_path / "run") == before
+    training.run(resumed)
+    assert [update for update, _ in read_figures(tmp_path / "run", "loss")["loss"]] == [1, 2, 3]
+    assert "max_steps: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_last_or_new_starts_a_run_over_that_has_no_checkpoint_yet(fast_fit, tmp_path):
+    arguments = [*fast_fit, *PICTURES, "--ckpt_path=last_or_new", "--trainer.max_steps=2"]
+    training.run(arguments)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed earlier
+    training.run(arguments)
+    assert read_checkpoint(str(run / "checkpoints" / "last.ckpt"), in_memory=False)["global_step"] == 2
+    assert [update for update, _ in read_figures(run, "loss")["loss"]] == [1, 2]
+    steps = ds.dataset(sorted(map(str, run.glob("gradient_rewards/part-*.parquet")))).to_table()["step"].to_pylist()
+    assert {step: steps.count(step) for step in steps} == dict.fromkeys(range(2), 8 * 2)
+
+
 def test_last_without_a_run_is_an_error(fast_fit, place, complaint):
     assert complaint("fit", *placeless(fast_fit), "--ckpt_path=last").startswith("ckpt_path last: no run in ")
     assert not place.exists()
@@ -89,3 +125,10 @@ def test_last_checkpoint_is_the_last_with_several_callbacks(fast_fit, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"last.ckpt", "step=3.ckpt", "epoch=0-step=3.ckpt"}
     assert read_checkpoint(str(checkpoints / "last.ckpt"), in_memory=False)["global_step"] == 3
+
+
+def test_tensorboard_hides_what_came_after_the_checkpoint_that_is_resumed(kept, tmp_path):
+    training.run([*kept, "--trainer.max_steps=3"])
+    one = tmp_path / "run" / "checkpoints" / "step=1.ckpt"
+    training.run([*kept, "--trainer.max_steps=2", f"--ckpt_path={one}"])
+    assert [update for update, _ in read_figures(tmp_path / "run", "loss")["loss"]] == [1, 2]

@@ -2305,8 +2305,19 @@ MUTATIONS = [
             "elif own is not None and (not placed or",
             "elif own is not None and (placed and",
         ),
-        ("results of another run touched", "if resumed is None and any(", "if False and any("),
-        ("rows after the checkpoint kept", '"step") or 0) <= updates', '"step") or 0) >= 0'),
+        ("results of another run touched", "if resumed is None and not self.starts_over and any(", "if False and any("),
+        ("run with a checkpoint started over", "began and not _has_checkpoint(trainer, path)", "began"),
+        (
+            "another run started over",
+            '.read_text(encoding="utf-8") == configuration',
+            '.read_text(encoding="utf-8") != ""',
+        ),
+        (
+            "refused checkpoint costs rows",
+            "        if self._begun:\n            super().save()",
+            "        super().save()",
+        ),
+        ("rows after the checkpoint kept", '"step") or 0) <= self._updates', '"step") or 0) >= 0'),
         ("checkpoint directory of the user ignored", " and keeper.dirpath is None:", ":"),
     ),
     *errors(

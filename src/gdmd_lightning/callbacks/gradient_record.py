@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from gdmd_lightning.callbacks.run_directory import run_directory
+from gdmd_lightning.callbacks.run_directory import run_directory, starts_over
 from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_file
@@ -69,7 +69,7 @@ class GradientRewardRecord(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop rows that a resumed run will write again; earlier hooks do not know the update yet."""
+        """Drop rows that a resumed or restarted run will write again; earlier hooks do not know the update yet."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -80,7 +80,7 @@ class GradientRewardRecord(pl.Callback):
             return
         self._place = self.directory(trainer)
         earlier = sorted(self._place.glob("part-*-*.parquet"))
-        if earlier and trainer.ckpt_path is None:
+        if earlier and trainer.ckpt_path is None and not starts_over(trainer):
             remedy = "continue that run with ckpt_path, or give this one a directory of its own"
             raise UserError("it has the record of another run", where=str(self._place), remedy=remedy)
         for part in earlier:

@@ -16,6 +16,7 @@ from gdmd_lightning.directories import DirectoryLock
 from gdmd_lightning.errors import UserError, WriteError
 from gdmd_lightning.files import write_atomically
 
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 RESULTS = (f"{CHECKPOINTS}/*.ckpt", "gradient_rewards/*", "pictures/*", "evaluations/*", "metrics.csv")
 UNNAMED = "lightning_logs"
@@ -33,6 +34,12 @@ def run_directory(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def starts_over(trainer: pl.Trainer) -> bool:
+    """Whether this run begins anew in its directory, where it was killed before its first checkpoint."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, RunDirectory) and callback.starts_over for callback in callbacks)
+
+
 class RunDirectory(pl.Callback):
     """Decides the directory of a run before anything is written, and reserves it until the run ends.
 
@@ -44,13 +51,23 @@ class RunDirectory(pl.Callback):
 
     Attributes:
         path: The directory; None before the decision.
+        starts_over: Whether the same run began in it before, and has no checkpoint.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.starts_over = False
         self._lock: DirectoryLock | None = None
 
-    def choose(self, trainer: pl.Trainer, resumed: Path | None, updates: int, *, placed: bool) -> None:
+    def choose(
+        self,
+        trainer: pl.Trainer,
+        resumed: Path | None,
+        updates: int,
+        *,
+        placed: bool,
+        configuration: str | None = None,
+    ) -> None:
         """Decide, reserve the directory, and direct loggers and checkpoints to it; call before ``trainer.fit``.
 
         Args:
@@ -58,6 +75,8 @@ class RunDirectory(pl.Callback):
             resumed: The checkpoint that the run continues, or None.
             updates: Updates of that checkpoint.
             placed: Whether the user asked for a place, so that a checkpoint elsewhere does not decide.
+            configuration: The content of ``config.yaml``; a run that began with exactly this one, and was killed before
+                its first checkpoint, is started over. None to refuse that, too.
 
         Raises:
             UserError: If the directory is in use, or has results of another run.
@@ -74,7 +93,9 @@ class RunDirectory(pl.Callback):
         else:
             path = _new_version(root)
         self._lock = DirectoryLock(path)
-        if resumed is None and any(True for pattern in RESULTS for _ in path.glob(pattern)):
+        began = resumed is None and configuration is not None and _began(path, configuration)
+        self.starts_over = began and not _has_checkpoint(trainer, path)
+        if resumed is None and not self.starts_over and any(True for pattern in RESULTS for _ in path.glob(pattern)):
             self.release()
             last = path / CHECKPOINTS / "last.ckpt"
             there = (
@@ -82,12 +103,21 @@ class RunDirectory(pl.Callback):
             )
             raise UserError("it has results of another run", where=str(path), remedy=f"{there}, or use another version")
         self.path = path
-        _direct(trainer, path, root, None if resumed is None else updates)
+        if self.starts_over:
+            updates = -1  # something may have been logged at 0, before the first update
+        _direct(trainer, path, root, updates if self.starts_over or resumed is not None else None)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tell all ranks what rank 0 decided."""
-        decided = trainer.strategy.broadcast(None if self.path is None else str(self.path))
+        mine = (None if self.path is None else str(self.path), self.starts_over)
+        decided, self.starts_over = trainer.strategy.broadcast(mine)
         self.path = None if decided is None else Path(decided)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop the rows that a resumed run logged after its checkpoint, which has been accepted by now."""
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger) and isinstance(logger._experiment, _ContinuedMetrics):
+                logger._experiment.begin()
 
     def release(self) -> None:
         """Give the directory back; one that is still empty is removed."""
@@ -103,7 +133,7 @@ def run_root(trainer: pl.Trainer) -> Path:
     """
     logger = versioned(trainer.loggers)
     if logger is not None:
-        return Path(os.path.expandvars(os.path.expanduser(logger.root_dir)))
+        return _expanded(logger.root_dir)
     first = trainer.loggers[0] if trainer.loggers else None
     save_dir = str((first and first.save_dir) or trainer.default_root_dir)
     if not _is_local(save_dir):
@@ -112,7 +142,12 @@ def run_root(trainer: pl.Trainer) -> Path:
         raise UserError(
             f"{save_dir!r} is not a local directory", where="trainer.default_root_dir", remedy="give a local one"
         )
-    return Path(save_dir) / str((first and first.name) or UNNAMED)
+    return _expanded(save_dir) / str((first and first.name) or UNNAMED)
+
+
+def _expanded(place: str) -> Path:
+    """A path with ``~`` and variables of the environment replaced; of Lightning's loggers only TensorBoard's does."""
+    return Path(os.path.expandvars(os.path.expanduser(place)))
 
 
 def versioned(loggers: list[Logger]) -> TensorBoardLogger | CSVLogger | None:
@@ -135,6 +170,18 @@ def version_name(version: int | str) -> str:
 def _run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint is of, if it still lies where the run saved it."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+
+
+def _began(path: Path, configuration: str) -> bool:
+    """Whether a run of this very configuration began in a directory."""
+    file = path / CONFIG
+    return file.is_file() and file.read_text(encoding="utf-8") == configuration
+
+
+def _has_checkpoint(trainer: pl.Trainer, path: Path) -> bool:
+    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
+    places = [path / CHECKPOINTS, *(Path(keeper.dirpath) for keeper in keepers if keeper.dirpath is not None)]
+    return any(True for place in places for _ in place.glob("*.ckpt"))
 
 
 def _new_version(root: Path) -> Path:
@@ -163,13 +210,15 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
         trainer: The trainer.
         path: The run's directory.
         root: Where the trainer's runs are.
-        updates: Updates of the checkpoint that is resumed, or None; what was logged later is dropped.
+        updates: Updates of the checkpoint that is resumed; what was logged later is dropped. None in a new directory.
     """
     for logger in trainer.loggers:
         tolerate_failed_writes(logger)
         if not isinstance(logger, TensorBoardLogger | CSVLogger) or not _is_local(logger.root_dir):
             continue
-        if logger._version is None and Path(os.path.expandvars(logger.root_dir)).resolve() == root.resolve():
+        if isinstance(logger, CSVLogger):
+            logger._save_dir = str(_expanded(logger.save_dir))
+        if logger._version is None and _expanded(logger.root_dir).resolve() == root.resolve():
             # Loggers decide their place when they are constructed, which is before the checkpoint is known.
             logger._root_dir, logger._name, logger._version = str(path.parent), "", path.name
             if isinstance(logger, CSVLogger):
@@ -177,7 +226,8 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
         if updates is None:
             continue
         if isinstance(logger, TensorBoardLogger):
-            logger._kwargs.setdefault("purge_step", updates + 1)
+            if logger._kwargs.get("purge_step") is None:  # the command line gives a class all of its arguments
+                logger._kwargs["purge_step"] = updates + 1
         else:
             logger._experiment = _ContinuedMetrics(logger.log_dir, updates)
     for keeper in trainer.checkpoint_callbacks:
@@ -186,10 +236,23 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
 
 
 class _ContinuedMetrics(ExperimentWriter):
-    """Continues the ``metrics.csv`` of a resumed run; Lightning's own class deletes it."""
+    """Continues the files of a resumed run, and leaves them as they are until :meth:`begin`; Lightning's deletes them.
+
+    Args:
+        log_dir: The logger's directory.
+        updates: Updates of the checkpoint that is resumed.
+    """
 
     def __init__(self, log_dir: str, updates: int) -> None:
         super().__init__(log_dir)
+        self._updates = updates
+        self._begun = False
+
+    def begin(self) -> None:
+        """Drop all rows after the checkpoint, the first time; a refused checkpoint must not cost a run its rows."""
+        if self._begun:
+            return
+        self._begun = True
         file = Path(self.metrics_file_path)
         if not file.is_file():
             return
@@ -198,13 +261,18 @@ class _ContinuedMetrics(ExperimentWriter):
 
         with file.open(newline="", encoding="utf-8") as text:
             reader = csv.DictReader(text)
-            rows = [row for row in reader if float(row.get("step") or 0) <= updates]
+            rows = [row for row in reader if float(row.get("step") or 0) <= self._updates]
             self.metrics_keys = list(reader.fieldnames or [])
         kept = io.StringIO(newline="")
         writer = csv.DictWriter(kept, self.metrics_keys)
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(file, kept.getvalue())
+
+    def save(self) -> None:
+        """Write what was logged, and no empty ``hparams.yaml`` before training starts."""
+        if self._begun:
+            super().save()
 
     def _check_log_dir_exists(self) -> None:
         """Delete nothing."""

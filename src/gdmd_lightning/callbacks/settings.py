@@ -11,7 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
-from gdmd_lightning.callbacks.run_directory import run_directory
+from gdmd_lightning.callbacks.run_directory import CONFIG, run_directory
 from gdmd_lightning.files import write_atomically
 
 CHOSEN_BY_RUN = ("trainer.logger", "trainer.default_root_dir", "ckpt_path")
@@ -28,10 +28,23 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write nothing yet: a checkpoint that is refused later must leave its run as it was."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write once, after a checkpoint was restored."""
+        if trainer.is_global_zero and not self.already_saved:
+            self.save_config(trainer, pl_module, "fit")
+            self.already_saved = True
+
+    def text(self) -> str:
+        """The content of ``config.yaml``."""
+        return self.parser.dump(self.config, skip_unset=False, skip_validation=True)  # it was checked when parsed
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write and log; Lightning calls this on rank 0 only."""
-        text = self.parser.dump(self.config, skip_unset=False, skip_validation=True)  # it was checked when parsed
-        write_atomically(run_directory(trainer) / "config.yaml", text)
+        """Write and log, on rank 0 only."""
+        text = self.text()
+        write_atomically(run_directory(trainer) / CONFIG, text)
         settings = yaml.safe_load(text)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

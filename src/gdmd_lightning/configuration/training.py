@@ -123,8 +123,9 @@ class DistillationCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not has_bar:
             use_progress(trainer)
-        # The run's directory must be known before any other callback writes to it.
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunDirectory))  # type: ignore[attr-defined]
+        # The run's directory must be known, and say what the run is, before any other callback writes to it.
+        first = (RunDirectory, SaveConfig)
+        trainer.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
@@ -179,7 +180,13 @@ class DistillationCLI(LightningCLI):
             if resumed is not None:
                 updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
             self.config_init.fit.ckpt_path = None if resumed is None else str(resumed)
-        _of_type(self.trainer, RunDirectory).choose(self.trainer, resumed, updates, placed=place_given(self._arguments))
+        _of_type(self.trainer, RunDirectory).choose(
+            self.trainer,
+            resumed,
+            updates,
+            placed=place_given(self._arguments),
+            configuration=_of_type(self.trainer, SaveConfig).text() if given == "last_or_new" else None,
+        )
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train; report a failed write, code that exits, or a rank that has ended as an error."""
