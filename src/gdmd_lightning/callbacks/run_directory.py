@@ -35,7 +35,7 @@ def run_directory(trainer: pl.Trainer) -> Path:
 
 
 def starts_over(trainer: pl.Trainer) -> bool:
-    """Whether this run begins anew in its directory, where it was killed before its first checkpoint."""
+    """Whether this run starts over in its directory, where it was killed before its first checkpoint."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(callback, RunDirectory) and callback.starts_over for callback in callbacks)
 

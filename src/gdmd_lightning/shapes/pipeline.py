@@ -25,7 +25,7 @@ SHIFT = 1.0  # less than SD3's 3, because small pictures lose their layout at lo
 
 def build_tokenizer() -> CLIPTokenizer:
     """The shipped CLIP tokenizer: every word of the world is one token; other words are split into letters."""
-    # Not trained anew: training numbers tokens of equal counts in another order each time.
+    # Not trained here: training numbers tokens of equal counts in another order each time.
     file = resolve("package:assets/shapes/tokenizer/tokenizer.json")
     model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
     merges = [tuple(pair) for pair in model["merges"]]
