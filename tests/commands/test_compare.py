@@ -1,8 +1,12 @@
 """The comparison of methods on the embedded pipeline, in a few updates."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from gdmd_lightning.cli import main
+from gdmd_lightning.cli import _signals_raise, main
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.metrics.intervals import Interval
@@ -79,6 +83,36 @@ def test_compare_pairs_methods_by_seed_at_equal_evaluations_and_resumes(compare,
     checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")}
     assert compare(seeds=[0, 1]).endswith(report + f"\npage: {Path('runs/compare/index.html')}\n")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ckpt")} == checkpoints
+
+
+class Napping(Comparison):
+    """Seeds that take ten seconds and leave a file when they begin."""
+
+    def _seed(self, seed):
+        (self.out / f"begun{seed}").touch()
+        time.sleep(10)
+        (self.out / f"ended{seed}").touch()
+        yield ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_of_compare_in_processes_ends_running_seeds_and_begins_no_others(tmp_path, number):
+    def begun():
+        return {path.name for path in tmp_path.iterdir()}
+
+    def stop():
+        while begun() != {"begun0", "begun1"}:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    arm = Arm(["shapes.yaml", "shapes_dmd.yaml"])
+    comparison = Napping({"DMD": arm}, Start(arm, 40), 60, out=tmp_path, seeds=[0, 1, 2, 3, 4], processes=2)
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
+    with pytest.raises(KeyboardInterrupt), _signals_raise():
+        list(comparison.train_and_score())
+    stopping.join()
+    assert begun() == {"begun0", "begun1"}
 
 
 class Outside(HTMLParser):

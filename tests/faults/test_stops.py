@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.cli import main
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoint
 
@@ -32,6 +33,20 @@ def test_hangup_during_training_saves_and_ends_with_its_status(fast_fit, tmp_pat
     sentence = f"stopped by signal {number} after 1 updates; resume with --ckpt_path {checkpoints}/interrupted.ckpt"
     assert capsys.readouterr().out.strip() == sentence
     assert [step_of(checkpoints / name) for name in ("interrupted.ckpt", "last.ckpt")] == [1, 1]
+
+
+def test_signal_that_comes_twice_at_once_is_one_stop_and_a_later_one_ends_at_once(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("gdmd_lightning.callbacks.interruption.time.monotonic", lambda: now)
+    stop = StopOnSignal()
+    stop._receive(signal.SIGINT, None)
+    now = 100.9
+    stop._receive(signal.SIGTERM, None)
+    assert stop.received == signal.SIGINT
+    now = 101.1
+    with pytest.raises(SystemExit) as ended:
+        stop._receive(signal.SIGTERM, None)
+    assert ended.value.code == 143
 
 
 def test_signal_while_the_last_checkpoint_is_written_loses_nothing(fast_fit, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, run_directory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_STOP = 1.0  # seconds
 
 
 def interrupted_checkpoint(trainer: pl.Trainer) -> Path:
@@ -24,6 +26,8 @@ def interrupted_checkpoint(trainer: pl.Trainer) -> Path:
 
 class StopOnSignal(pl.Callback):
     """On the first signal, finish the update, save ``interrupted.ckpt`` and stop; on a second, stop at once.
+
+    Those within a second of the first are the same stop: one may reach a group of processes and be passed on there.
 
     A signal to any rank stops all of them after the same update. The handlers replace Lightning's, which would end
     the run without a checkpoint, and stay until the last checkpoint of the run is written.
@@ -37,6 +41,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self) -> None:
         self.received = 0
         self.stopped = False
+        self._first = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -54,8 +59,10 @@ class StopOnSignal(pl.Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            if time.monotonic() - self._first < SAME_STOP:
+                return
             raise SystemExit(128 + number)
-        self.received = number
+        self.received, self._first = number, time.monotonic()
         rank_zero_info(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
 
     def on_train_batch_end(

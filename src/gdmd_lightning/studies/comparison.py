@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -145,9 +145,22 @@ class Comparison:
             return
         # Fresh processes: torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
+        others = multiprocessing.active_children()
+        waiting, running = list(self.seeds), set[Future[list[str]]]()
         with ProcessPoolExecutor(self.processes, context, torch.set_num_threads, (1,)) as pool:
-            for done in as_completed([pool.submit(self._whole_seed, seed) for seed in self.seeds]):
-                yield from done.result()
+            try:
+                while waiting or running:
+                    # No more than train at once: what a pool has been given beyond that starts even after a stop.
+                    while waiting and len(running) < self.processes:
+                        running.add(pool.submit(self._whole_seed, waiting.pop(0)))
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for each in done:
+                        yield from each.result()
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    if process not in others:
+                        process.terminate()  # a training saves where it is
+                raise
 
     def _whole_seed(self, seed: int) -> list[str]:
         return list(self._seed(seed))
