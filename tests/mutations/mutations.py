@@ -2201,7 +2201,7 @@ MUTATIONS = [
         ("last update not shown", "and updates != trainer.max_steps", ""),
         ("time left from the start", "(trainer.max_steps - updates))", "trainer.max_steps)"),
         ("uptime of the machine", "if self._began is None:  #", "if False:  #"),
-        ("commands with an earlier run's checkpoint", "if k._last_checkpoint_saved)", "if k.last_model_path)"),
+        ("commands with an earlier run's checkpoint", "if k._last_checkpoint_saved]", "if k.last_model_path]"),
         (
             "commands with a checkpoint that is not kept",
             "(k, ModelCheckpoint) and k.save_last]",
@@ -2348,7 +2348,12 @@ MUTATIONS = [
         "callbacks/evaluation.py",
         ("callbacks/test_generation_evaluation.py",),
         ("scores at Lightning's interval", "log_dict(measured, logger=False,", "log_dict(measured,"),
-        ("teacher scored at every evaluation", "if self.score_teacher and not self.teacher:", "if self.score_teacher:"),
+        (
+            "teacher scored at every evaluation",
+            "self.score_teacher and (not self.teacher or",
+            "self.score_teacher and (True or",
+        ),
+        ("teacher's scores of another size", "self._latent_shape not in (None, module.latent_shape)", "False"),
         ("teacher's scores computed again on resume", 'dict(state_dict["teacher"])', "{}"),
         (
             "teacher scored without its settings",
@@ -2486,7 +2491,11 @@ MUTATIONS = [
         "callbacks/gradient_record.py",
         ("callbacks/test_gradient_record.py",),
         ("rows of other ranks kept", "% trainer.world_size != trainer.global_rank", "!= trainer.global_rank"),
-        ("record of another run dropped", "if earlier and trainer.ckpt_path is None:", "if False:"),
+        (
+            "record of another run dropped",
+            "if earlier and trainer.ckpt_path is None and not starts_over(trainer):",
+            "if False:",
+        ),
     ),
     *errors(
         "roles/adapters.py",
