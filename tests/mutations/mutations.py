@@ -2186,7 +2186,7 @@ MUTATIONS = [
         ("last update not shown", "and updates != trainer.max_steps", ""),
         ("time left from the start", "(trainer.max_steps - updates))", "trainer.max_steps)"),
         ("uptime of the machine", "if self._began is None:  #", "if False:  #"),
-        ("commands with an earlier run's checkpoint", "if k._last_checkpoint_saved)", "if k.last_model_path)"),
+        ("commands with an earlier run's checkpoint", "if k._last_checkpoint_saved]", "if k.last_model_path]"),
         (
             "commands with a checkpoint that is not kept",
             "(k, ModelCheckpoint) and k.save_last]",
