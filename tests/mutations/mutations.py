@@ -2453,6 +2453,8 @@ MUTATIONS = [
         ("other settings finish a pipeline", "    if has_begun:", "    if False:"),
         ("settings of an earlier pipeline made up", "        if not has_begun:", "        if True:"),
         ("threads decide how a pipeline becomes", 'not in ("out", "threads")', 'not in ("out",)'),
+        ("other ids for text encoders that are trained on", "if earlier is None else", "if True else"),
+        ("raw weights after a failed save", "        self.on_train_end(trainer, pl_module)", "        pass"),
     ),
     *errors(
         "studies/recorded.py",
@@ -2464,6 +2466,7 @@ MUTATIONS = [
         ("commands/test_compare.py",),
         ("settings compared for this seed only", 'Path("seed*")', 'Path(f"seed{seed}")'),
         ("settings refused though nothing was trained", "if replace(run, directory=place).has_begun]", "]"),
+        ("seeds go on after a stop", "process.terminate()  # a", "pass  # a"),
     ),
     *errors(
         "studies/arms.py",
