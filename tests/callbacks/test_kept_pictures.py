@@ -24,8 +24,13 @@ from gdmd_lightning.studies.folders import read_folder
 class Counting(tiny.Brightness):
     """Brightness that counts what it scores and is killed after a number of pictures."""
 
-    def __init__(self, limit=None):
-        self._asked, self._limit = [], limit
+    def __init__(self):
+        self._asked, self._limit = [], None
+
+    def killed_after(self, limit):
+        """The limit is no argument: those are settings, with which other pictures would be kept."""
+        self._limit = limit
+        return self
 
     @property
     def asked(self):
@@ -85,7 +90,7 @@ def test_every_picture_is_kept_with_its_prompt_seed_and_scores(tiny_pipeline, tm
 def test_an_interrupted_evaluation_judges_and_draws_no_picture_twice(tiny_pipeline, tmp_path, monkeypatch):
     _, tests, whole = evaluated(tiny_pipeline, tmp_path / "whole")
     for limit, left in ((10, 2 + 12), (17, 12 - 5)):
-        place, killed = tmp_path / str(limit), Counting(limit)
+        place, killed = tmp_path / str(limit), Counting().killed_after(limit)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             evaluated(tiny_pipeline, place, killed)
         reward, drawn = Counting(), []

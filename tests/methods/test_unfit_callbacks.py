@@ -121,6 +121,8 @@ def test_callbacks_that_cannot_work_are_refused(tiny_pipeline, callback, said):
 def test_a_timer_in_a_configuration_ends_the_run(fast_fit, tmp_path):
     timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:00:00"]
     assert training.run([*fast_fit, *timer]).trainer.global_step == 0
+    timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    assert training.run([*fast_fit, *timer]).trainer.global_step == 3
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     (timer,) = (each for each in settings["trainer"]["callbacks"] if each["class_path"].endswith(".Timer"))
     assert timer["init_args"]["interval"] == "step"
