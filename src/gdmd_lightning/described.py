@@ -98,10 +98,10 @@ def described(value: Any) -> Any:
     arguments = getattr(value, "_arguments", {})
     if is_dataclass(value):
         arguments = {field.name: described(getattr(value, field.name)) for field in fields(value) if field.init}
-    told = {key for key, each in attributes.items() if found[key] not in (None, type(each).__qualname__)}
-    told |= {key for key, each in arguments.items() if key in found and found[key] == each}
-    hidden = {key: each for key, each in arguments.items() if key not in told and key not in WITHOUT_EFFECT}
-    digest = {"arguments": _digest(_as_text(hidden).encode())} if hidden else {}
+    shown = {key for key, each in attributes.items() if found[key] not in (None, type(each).__qualname__)}
+    shown |= {key for key, value in arguments.items() if key in found and found[key] == value}
+    others = {key: value for key, value in arguments.items() if key not in shown and key not in WITHOUT_EFFECT}
+    digest = {"arguments": _digest(_as_text(others).encode())} if others else {}
     return {"class": name, **found, **digest}
 
 

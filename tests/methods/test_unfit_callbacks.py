@@ -88,7 +88,7 @@ def test_the_command_line_refuses_intervals_of_time(fast_fit):
 
 @pytest.mark.parametrize("batches", [2, 1.0])
 def test_overfit_batches_is_refused(tiny_pipeline, batches):
-    said = "trainer.overfit_batches: it has no effect: prompts go on as they come, in every epoch; use a data.source of"
+    said = "trainer.overfit_batches: it has no effect: prompts go on as they come, in every epoch; use a data.source"
     assert refused(tiny_pipeline, overfit_batches=batches).startswith(said)
 
 

@@ -657,7 +657,7 @@ MUTATIONS = [
         ("metrics/test_scores.py", "test_described.py"),
         ("batch size counts as a setting", " - set(WITHOUT_EFFECT)", ""),
         ("rules on the class ignored", "[vars(kind) for kind in inspect.getmro(type(value))] + ", ""),
-        ("private arguments ignored", "if hidden else {}", "if False else {}"),
+        ("private arguments ignored", "if others else {}", "if False else {}"),
         ("what is loaded when asked for is a setting", " - lazy", ""),
     ),
     *errors(

@@ -55,7 +55,7 @@ def check_fitting(trainer: pl.Trainer, *, endless: bool) -> None:
         raise UserError(
             "it has no effect: prompts go on as they come, in every epoch",
             where="trainer.overfit_batches",
-            remedy="use a data.source of only so many prompts",
+            remedy="use a data.source that has only the prompts to overfit",
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not type(callback).on_train_batch_end.__module__.startswith("lightning."):

@@ -19,12 +19,12 @@ LOWEST_LEVEL = 1e-3
 
 
 def refuse_unused(settings: Any, key: str, because: str, *names: str) -> None:
-    """Fail if settings that have no effect beside the others were set.
+    """Fail if a setting was changed that has no effect with the current value of another one.
 
     Args:
         settings: A dataclass with a default for each of ``names``.
         key: Of the settings, such as ``model.policy``.
-        because: Beside what they have none, such as ``form weighted``.
+        because: The other setting and its value, such as ``form weighted``.
         names: The settings without effect.
 
     Raises:
