@@ -105,6 +105,11 @@ def described(value: Any) -> Any:
     return {"class": name, **found, **digest}
 
 
+def described_digest(value: Any) -> str:
+    """Digest of :func:`described`, for where the settings themselves should not be written."""
+    return _digest(_as_text(described(value)).encode())
+
+
 def _of_numbers(value: Any) -> Any:
     """A tensor or array by its type, shape and content; a tensor without memory by the first two."""
     if isinstance(value, Tensor):

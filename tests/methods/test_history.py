@@ -154,6 +154,32 @@ def test_resumed_run_continues_its_history_to_the_bit(tmp_path):
         assert tiny.differing(whole[part], resumed[part]) == [], part
 
 
+@pytest.mark.parametrize(("strength", "kept"), [(10.0, 5), (15.0, 2)])
+def test_history_of_a_reward_with_other_settings_begins_again(tmp_path, recwarn, strength, kept):
+    def run(updates, reward, **fit):
+        settings = running(size=5, at_least=3)
+        module = module_of(DiffusionNFT, reward=reward, steps=3, sample_advantages=settings)
+        trainer = tiny.trainer(updates)
+        trainer.fit(module, datamodule=three_prompts(tmp_path), **fit)
+        trainer.save_checkpoint(tmp_path / f"{updates}.ckpt")
+        return module.history.state_dict()["counts"]
+
+    run(2, Liking())
+    assert run(3, Liking(strength), ckpt_path=tmp_path / "2.ckpt") == [kept] * 3
+    said = [each for each in recwarn if "the reward has other settings than in the checkpoint" in str(each.message)]
+    assert len(said) == (strength != 10.0)
+
+
+def test_history_of_an_earlier_version_is_continued():
+    here = PromptHistory()
+    here.add(PROMPTS, FIRST[:, None], RunningStatistics())
+    older = {name: value for name, value in here.state_dict().items() if name != "reward"}
+    resumed = PromptHistory()
+    resumed.reward = "of some reward"
+    resumed.load_state_dict(older)
+    assert len(resumed) == 2
+
+
 def test_malformed_history_is_refused():
     for state in ([], {"texts": ["a"], "counts": [1, 2], "rewards": [FIRST]}, {"texts": 1, "counts": 2, "rewards": 3}):
         with pytest.raises(UserError, match="its rewards of prompts are malformed"):

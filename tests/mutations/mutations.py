@@ -2554,11 +2554,13 @@ MUTATIONS = [
         "rewards/judge.py",
         ("rewards/test_judge.py",),
         ("clipped pictures accepted", "((images <= 0) | (images >= 1)).all()", "((images <= 0) & (images >= 1)).all()"),
+        ("history of a changed reward continued", "and there != self.reward:", "and False:"),
         ("some clipped pixels refused", "(images >= 1)).all()", "(images >= 1)).any()"),
         ("clipped pictures checked in every update", "self._gradient_checked = True", "pass"),
     ),
     *errors(
         "planning/trace.py",
+        ("reward of the history unknown", "self.history.reward or described_digest(self.judge.reward)", '""'),
         ("planning/test_trace.py",),
         ("unsafe views taken for new tensors", "if shared & own or len(own) < len(results):", "if False:"),
         ("numbers of two types taken for one", "return type(value), value", "return value"),

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from gdmd_lightning.described import described_digest
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily, Pipeline
 from gdmd_lightning.families.pictures import check_pictures
@@ -97,6 +98,8 @@ class DistillationModule(RoleModule, ABC):
         if stage == "fit":
             self.check_data(self.trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "fit" and self.judge is not None:
+            # As it is before it has loaded or judged anything, also in a second call of fit.
+            self.history.reward = self.history.reward or described_digest(self.judge.reward)
             self.judge.reward.prepare()
 
     def build_roles(self, network: nn.Module) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, distributed
 
 from gdmd_lightning.errors import UserError
@@ -48,9 +49,14 @@ class RunningStatistics:
 
 
 class PromptHistory:
-    """The latest rewards of each prompt; the same on all ranks, and part of the checkpoint."""
+    """The latest rewards of each prompt; the same on all ranks, and part of the checkpoint.
+
+    Attributes:
+        reward: Digest of the settings of the reward that gives them; empty if it is not known.
+    """
 
     def __init__(self) -> None:
+        self.reward = ""
         self._rewards: dict[str, deque[tuple[float, ...]]] = {}
 
     def add(self, prompts: Sequence[Prompt], rewards: Tensor, settings: RunningStatistics) -> list[Past]:
@@ -83,27 +89,37 @@ class PromptHistory:
         return len(self._rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """Texts, and their rewards one after another as one tensor."""
+        """The reward's digest, texts, and their rewards one after another as one tensor."""
         kept = [torch.tensor(list(each), dtype=torch.float64) for each in self._rewards.values()]
         return {
+            "reward": self.reward,
             "texts": list(self._rewards),
             "counts": [len(each) for each in kept],
             "rewards": [each.flatten() for each in kept],
         }
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue from a checkpoint's history.
+        """Continue from a checkpoint's history; warn and begin a new one if that is of another reward.
+
+        One of an earlier version does not say which reward it is of, and is continued.
 
         Raises:
             UserError: If it is not one.
         """
         try:
+            there = state.get("reward", "")
             self._rewards = {
                 str(text): deque(tuple(row) for row in values.view(count, -1).tolist())
                 for text, count, values in zip(state["texts"], state["counts"], state["rewards"], strict=True)
             }
         except (TypeError, LookupError, AttributeError, RuntimeError, ValueError) as error:
             raise UserError(f"its rewards of prompts are malformed: {error}", where="checkpoint") from error
+        if there and self.reward and there != self.reward:
+            self._rewards.clear()
+            rank_zero_warn(
+                "the reward has other settings than in the checkpoint: samples are not compared with the rewards that "
+                "their prompts got there, and sample_advantages.running begins again"
+            )
 
 
 def _of_all_ranks(mine: list[tuple[str, tuple[float, ...]]]) -> list[tuple[str, tuple[float, ...]]]:
