@@ -10,17 +10,19 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from gdmd_lightning.callbacks.evaluation_budget import EvaluationBudget
 from gdmd_lightning.cli import _signals_raise, main
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.metrics.intervals import Interval
-from gdmd_lightning.studies import arms
-from gdmd_lightning.studies.arms import Arm, run_arm
+from gdmd_lightning.studies import arms, timed_checkpoint
+from gdmd_lightning.studies.arms import Arm, Run, run_arm
 from gdmd_lightning.studies.comparison import Comparison, Start
 from gdmd_lightning.studies.recorded import settings_of
 from gdmd_lightning.studies.scorecards import Row, Scorecard, TrainingCost, read_scorecard, write_scorecard
@@ -158,6 +160,70 @@ def test_compare_continues_with_a_larger_budget_in_a_moved_directory_and_writes_
     assert "script" not in page.tags
     assert text.count("<svg") == 3
     assert "DMD, graded reward: " in text
+
+
+class Killed(BaseException):
+    """Ends a training as SIGKILL would: nothing is saved."""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of the seconds so far; an update takes a thousand, a save at an interval a million."""
+    now, save = [0.0], timed_checkpoint.TimedCheckpoint._save_checkpoint
+    for module in (arms, timed_checkpoint):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow_save(keeper, *args):
+        save(keeper, *args)
+        now[0] += 1e6
+
+    monkeypatch.setattr(timed_checkpoint.TimedCheckpoint, "_save_checkpoint", slow_save)
+    monkeypatch.setattr(timed_checkpoint, "EVERY", 0.0)
+    return now
+
+
+def trained(run, clock, monkeypatch, killed_after=None):
+    """The cost of training to 200 evaluations, in at least four updates; a kill loses the last of those done."""
+    check, updates = EvaluationBudget.on_train_batch_end, []
+
+    def update(budget, *args):
+        clock[0] += 1e3
+        updates.append(1)
+        if len(updates) == killed_after:
+            raise Killed
+        check(budget, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EvaluationBudget, "on_train_batch_end", update)
+        return arms._train(run, 200, None)
+
+
+def test_an_arm_that_is_killed_continues_to_the_bit_and_counts_all_seconds(tmp_path, tiny_pipeline, monkeypatch, clock):
+    extra = (*CHEAP, f"--model.family.path={tiny_pipeline}")
+    whole, parts = (Run("DMD", arms.DMD, tmp_path / name, 0, extra=extra) for name in ("whole", "parts"))
+    cost = trained(whole, clock, monkeypatch)
+    assert cost.updates > 3
+    assert cost.seconds == 1e3 * cost.updates
+    for kill in (3, 2):  # updates 1 and 2, then 3, are kept
+        with pytest.raises(Killed):
+            trained(parts, clock, monkeypatch, kill)
+    assert trained(parts, clock, monkeypatch) == cost
+    expected, found = (read_checkpoint(str(run.checkpoint))["state_dict"] for run in (whole, parts))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_seconds_of_an_arm_that_an_earlier_version_left_unfinished_are_unknown(
+    tmp_path, tiny_pipeline, monkeypatch, clock
+):
+    run = Run("DMD", arms.DMD, tmp_path / "run", 0, extra=(*CHEAP, f"--model.family.path={tiny_pipeline}"))
+    with pytest.raises(Killed):
+        trained(run, clock, monkeypatch, 2)
+    there = torch.load(run.checkpoint, weights_only=True)
+    torch.save({**there, "callbacks": {}}, run.checkpoint)
+    with pytest.raises(Killed):  # what it continues is unknown, too
+        trained(run, clock, monkeypatch, 3)
+    assert trained(run, clock, monkeypatch).seconds is None
 
 
 @pytest.fixture

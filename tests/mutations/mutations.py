@@ -2484,6 +2484,24 @@ MUTATIONS = [
         ("errors of an arm without its name", 'f"{name}: {error.where}" if error', "error.where if error"),
         ("pictures that the scores cannot read", "        task.check_size(name", "        print(name"),
         ("place of the start compared", 'else ("model.start_from",)', "else ()"),
+        ("saves at intervals counted as training", "began - _keeper(cli).saving", "began"),
+        (
+            "unfinished training of an earlier version counted",
+            "    return seconds_in(content)",
+            "    return seconds_in(content) or 0.0",
+        ),
+    ),
+    *errors(
+        "studies/timed_checkpoint.py",
+        ("commands/test_compare.py",),
+        ("seconds before a stop forgotten", "self._before + here}", "here}"),
+        ("nothing saved before the end", "began - self._saved >= EVERY)", "False)"),
+        ("saves at intervals kept as training", "self._began - self.saving", "self._began"),
+    ),
+    *errors(
+        "studies/tables.py",
+        ("studies/test_outcome.py",),
+        ("unknown seconds left out", "if len(known) == len(costs) else NOT_MEASURED", ""),
     ),
     *errors(
         "studies/outcome.py",
@@ -2536,11 +2554,13 @@ MUTATIONS = [
         ("prompts with few rewards known", "len(each) >= settings.at_least", "len(each) >= 0"),
         ("past of another reward", "Past(mean[:, i], std[:, i], known)", "Past(mean[:, 0], std[:, 0], known)"),
         ("std with correction", "each.std(0, correction=0)", "each.std(0)"),
+        ("history of a changed reward continued", "and there != self.reward:", "and False:"),
     ),
     *errors(
         "methods/base.py",
         ("methods/test_history.py",),
         ("history not saved", "if len(self.history):", "if False:"),
+        ("reward of the history unknown", "self.history.reward or described_digest(self.judge.reward)", '""'),
         ("history not restored", 'if "prompt_history" in checkpoint:', "if False:"),
     ),
     *errors(
@@ -2554,13 +2574,11 @@ MUTATIONS = [
         "rewards/judge.py",
         ("rewards/test_judge.py",),
         ("clipped pictures accepted", "((images <= 0) | (images >= 1)).all()", "((images <= 0) & (images >= 1)).all()"),
-        ("history of a changed reward continued", "and there != self.reward:", "and False:"),
         ("some clipped pixels refused", "(images >= 1)).all()", "(images >= 1)).any()"),
         ("clipped pictures checked in every update", "self._gradient_checked = True", "pass"),
     ),
     *errors(
         "planning/trace.py",
-        ("reward of the history unknown", "self.history.reward or described_digest(self.judge.reward)", '""'),
         ("planning/test_trace.py",),
         ("unsafe views taken for new tensors", "if shared & own or len(own) < len(results):", "if False:"),
         ("numbers of two types taken for one", "return type(value), value", "return value"),

@@ -1,12 +1,14 @@
 """Statistics of a comparison, its table and its sentences, on scores chosen by hand."""
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from gdmd_lightning.metrics.intervals import Interval
 from gdmd_lightning.studies.outcome import Outcome, estimate, value
-from gdmd_lightning.studies.page import sentences, write_page
+from gdmd_lightning.studies.page import _seconds, sentences, write_page
 from gdmd_lightning.studies.scorecards import Row, TrainingCost
 from gdmd_lightning.studies.tables import comparison_lines, score_table
 from gdmd_lightning.studies.tasks import SHAPES
@@ -124,6 +126,14 @@ def test_a_figure_that_older_scores_lack_is_shown_as_not_measured(older):
     lines = {line[0]: line for line in comparison_lines(older)}
     assert [lines[name][9] for name in ("generator", "teacher", "start", "GDMD")] == ["latents' distance", *"---"]
     assert lines["GDMD"][8] == "0.325 ± 0.318"
+
+
+def test_seconds_that_are_not_known_are_shown_as_not_measured():
+    one, other = outcome((0.4, 0.6)), replace(COST, seconds=None)
+    last = {name: (((*rows[0][:-1], replace(rows[0][-1], training=other)),)) for name, rows in one.methods.items()}
+    found = replace(one, methods={**last, "DMD": one.methods["DMD"]})
+    assert {line[0]: line[-1] for line in comparison_lines(found)[2:]} == {"start": "1.50", "DMD": "1.50", "GDMD": "-"}
+    assert math.isnan(_seconds(found.last("GDMD")[0]))
 
 
 @pytest.mark.slow

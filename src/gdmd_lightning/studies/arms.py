@@ -30,6 +30,7 @@ from gdmd_lightning.studies.contestants import student
 from gdmd_lightning.studies.recorded import ANOTHER_OUT, record_settings
 from gdmd_lightning.studies.scorecards import Row, TrainingCost, read_scorecard, score, write_scorecard
 from gdmd_lightning.studies.tasks import Task
+from gdmd_lightning.studies.timed_checkpoint import TimedCheckpoint, seconds_in
 from gdmd_lightning.studies.watch import Watch
 
 
@@ -83,7 +84,7 @@ GDMD = Arm(["shapes.yaml"])
 
 # No callback that evaluates or records, so that the seconds are the method's own.
 UNOBSERVED = {"trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 50}
-KEEP_LAST = {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_top_k": 0}}
+KEEP_LAST = f"{TimedCheckpoint.__module__}.{TimedCheckpoint.__name__}"
 CHOSEN_HERE = ("seed_everything", "ckpt_path", "weights_only", "trainer.max_steps", "trainer.callbacks", *UNOBSERVED)
 """Settings of ``fit`` that a comparison chooses itself: seed, budget and callbacks."""
 
@@ -201,37 +202,36 @@ def run_arm(run: Run, budgets: Sequence[int], task: Task, count: int, watch: Wat
         UserError: If the directory has a longer run, or scores on other prompts.
         StoppedBySignal: If a signal ended the training.
     """
-    spent = 0.0
+    earlier: TrainingCost | None = None
     if not run.has_begun:
         record_settings(run.directory, run.settings(watch))
     for budget in budgets:
         if not run.scorecard(budget).is_file():
             if not run.cost(budget).is_file():
-                write_atomically(run.cost(budget), json.dumps(asdict(_train_named(run, budget, spent))) + "\n")
+                write_atomically(run.cost(budget), json.dumps(asdict(_train_named(run, budget, earlier))) + "\n")
             generator = student(run.name, run.module())
             card = score([generator], task, count, watch=watch)
             cost = _read_cost(run.cost(budget))
             _check_length(run, budget, cost)
             rows = tuple(replace(row, training=cost) for row in card.rows)
             write_scorecard(replace(card, rows=rows), run.scorecard(budget))
-        trained = run.row(budget, task, count).training
-        spent = 0.0 if trained is None else trained.seconds
+        earlier = run.row(budget, task, count).training
 
 
 def _read_cost(path: Path) -> TrainingCost:
     return TrainingCost(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _provenance(checkpoint: Path) -> Provenance:
-    """What a checkpoint says about itself; nothing done if there is none."""
+def _content(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint without its tensors in memory; one of no update if there is none."""
     if not checkpoint.is_file():
-        return Provenance()
-    return read_provenance(read_checkpoint(str(checkpoint), in_memory=False))
+        return {"provenance": {}}
+    return read_checkpoint(str(checkpoint), in_memory=False)
 
 
 def _check_length(run: Run, budget: int, cost: TrainingCost) -> None:
     """Fail if the last checkpoint is not the one whose cost was written at this budget."""
-    there = _provenance(run.checkpoint).evaluations
+    there = read_provenance(_content(run.checkpoint)).evaluations
     if there != cost.evaluations:
         trained = f"trained for {there} network evaluations; {budget} requested"
         raise UserError(trained, where=str(run.checkpoint), remedy=ANOTHER_OUT)
@@ -243,26 +243,29 @@ def _of_arm(name: str, error: UserError) -> UserError:
     return UserError(error.what, where=where, remedy=error.remedy)
 
 
-def _train_named(run: Run, budget: int, seconds: float) -> TrainingCost:
+def _train_named(run: Run, budget: int, earlier: TrainingCost | None) -> TrainingCost:
     """As :func:`_train`; errors in the arm's settings have its name."""
     try:
-        return _train(run, budget, seconds)
+        return _train(run, budget, earlier)
     except WriteError:
         raise
     except UserError as error:
         raise _of_arm(run.name, error) from error
 
 
-def _train(run: Run, budget: int, seconds: float) -> TrainingCost:
-    """Train until the budget is spent; what all updates so far cost, where the earlier ones took ``seconds``."""
-    before = _provenance(run.checkpoint)
+def _train(run: Run, budget: int, earlier: TrainingCost | None) -> TrainingCost:
+    """Train until the budget is spent; what all updates so far cost; those to the previous budget cost ``earlier``."""
+    there = _content(run.checkpoint)
+    before = read_provenance(there)
     if before.updates and before.evaluations - before.evaluations / before.updates >= budget:
         trained = f"trained for {before.evaluations} network evaluations; {budget} requested"
         raise UserError(trained, where=str(run.checkpoint), remedy=ANOTHER_OUT)
+    seconds = _seconds(there, before, earlier)
+    keep = {"class_path": KEEP_LAST, "init_args": {"seconds": seconds}}
     stop = {"class_path": "EvaluationBudget", "init_args": {"evaluations": budget}}
     settings: dict[str, Any] = {
         "trainer.max_steps": -1,
-        "trainer.callbacks": [KEEP_LAST, stop],
+        "trainer.callbacks": [keep, stop],
         "seed_everything": run.seed,
         **UNOBSERVED,
     }
@@ -271,6 +274,21 @@ def _train(run: Run, budget: int, seconds: float) -> TrainingCost:
     if before.updates:
         settings["ckpt_path"] = str(run.checkpoint)
     began = time.perf_counter()
-    train(run.directory, [*run.arm.arguments, *(option(*item) for item in settings.items()), *run.extra])
-    done = _provenance(run.checkpoint)
-    return TrainingCost(done.updates, done.evaluations, seconds + time.perf_counter() - began)
+    cli = train(run.directory, [*run.arm.arguments, *(option(*item) for item in settings.items()), *run.extra])
+    here = time.perf_counter() - began - _keeper(cli).saving
+    done = read_provenance(_content(run.checkpoint))
+    return TrainingCost(done.updates, done.evaluations, None if seconds is None else seconds + here)
+
+
+def _seconds(content: dict[str, Any], before: Provenance, earlier: TrainingCost | None) -> float | None:
+    """Seconds of all updates in a checkpoint; None if they are not known."""
+    if not before.updates:
+        return 0.0
+    if earlier is not None and earlier.evaluations == before.evaluations:
+        return earlier.seconds
+    return seconds_in(content)
+
+
+def _keeper(cli: DistillationCLI) -> TimedCheckpoint:
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback for callback in callbacks if isinstance(callback, TimedCheckpoint))

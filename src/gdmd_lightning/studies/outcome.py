@@ -13,7 +13,7 @@ from gdmd_lightning.studies.tasks import Task
 from gdmd_lightning.studies.watch import WATCHED
 
 NOT_MEASURED = "-"
-"""In tables, a figure that did not exist when a file of scores was written."""
+"""In tables, a figure that an earlier version, which wrote a file of scores, did not have."""
 
 
 class Estimate(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,7 +81,9 @@ def _evaluations(row: Row) -> float:
 
 
 def _seconds(row: Row) -> float:
-    return 0.0 if row.training is None else row.training.seconds / 60
+    if row.training is None:
+        return 0.0
+    return math.nan if row.training.seconds is None else row.training.seconds / 60  # a point that is not drawn
 
 
 def _curves(outcome: Outcome, cost: Callable[[Row], float]) -> str:

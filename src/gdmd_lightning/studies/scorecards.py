@@ -30,12 +30,13 @@ class TrainingCost:
     Args:
         updates: Generator updates.
         evaluations: Network evaluations of single latents.
-        seconds: Seconds of training.
+        seconds: Seconds of training, over all its stops; None if it was stopped under an earlier version, which did not
+            keep them.
     """
 
     updates: int
     evaluations: int
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gdmd_lightning.studies.folders import FolderScores
-from gdmd_lightning.studies.outcome import Outcome, estimate, value
+from gdmd_lightning.studies.outcome import NOT_MEASURED, Outcome, estimate, value
 from gdmd_lightning.studies.scorecards import Row
 from gdmd_lightning.studies.watch import WATCHED
 
@@ -84,8 +84,10 @@ def _figures(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
 def _costs(rows: Sequence[Row]) -> list[str]:
     costs = [row.training for row in rows if row.training is not None]
     updates = sum(cost.updates for cost in costs)
-    per_update = [sum(cost.evaluations for cost in costs) / updates, sum(cost.seconds for cost in costs) / updates]
-    return [f"{updates / len(costs):.0f}", f"{per_update[0]:.0f}", f"{per_update[1]:.2f}"]
+    evaluations = sum(cost.evaluations for cost in costs)
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    seconds = f"{sum(known) / updates:.2f}" if len(known) == len(costs) else NOT_MEASURED
+    return [f"{updates / len(costs):.0f}", f"{evaluations / updates:.0f}", seconds]
 
 
 def _line(cells: Sequence[str]) -> str:
