@@ -2901,6 +2901,11 @@ MUTATIONS = [
     *errors(
         "strategies/multi_engine.py",
         ENGINES,
+        (
+            "engines: gradients that were cleared are stepped with",
+            "            self._clear_engines_too()\n",
+            "            pass\n",
+        ),
         ("engines: the end of a training is lost", "            self._ended = self._stepped()\n", "            pass\n"),
         ("engines: moments of other weights", "        self._ended = {}\n        saved, held", "        saved, held"),
         (

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 LOSS, WEIGHT = 1e-6, 2e-5
 STEPS = 4
 OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+HERE_AND_AWAY = {"": {}, " offloaded": OFFLOADED}
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,14 @@ def test_offload_changes_neither_clipping_nor_layers_that_get_a_gradient_only_so
     for name, value in here["weights"].items():
         assert (away["weights"][name] - value).abs().max() <= LOSS, name
     assert broken["norms"]["critic"] == float("inf")
+
+
+def test_gradients_that_are_cleared_before_a_step_are_forgotten(folder, plain):
+    cases = {f"{stage}{where}": (stage, config) for stage in (1, 2, 3) for where, config in HERE_AND_AWAY.items()}
+    shared = {"kind": "dropping", "steps": STEPS}
+    strategies = [{"stage": stage, "config": config} for stage, config in cases.values()]
+    for found in run_cases(folder, 1, **{name: {**shared, "strategy": s} for name, s in zip(cases, strategies)}):
+        assert_same_run(found, plain)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from toy_gan import ToyGAN, network
 
-from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, partitions, shards
+from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy, learning, partitions, shards
 from gdmd_lightning.strategies.saved_weights import NoSavedWeights
 
 torch.set_num_threads(1)
@@ -141,7 +141,19 @@ class Narrow(Seeded):
         self.critic = nn.Sequential(network(16), nn.Linear(8, 1))
 
 
-KINDS = {"narrow": Narrow, "seeded": Seeded, "large": Large, "leaving": Leaving}
+class Dropping(Seeded):
+    """The toy with large gradients that are cleared before each update."""
+
+    def training_step(self, z, number):
+        for role, optimizer in zip(("generator", "critic"), self.optimizers(), strict=True):
+            with learning(self, role):
+                for _ in range(2):
+                    self.manual_backward(1e3 * self.get_submodule(role)(z).sum())
+                optimizer.zero_grad()
+        super().training_step(z, number)
+
+
+KINDS = {"narrow": Narrow, "seeded": Seeded, "large": Large, "leaving": Leaving, "dropping": Dropping}
 
 
 @contextmanager

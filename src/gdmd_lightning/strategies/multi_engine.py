@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +227,9 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
         held = {id(parameter) for network in self._engine_networks() for parameter in network.parameters()}
         for tensor in [*(p for p in module.parameters() if id(p) not in held), *module.buffers()]:
             torch.distributed.broadcast(tensor.data, 0)
-        self.setup_precision_plugin()
+        self.setup_precision_plugin()  # gives optimizers new wrappers
+        if self.engines:
+            self._clear_engines_too()
 
     def _engine_networks(self) -> list[nn.Module]:
         return [*(self._trained[role].network for role in self.engines), *self._frozen]
@@ -250,6 +253,17 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
                 model=trained.network, optimizer=optimizer, config=config, dist_init_required=False
             )
             self._offloaded[role] = partitions.offloaded_gradients(self.engines[role])
+            self._backwards[role] = 0
+
+    def _clear_engines_too(self) -> None:
+        """Let ``zero_grad`` of an optimizer clear gradients in its engine, which torch's does not know."""
+        for role, own, given in zip(self._trained, self.optimizers, self._lightning_optimizers, strict=True):
+            own.zero_grad = given.zero_grad = partial(self._drop_gradients, role)  # type: ignore[method-assign]
+
+    def _drop_gradients(self, role: str, set_to_none: bool = True) -> None:
+        """``zero_grad`` of an optimizer: forget the backward passes since the role's last step."""
+        if self._backwards[role]:
+            partitions.drop_gradients(self.engines[role])
             self._backwards[role] = 0
 
     def _watch(self, network: nn.Module) -> Any:

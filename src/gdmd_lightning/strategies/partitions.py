@@ -266,6 +266,22 @@ def before_backward(engine: Any) -> None:
     engine._backward_prologue()
 
 
+def drop_gradients(engine: Any) -> None:
+    """Forget the backward passes since the last step, with what DeepSpeed clears in a step that it skips."""
+    optimizer = engine.optimizer
+    optimizer.zero_grad(set_to_none=True)
+    if engine.zero_optimization_stage() == 3:
+        optimizer._pre_step()
+        optimizer.averaged_gradients = {}
+        return
+    optimizer.micro_step_id = -1  # as in a new optimizer
+    if optimizer.cpu_offload:
+        optimizer.reset_cpu_buffers()
+        optimizer._offload_accumulated_param_ids = set()
+    for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+        kept.update(dict.fromkeys(kept))
+
+
 def offloaded_gradients(engine: Any) -> list[tuple[Tensor, Tensor]]:
     """Flat weights and their gradients, if the optimizer is offloaded: DeepSpeed allocates these once."""
     return [(tensor, tensor.grad) for tensor in _flat_tensors(engine) if tensor.grad is not None]
