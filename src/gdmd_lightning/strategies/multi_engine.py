@@ -258,7 +258,7 @@ class MultiEngineDeepSpeedStrategy(DDPStrategy):
     def _clear_engines_too(self) -> None:
         """Let ``zero_grad`` of an optimizer clear gradients in its engine, which torch's does not know."""
         for role, own, given in zip(self._trained, self.optimizers, self._lightning_optimizers, strict=True):
-            own.zero_grad = given.zero_grad = partial(self._drop_gradients, role)  # type: ignore[method-assign]
+            own.zero_grad = given.zero_grad = partial(self._drop_gradients, role)  # type: ignore[attr-defined, method-assign]
 
     def _drop_gradients(self, role: str, set_to_none: bool = True) -> None:
         """``zero_grad`` of an optimizer: forget the backward passes since the role's last step."""
