@@ -126,6 +126,26 @@ def test_sketch_has_both_networks_on_the_meta_device(places):
     assert sum(w.numel() for w in weights) == sum(w.numel() for w in both)
 
 
+def test_networks_have_the_precision_that_is_asked_for_and_give_nearly_the_same(places):
+    exact, rounded = (detector(places, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    networks = (rounded._model(), rounded.color_classifier._model()[0], rounded.sketch())
+    assert {weight.dtype for network in networks for weight in network.parameters()} == {torch.bfloat16}
+    for one, other in zip(exact.instances(PICTURES), rounded.instances(PICTURES), strict=True):
+        assert other.scores.dtype == torch.float32
+        assert 0 < (one.scores[:5] - other.scores[:5]).abs().max() < 0.05
+    classifiers = [each.color_classifier.classifier("cup") for each in (exact, rounded)]
+    assert classifiers[1].dtype == torch.float32
+    assert 0 < (classifiers[0] - classifiers[1]).abs().max() < 0.05
+    asked = [Prompt("a red cup", {"include": [{"class": name, "count": 1, "color": "red"} for name in CLASSES]})] * 3
+    colors = [found.color for objects in rounded.detect(PICTURES, asked) for found in objects]
+    assert set(colors) & set(COLORS)
+
+
+def test_unknown_precision_is_refused(places):
+    with pytest.raises(UserError, match=r"Mask2FormerDetector\.dtype: it is 'float8'; use float32, bfloat16, float16"):
+        detector(places, dtype="float8")
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

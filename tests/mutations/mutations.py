@@ -1675,6 +1675,7 @@ MUTATIONS = [
     *errors(
         "geneval/mask2former.py",
         ("geneval/test_mask2former.py",),
+        ("detector in float32 whatever was asked for", "self.where).to(self.dtype)", "self.where)"),
         ("quality of the mask ignored", "scores = top * quality[queries]", "scores = top"),
         ("no object is an object", "class_logits.softmax(-1)[:, :-1]", "class_logits.softmax(-1)"),
         ("empty masks are objects", "order = order[area[queries[order]] > 0]", "order = order[:]"),
@@ -1699,7 +1700,7 @@ MUTATIONS = [
         ("background kept", "torch.where(mask, image, GRAY)", "torch.where(mask | True, image, GRAY)"),
         (
             "templates not normalized",
-            "F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)",
+            "F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)",
             "model.get_text_features(**tokens).pooler_output",
         ),
     ),

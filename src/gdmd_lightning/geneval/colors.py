@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gdmd_lightning.described import Described
 from gdmd_lightning.families.preprocessing import center_crop, normalized
-from gdmd_lightning.families.pretrained import check_directory, load_any, load_pretrained
+from gdmd_lightning.families.pretrained import DTYPES, Precision, check_directory, load_any, load_pretrained
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.geneval.classes import COLORS
 from gdmd_lightning.locations import resolve
@@ -28,14 +28,15 @@ class ColorClassifier(Described):
 
     Args:
         path: Directory or hub id of a ``CLIPModel`` with its tokenizer; GenEval's is ``openai/clip-vit-large-patch14``.
+        dtype: Precision of the weights; similarities are float32.
 
     Raises:
         UserError: If a local directory holds no CLIP model.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, dtype: Precision = "float32") -> None:
         self.where = "GenEval's color classifier"
-        self.path = resolve(str(path))
+        self.path, self.dtype = resolve(str(path)), DTYPES[dtype]
         check_directory(self.path, self.where, "CLIPModel")
         self._loaded: tuple[Any, Any] | None = None
         self._device = torch.device("cpu")
@@ -56,7 +57,7 @@ class ColorClassifier(Described):
         """The model on the meta device."""
         from transformers import CLIPModel
 
-        return sketch_model(CLIPModel, self.path)
+        return sketch_model(CLIPModel, self.path).to(self.dtype)
 
     @torch.no_grad()
     def classify(self, image: Tensor, boxes: list[tuple[int, int, int, int]], masks: Tensor, name: str) -> list[str]:
@@ -71,8 +72,9 @@ class ColorClassifier(Described):
         model, _ = self._model()
         size = model.config.vision_config.image_size
         crops = [crop(image, box, mask, size) for box, mask in zip(boxes, masks, strict=True)]
-        features = model.get_image_features(normalized(torch.cat(crops).to(self._device))).pooler_output
-        similarity = F.normalize(features, dim=-1) @ self.classifier(name).T
+        pixels = normalized(torch.cat(crops).to(self._device)).to(self.dtype)
+        features = model.get_image_features(pixels).pooler_output
+        similarity = F.normalize(features.float(), dim=-1) @ self.classifier(name).T
         return [COLORS[index] for index in similarity.argmax(1).tolist()]
 
     @torch.no_grad()
@@ -82,7 +84,7 @@ class ColorClassifier(Described):
             model, tokenizer = self._model()
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self._device)
-            features = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+            features = F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
             mean = features.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
             self._classifiers[name] = F.normalize(mean, dim=-1)
         return self._classifiers[name]
@@ -91,8 +93,8 @@ class ColorClassifier(Described):
         if self._loaded is None:
             from transformers import CLIPModel, CLIPTokenizer
 
-            model = load_pretrained(CLIPModel, self.path, self.where).requires_grad_(False).eval().to(self._device)
-            self._loaded = model, load_any(CLIPTokenizer, self.path, self.where)
+            model = load_pretrained(CLIPModel, self.path, self.where).to(self._device, self.dtype)
+            self._loaded = model.requires_grad_(False).eval(), load_any(CLIPTokenizer, self.path, self.where)
         return self._loaded
 
 

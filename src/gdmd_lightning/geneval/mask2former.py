@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.families.pretrained import check_directory, load_pretrained
+from gdmd_lightning.families.pretrained import DTYPES, Precision, check_directory, load_pretrained
 from gdmd_lightning.families.sketch import sketch_model
 from gdmd_lightning.geneval.classes import CLASSES, COLORS
 from gdmd_lightning.geneval.colors import ColorClassifier
@@ -65,9 +65,10 @@ class Mask2FormerDetector(Detector):
         shortest_edge, longest_edge: Pictures are resized so that the short side has ``shortest_edge`` pixels, or
             fewer if the long side would have more than ``longest_edge``.
         batch_size: Pictures in the network at once.
+        dtype: Precision of both networks' weights; objects and colors are found from float32 outputs.
 
     Raises:
-        UserError: If a local directory holds no such model.
+        UserError: If the precision is unknown, or a local directory holds no such model.
     """
 
     classes = CLASSES
@@ -81,11 +82,15 @@ class Mask2FormerDetector(Detector):
         shortest_edge: Count = 800,
         longest_edge: Count = 1333,
         batch_size: Count = 8,
+        dtype: Precision = "float32",
     ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"it is {dtype!r}", where="Mask2FormerDetector.dtype", remedy=f"use {', '.join(DTYPES)}")
         self.where = "GenEval's detector"
         self.path = resolve(str(path))
         check_directory(self.path, self.where, "Mask2FormerForUniversalSegmentation")
-        self.color_classifier = ColorClassifier(colors)
+        self.color_classifier = ColorClassifier(colors, dtype)
+        self.dtype = DTYPES[dtype]
         self.rules = rules
         self.shortest_edge, self.longest_edge, self.batch_size = shortest_edge, longest_edge, batch_size
         self._network: Any = None
@@ -104,9 +109,8 @@ class Mask2FormerDetector(Detector):
     def sketch(self) -> nn.Module:
         from transformers import Mask2FormerForUniversalSegmentation
 
-        return nn.ModuleList(
-            [sketch_model(Mask2FormerForUniversalSegmentation, self.path), self.color_classifier.sketch()]
-        )
+        network = sketch_model(Mask2FormerForUniversalSegmentation, self.path).to(self.dtype)
+        return nn.ModuleList([network, self.color_classifier.sketch()])
 
     @torch.no_grad()
     def detect(self, images: Tensor, prompts: Sequence[Prompt]) -> list[list[Detection]]:
@@ -123,12 +127,13 @@ class Mask2FormerDetector(Detector):
     def instances(self, images: Tensor) -> list[Instances]:
         """The objects of each of ``images [B, 3, H, W]`` in [0, 1], with any score."""
         pixels, (height, width) = self.prepared(images)
-        outputs = self._model()(pixel_values=pixels)
-        logits = F.interpolate(outputs.masks_queries_logits, pixels.shape[-2:], mode="bilinear", align_corners=False)
+        outputs = self._model()(pixel_values=pixels.to(self.dtype))
+        logits = outputs.masks_queries_logits.float()
+        logits = F.interpolate(logits, pixels.shape[-2:], mode="bilinear", align_corners=False)
         logits = logits[..., :height, :width]
         return [
             instances_of(classes, masks, images.shape[-2:])
-            for classes, masks in zip(outputs.class_queries_logits, logits, strict=True)
+            for classes, masks in zip(outputs.class_queries_logits.float(), logits, strict=True)
         ]
 
     def prepared(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -167,7 +172,7 @@ class Mask2FormerDetector(Detector):
         if self._network is None:
             from transformers import Mask2FormerForUniversalSegmentation
 
-            network = load_pretrained(Mask2FormerForUniversalSegmentation, self.path, self.where)
+            network = load_pretrained(Mask2FormerForUniversalSegmentation, self.path, self.where).to(self.dtype)
             check_classes(network.config.id2label, self.path, self.where)
             self._network = network.requires_grad_(False).eval().to(self._device)
         return self._network
