@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from gdmd_lightning.constructed import Constructed
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import BuildNetwork, check_pipeline
@@ -36,7 +37,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``predict(x_sigma [B, ...], sigma [B], rows [B]) -> velocity [B, ...]``, as samplers call it."""
 
 
-class ModelFamily(ABC):
+class ModelFamily(Constructed, ABC):
     """A pipeline on disk or on the Hugging Face hub, and how to use its network.
 
     Args:

@@ -129,7 +129,11 @@ class DistillationModule(RoleModule, ABC):
         return self.family.to_pipeline(network, self.steps, self.latent_shape, stochastic=stochastic)
 
     def on_fit_start(self) -> None:
-        """Say before training if the result cannot be exported as a pipeline."""
+        """Say before training if commands cannot load the result, or it cannot be exported as a pipeline."""
+        try:
+            self.configuration()
+        except ValueError as error:
+            rank_zero_info(f"warning: sample, evaluate and export cannot load checkpoints of this run ({error})")
         try:
             self.check_pipeline_export()
         except UserError as error:
