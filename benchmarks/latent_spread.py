@@ -9,8 +9,8 @@ import torch
 
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.data.evaluation_prompts import read_evaluation_prompts
-from gdmd_lightning.samplers import ODE, rollout
-from gdmd_lightning.streams import draw_noise, stream
+from gdmd_lightning.samplers import rollout
+from gdmd_lightning.streams import draw_noise, stream, streams_of
 
 
 @torch.no_grad()
@@ -27,9 +27,7 @@ def main() -> None:
         conditioning = module.embeddings(texts)
         if number == 0:
             predict = module.predictor("teacher", conditioning, module.teacher_guidance)
-            sigmas = module.family.teacher_sigmas(options.steps, module.latent_shape)
-            start = module.family.teacher_start(options.steps) * noise
-            latents = rollout(predict, start, sigmas, ODE()).x0
+            latents = module.family.sample_teacher(predict, noise, options.steps, streams_of(noise))
             print(f"{latents.std():.3f}  teacher, {options.steps} steps, guided", flush=True)
         rng = stream("generate", module.seed)
         latents = rollout(module.predictor("ema", conditioning), noise, module.sigmas, module.sampler, rng).x0

@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "__init__": 0,
     "errors": 0,
+    "constructed": 0,
     "described": 0,
     "directories": 0,
     "files": 0,
@@ -54,6 +55,7 @@ FLOORS = {
 }
 # Imports between packages of one floor, with the reason for each.
 SIDEWAYS = {
+    ("constructed", "described"),  # rewards are known by their settings
     ("directories", "errors"),  # a directory of somebody else
     ("directories", "files"),  # marks are written atomically
     ("files", "errors"),  # a full disk

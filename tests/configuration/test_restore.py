@@ -1,9 +1,18 @@
 """Modules restored from checkpoints."""
 
+import pytest
+import tiny
 import torch
 
 from gdmd_lightning.configuration import training
-from gdmd_lightning.configuration.restore import load_module
+from gdmd_lightning.configuration.restore import load_module, picture_size
+from gdmd_lightning.data.images import ShapesImages
+from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.dmd2 import DMD2
+from gdmd_lightning.roles import LoRA, Optimization
+from gdmd_lightning.samplers import Renoise
+from gdmd_lightning.schedules import LogitNormal
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 
@@ -31,8 +40,6 @@ def test_load_module_does_not_need_the_checkpoint_that_a_run_started_from(fast_f
 
 
 def test_start_from_takes_generator_fake_score_and_averages(tiny_pipeline, recorded_run):
-    import tiny
-
     last = str(recorded_run / "checkpoints" / "last.ckpt")
     theirs, mine = load_module(last, trust=["tiny"]).roles, tiny.module(tiny_pipeline, start_from=last)
     mine.configure_model()
@@ -42,3 +49,41 @@ def test_start_from_takes_generator_fake_score_and_averages(tiny_pipeline, recor
         assert all(torch.equal(a, b) for a, b in pairs), role
     assert torch.equal(roles.old.proj_out.weight, theirs.old.proj_out.weight)
     assert not torch.equal(roles.teacher.proj_out.weight, theirs.generator.proj_out.weight)
+
+
+def test_a_checkpoint_of_a_trainer_of_ones_own_is_restored_with_the_arguments_of_its_module(tiny_pipeline, tmp_path):
+    options = {
+        "images": ShapesImages(), "sampler": Renoise(), "lora": LoRA(rank=2), "steps": 2,
+        "generator": Optimization(learning_rate=0.01, betas=(0.1, 0.9)),
+        "matching": tiny.Matching(renoise_distribution=LogitNormal(mean=0.5), fake_score_updates=1),
+    }  # fmt: skip
+    trained, path = tiny.module(tiny_pipeline, DMD2, **options), str(tmp_path / "one.ckpt")
+    tiny.train(trained, 1).save_checkpoint(path)
+    assert picture_size(path) == (32, 32)
+    restored, noise = load_module(path, role="ema"), latent_noise()
+    assert (restored.matching, restored.generator, restored.lora) == (trained.matching, trained.generator, trained.lora)
+    assert torch.equal(restored.generate(noise, TEXTS), trained.generate(noise, TEXTS))
+
+
+def test_the_reward_of_a_script_does_not_keep_its_generator_from_being_restored(tiny_pipeline, tmp_path):
+    class Scripted(tiny.Brightness):
+        """Cannot be imported."""
+
+    trained, path = tiny.module(tiny_pipeline, reward=Scripted()), str(tmp_path / "one.ckpt")
+    tiny.train(trained, 1).save_checkpoint(path)
+    noise = latent_noise()
+    assert torch.equal(load_module(path, role="ema").generate(noise, TEXTS), trained.generate(noise, TEXTS))
+
+
+def test_a_run_whose_checkpoints_no_command_can_load_says_so_at_its_start(tiny_pipeline, tmp_path, caplog):
+    class Scripted(DMD):
+        """Cannot be imported."""
+
+    trained, path = tiny.module(tiny_pipeline, Scripted), str(tmp_path / "one.ckpt")
+    with caplog.at_level("INFO"):
+        tiny.train(trained, 1).save_checkpoint(path)
+    assert "export cannot load checkpoints of this run (the class test_a_run" in caplog.text
+    with pytest.raises(
+        UserError, match=r"one\.ckpt' has no configuration; use a \.ckpt written by fit, or by a Trainer"
+    ):
+        load_module(path, role="ema")

@@ -1,5 +1,8 @@
 """Sampling FLUX.2 klein equals diffusers' own pipeline, and exported pipelines reproduce our images."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -89,6 +92,25 @@ def test_family_refuses_a_wrong_resolution_layer_count_or_pipeline(saved, module
         Flux2KleinFamily(str(saved)).load()
     with pytest.raises(UserError, match="holds a Flux2KleinPipeline, not a StableDiffusion3Pipeline"):
         tiny.family(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "problem"),
+    [
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "the steps of a UniPCMultistepScheduler are not known"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "the scheduler's levels are inverted"),
+    ],
+)
+def test_a_scheduler_with_other_levels_is_refused(saved, tmp_path, name, settings, problem):
+    import diffusers
+
+    path = tmp_path / "pipeline"
+    shutil.copytree(saved, path)
+    getattr(diffusers, name)(**settings).save_pretrained(path / "scheduler")
+    index = path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
+    with pytest.raises(UserError, match=rf"family\.path: {problem}"):
+        Flux2KleinFamily(str(path), max_sequence_length=24, text_layers=(1, 3)).sketch()
 
 
 @pytest.mark.parametrize("way", ["load", "sketch"])

@@ -12,6 +12,7 @@ from gdmd_lightning.families.loading import check_pipeline
 from gdmd_lightning.families.sd3 import SD3Family
 from gdmd_lightning.latents import Conditioning
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.studies.contestants import teachers
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 
@@ -71,7 +72,9 @@ def test_teacher_with_a_shift_by_size_reproduces_its_pipeline(shifted_by_size, h
         TEXTS, num_inference_steps=4, guidance_scale=1.0, height=height, width=width, max_sequence_length=0,
         output_type="latent",
     )  # fmt: skip
-    torch.testing.assert_close(family.teacher_sigmas(4, shape), family.loaded.scheduler.sigmas, rtol=0, atol=0)
+    torch.testing.assert_close(
+        family.teacher_scheduler(4, shape).sigmas, family.loaded.scheduler.sigmas, rtol=0, atol=0
+    )
 
 
 def test_teacher_with_a_shift_by_size_draws_its_pipelines_pictures(shifted_by_size, noise):
@@ -132,7 +135,7 @@ def test_exported_scheduler_visits_the_generators_sigmas(shifted):
         )
 
 
-@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"])
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 def test_exported_scheduler_visits_the_generators_sigmas_whatever_the_teachers_spacing(tiny_pipeline, key):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -188,19 +191,60 @@ def test_check_pipeline_checks_only_the_form_of_a_hub_id():
         check_pipeline("./stabilityai", "StableDiffusion3Pipeline")
 
 
+def with_scheduler(pipeline, place, scheduler):
+    """A copy of a pipeline that has this scheduler."""
+    path = place / "pipeline"
+    shutil.copytree(pipeline, path)
+    scheduler.save_pretrained(path / "scheduler")
+    index = path / "model_index.json"
+    kind = ["diffusers", type(scheduler).__name__]
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": kind}))
+    return SD3Family(str(path), max_sequence_length=0)
+
+
 @pytest.mark.parametrize("way", ["load", "sketch"])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_a_scheduler_without_a_known_shift_is_refused(tiny_pipeline, tmp_path, name, way):
     import diffusers
 
-    path = tmp_path / "pipeline"
-    shutil.copytree(tiny_pipeline, path)
     scheduler = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    scheduler.save_pretrained(path / "scheduler")
-    index = path / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
     with pytest.raises(UserError, match=rf"family\.path: the steps of a {name} are not known"):
-        getattr(SD3Family(str(path), max_sequence_length=0), way)()
+        getattr(with_scheduler(tiny_pipeline, tmp_path, scheduler), way)()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"invert_sigmas": True}, r"the scheduler's levels are inverted \(invert_sigmas\)"),
+        ({"num_train_timesteps": 500}, r"the scheduler has 500 timesteps \(num_train_timesteps\)"),
+    ],
+)
+def test_a_scheduler_with_other_levels_or_times_is_refused(tiny_pipeline, tmp_path, settings, problem):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    family = with_scheduler(tiny_pipeline, tmp_path, FlowMatchEulerDiscreteScheduler(**settings))
+    with pytest.raises(UserError, match=rf"family\.path: {problem}"):
+        family.sketch()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FlowMatchHeunDiscreteScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True, "shift_terminal": 0.1}),
+    ],
+    ids=str,
+)
+def test_teacher_is_sampled_with_its_pipelines_own_scheduler(tiny_pipeline, tmp_path, noise, name, settings):
+    import diffusers
+
+    module = DMD(
+        with_scheduler(tiny_pipeline, tmp_path, getattr(diffusers, name)(shift=3.0, **settings)), height=32, width=32
+    )
+    module.configure_model()
+    compare_with_pipeline(module, noise, 5, 3.0)
+    evaluations = 9 if "Heun" in name else 5
+    assert [each.evaluations for each in teachers(module, 5, 3.0)[:1]] == [2 * evaluations]
 
 
 def test_more_text_than_the_pipeline_takes_is_refused(tiny_pipeline):

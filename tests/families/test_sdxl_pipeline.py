@@ -13,6 +13,7 @@ from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.samplers import ODE, rollout
 from gdmd_lightning.schedules import UniformTimestep, vp_from_sigma, x0_from_velocity
+from gdmd_lightning.streams import streams_of
 from gdmd_lightning.studies.export import export
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
@@ -39,6 +40,13 @@ def module(request, tmp_path_factory):
     return module
 
 
+@pytest.fixture(scope="module")
+def saved_module(saved):
+    module = DMD(SDXLFamily(str(saved)), height=32, width=32)
+    module.configure_model()
+    return module
+
+
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(4, 3.0), (7, 1.0)])
 def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
     ours = module.generate_teacher(noise, TEXTS, steps, guidance_scale)
@@ -46,6 +54,41 @@ def test_teacher_reproduces_its_pipeline(module, noise, steps, guidance_scale):
         TEXTS, num_inference_steps=steps, guidance_scale=guidance_scale, latents=noise.clone(), **CALL
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "timestep_spacing": "linspace"}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "prediction_type": "v_prediction"}),
+        ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+        ("HeunDiscreteScheduler", {}),
+        ("PNDMScheduler", {}),
+        ("TCDScheduler", {}),
+    ],
+    ids=str,
+)
+def test_teacher_is_sampled_with_its_pipelines_own_scheduler(saved_module, noise, name, settings):
+    import diffusers
+
+    family = saved_module.family
+    before = family.loaded.scheduler
+    try:
+        family.loaded.scheduler = getattr(diffusers, name).from_config(before.config, **settings)
+        family.predicts = family.loaded.scheduler.config.prediction_type
+        theirs = family.loaded(
+            TEXTS, num_inference_steps=5, guidance_scale=3.0, latents=noise.clone(), generator=streams_of(noise),
+            **{**CALL, "output_type": "latent"},
+        ).images  # fmt: skip
+        with torch.no_grad():
+            predict = saved_module.predictor("teacher", family.encode(TEXTS), 3.0)
+            ours = family.sample_teacher(predict, noise, 5, streams_of(noise))
+    finally:
+        family.loaded.scheduler, family.predicts = before, before.config.prediction_type
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
 
 
 def test_velocity_gives_the_same_x0_as_the_vp_state(module, noise):
@@ -225,12 +268,19 @@ def test_a_network_with_continuous_times_is_refused(saved, tmp_path):
         sketch_with(saved, tmp_path, continuous)
 
 
-@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_a_schedule_that_is_not_variance_preserving_is_refused(saved, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+    ],
+)
+def test_a_schedule_that_is_not_variance_preserving_is_refused(saved, tmp_path, name, settings):
     import diffusers
 
     with pytest.raises(UserError, match=rf"family\.path: the schedule of {name} is not variance-preserving"):
-        sketch_with(saved, tmp_path, getattr(diffusers, name)())
+        sketch_with(saved, tmp_path, getattr(diffusers, name)(**settings))
 
 
 def test_a_network_that_takes_the_guidance_scale_is_refused(saved, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from gdmd_lightning.families.flux2 import Flux2Family, Flux2KleinFamily
 from gdmd_lightning.families.sdxl import SDXLFamily
 from gdmd_lightning.methods.dmd import DMD
-from gdmd_lightning.samplers import ODE, rollout
+from gdmd_lightning.streams import streams_of
 
 TEXTS = ["a red circle", "two blue squares left of a green triangle"]
 STEPS, GUIDANCE = 5, 4.0
@@ -41,8 +41,7 @@ def test_teacher_x0_equals_the_pipelines(name, tmp_path):
     )  # fmt: skip
     with torch.no_grad():
         predict = module.predictor("teacher", family.encode(TEXTS), GUIDANCE)
-        start = family.teacher_start(STEPS) * noise
-        ours = rollout(predict, start, family.teacher_sigmas(STEPS, module.latent_shape), ODE()).x0
+        ours = family.sample_teacher(predict, noise, STEPS, streams_of(noise))
     theirs = last[-1]
     if theirs.shape != ours.shape:  # FLUX.2: a sequence of tokens
         theirs = theirs.transpose(1, 2).reshape(ours.shape)

@@ -397,9 +397,9 @@ def test_teacher_is_sampled_with_guidance_on_its_own_levels(float64):
     world = World(DMD)
     noise = torch.randn(2, 2, 2, 3, generator=torch.Generator().manual_seed(0))
     texts = list(TEXTS[:2])
-    world.module.generate_teacher(noise, texts, 4, 2.5)
+    world.module.generate_teacher(noise, texts, 5, 2.5)
     asked = world.questions("teacher")
-    assert [float(q.sigma[0]) for q in asked] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert [float(q.sigma[0]) for q in asked] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert {q.guidance_scale for q in asked} == {2.5}
 
 

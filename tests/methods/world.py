@@ -92,8 +92,12 @@ class GaussianFamily(ModelFamily):
     def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         return torch.tensor([*(0.2 + 0.8 * (k / steps) for k in range(steps, 0, -1)), 0.0])
 
-    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-        return torch.linspace(1, 0, steps + 1)
+    def teacher_scheduler(self, steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=[k / steps for k in range(steps, 0, -1)])
+        return scheduler
 
 
 def meaning(text: str) -> Tensor:

@@ -846,11 +846,7 @@ MUTATIONS = [
             "predict = self.predictor(role, self.embeddings(texts))",
             'predict = self.predictor("generator", self.embeddings(texts))',
         ),
-        (
-            "teacher sampled on the student's levels",
-            "self.family.teacher_sigmas(steps, self.latent_shape)",
-            "self.family.few_step_sigmas(steps, self.latent_shape)",
-        ),
+        ("teacher sampled in the student's steps", "predict, noise, steps, str", "predict, noise, self.steps, str"),
         ("sums without share", "part = share * value.detach()", "part = value.detach()"),
     ),
     *errors(

@@ -82,7 +82,7 @@ class TinyFamily(ModelFamily):
     def few_step_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
         raise NotImplementedError
 
-    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+    def teacher_scheduler(self, steps: int, latent_shape: tuple[int, int, int]) -> Any:
         raise NotImplementedError
 
 

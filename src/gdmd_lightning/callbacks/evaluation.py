@@ -59,7 +59,7 @@ class GenerationEvaluation(pl.Callback):
         columns: Images in the grid; 0 for no grid.
         teacher_steps, teacher_guidance: Steps and guidance scale of the teacher in the grid and the scores.
         score_teacher: Whether the teacher is scored; a picture costs ``teacher_steps`` evaluations of its network, or
-            twice as many with guidance.
+            twice as many with guidance, and about twice as many again with a scheduler of second order.
         keep_pictures: ``all``, ``latest`` for those of the teacher and the latest evaluation (lists of all are kept),
             or ``none``, with which an interrupted evaluation starts over.
         seed: Seed of the noise.

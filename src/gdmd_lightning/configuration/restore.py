@@ -68,9 +68,15 @@ def picture_size(path: str) -> tuple[int, int]:
         arguments = parsed(configuration)["model"]["init_args"]
         return int(arguments["height"]), int(arguments["width"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path!r} has no configuration", where="checkpoint", remedy="use a .ckpt written by fit"
-        ) from error
+        raise _without_configuration(path) from error
+
+
+def _without_configuration(path: str) -> UserError:
+    return UserError(
+        f"{path!r} has no configuration",
+        where="checkpoint",
+        remedy="use a .ckpt written by fit, or by a Trainer that did not warn about it when it began to train",
+    )
 
 
 def load_module(
@@ -100,7 +106,7 @@ def load_module(
     checkpoint = read_checkpoint(path)
     provenance = read_provenance(checkpoint)
     if not provenance.configuration:
-        raise UserError(f"{path!r} has no configuration", where="checkpoint", remedy="use a .ckpt written by fit")
+        raise _without_configuration(path)
     model = read_configuration(provenance.configuration, path)
     settings = model["init_args"]
     # The checkpoint already has everything that was taken from there.

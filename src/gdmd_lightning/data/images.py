@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gdmd_lightning.constructed import Constructed
 from gdmd_lightning.data.rows import numbered_rows, parsed
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.pictures import read_picture
@@ -19,7 +20,7 @@ from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.shapes.scenes import render, sample_scenes
 
 
-class ImageSource(ABC):
+class ImageSource(Constructed, ABC):
     """Gives a real image for each prompt; which one, if there are several, a random stream decides."""
 
     @abstractmethod

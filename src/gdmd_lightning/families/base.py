@@ -10,7 +10,7 @@ import copy
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from gdmd_lightning.constructed import Constructed
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.fingerprint import text_fingerprint
 from gdmd_lightning.families.loading import BuildNetwork, check_pipeline
@@ -32,8 +33,11 @@ Pipeline = Any
 imports under ``TYPE_CHECKING`` to build the help, and importing diffusers takes seconds.
 """
 
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``predict(x_sigma [B, ...], sigma [B], rows [B]) -> velocity [B, ...]``, as samplers call it."""
 
-class ModelFamily(ABC):
+
+class ModelFamily(Constructed, ABC):
     """A pipeline on disk or on the Hugging Face hub, and how to use its network.
 
     Args:
@@ -192,12 +196,24 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-        """Sigmas of the pipeline's own scheduler, ``[steps + 1]``; arguments as :meth:`few_step_sigmas`."""
+    def teacher_scheduler(self, steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        """A copy of the pipeline's own scheduler, set to ``steps`` steps as the pipeline's call sets it.
 
-    def teacher_start(self, steps: int) -> float:
-        """Factor ``f``: the pipeline starts from ``f sigma_1 noise`` with ``sigma_1`` the first sigma."""
-        return 1.0
+        It has a timestep for each network evaluation: schedulers of a higher order have more than ``steps``.
+        """
+
+    def _scheduler_output(self, predict: Predict, scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
+        """What the network predicts, in its own terms, in a step of the pipeline's scheduler, ``[B, C, H, W]``.
+
+        By default a velocity on states of the flow, with levels of a thousandth of the timesteps.
+
+        Args:
+            predict: The network's velocity.
+            scheduler: From :meth:`teacher_scheduler`.
+            x: The scheduler's states, ``[B, C, H, W]``.
+            timestep: One of its timesteps, a scalar.
+        """
+        return predict(x, (timestep / 1000).to(x).expand(len(x)), torch.arange(len(x)))
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments that a call of the pipeline needs for our images, besides prompt, steps and guidance."""
@@ -208,6 +224,28 @@ class ModelFamily(ABC):
         return {}
 
     # What all families share.
+
+    def sample_teacher(self, predict: Predict, noise: Tensor, steps: int, rngs: list[torch.Generator]) -> Tensor:
+        """Sample in the loop of the pipeline, with its own scheduler.
+
+        Args:
+            predict: The teacher's velocity.
+            noise: Standard normal, ``[B, C, H, W]``.
+            steps: Sampling steps.
+            rngs: A random stream for each sample, for schedulers that draw noise in their steps.
+
+        Returns:
+            Latents as :meth:`decode` takes them, ``[B, C, H, W]``.
+        """
+        scheduler = self.teacher_scheduler(steps, (noise.shape[1], noise.shape[2], noise.shape[3]))
+        # As the pipelines call it: the step of a TCDScheduler has another eta of its own.
+        taken = inspect.signature(scheduler.step).parameters
+        options = {key: value for key, value in {"generator": rngs, "eta": 0.0}.items() if key in taken}
+        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # FlowMatch schedulers start from unit noise
+        for timestep in scheduler.timesteps:
+            output = self._scheduler_output(predict, scheduler, x, timestep)
+            x = scheduler.step(output, timestep, x, return_dict=False, **options)[0]
+        return x
 
     def check_resolution(self, height: int, width: int) -> None:
         """Fail before any weights are loaded if the pipeline cannot make pictures of this size.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families import autoencoder
 from gdmd_lightning.families.base import ModelFamily, Pipeline
-from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.loading import check_flow_scheduler, load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
@@ -56,7 +56,8 @@ class Flux2KleinFamily(ModelFamily):
 
         Raises:
             UserError: If the text encoder has fewer layers than requested, the network takes another number of
-                them, or it takes the guidance scale as an input and should not, or the other way round.
+                them, or it takes the guidance scale as an input and should not, or the other way round; or if the
+                scheduler is no ``FlowMatchEulerDiscreteScheduler``, or has other levels or times.
         """
         import diffusers
 
@@ -92,6 +93,14 @@ class Flux2KleinFamily(ModelFamily):
                 where="family.path",
                 remedy="use Flux2KleinFamily for klein models and Flux2Family for FLUX.2",
             )
+        scheduler = type(self.loaded.scheduler).__name__
+        if scheduler != "FlowMatchEulerDiscreteScheduler":
+            raise UserError(
+                f"the steps of a {scheduler} are not known",
+                where="family.path",
+                remedy="save the pipeline with a FlowMatchEulerDiscreteScheduler",
+            )
+        check_flow_scheduler(self.loaded.scheduler)
         return self.loaded.transformer
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
@@ -207,6 +216,9 @@ class Flux2KleinFamily(ModelFamily):
 
         The pipeline's shift depends on the number of steps and the number of image tokens.
         """
+        return self.teacher_scheduler(steps, latent_shape).sigmas.clone()
+
+    def teacher_scheduler(self, steps: int, latent_shape: tuple[int, int, int]) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
@@ -214,10 +226,7 @@ class Flux2KleinFamily(ModelFamily):
         even = np.linspace(1.0, 1 / steps, steps)
         _, height, width = latent_shape
         scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(height * width, steps))
-        return scheduler.sigmas.clone()
-
-    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-        return self.few_step_sigmas(steps, latent_shape)
+        return scheduler
 
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length, "text_encoder_out_layers": self.text_layers}

@@ -219,6 +219,26 @@ def _check_complete(component: nn.Module, directory: Path) -> None:
         )
 
 
+def check_flow_scheduler(scheduler: Any) -> None:
+    """Check that a pipeline calls its network with ``x_sigma`` at the time ``1000 sigma``.
+
+    Raises:
+        UserError: If its scheduler makes it do otherwise.
+    """
+    if scheduler.config.num_train_timesteps != 1000:
+        raise UserError(
+            f"the scheduler has {scheduler.config.num_train_timesteps} timesteps (num_train_timesteps)",
+            where="family.path",
+            remedy="use a model of 1000 timesteps",
+        )
+    if scheduler.config.get("invert_sigmas"):
+        raise UserError(
+            "the scheduler's levels are inverted (invert_sigmas)",
+            where="family.path",
+            remedy="use a model whose noise decreases with its timesteps",
+        )
+
+
 def check_pipeline(path: str, pipeline_class: str) -> None:
     """Check that ``path`` holds a diffusers pipeline of the given class; read only its index.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families import autoencoder
 from gdmd_lightning.families.base import ModelFamily, Pipeline
-from gdmd_lightning.families.loading import load_pipeline
+from gdmd_lightning.families.loading import check_flow_scheduler, load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
 from gdmd_lightning.latents import Conditioning
@@ -50,7 +50,7 @@ class SD3Family(ModelFamily):
         """Load all weights.
 
         Raises:
-            UserError: If the scheduler is none of diffusers' ``FlowMatch`` schedulers.
+            UserError: If the scheduler is none of diffusers' ``FlowMatch`` schedulers, or has other levels or times.
         """
         from diffusers import StableDiffusion3Pipeline
 
@@ -82,6 +82,7 @@ class SD3Family(ModelFamily):
                 where="family.path",
                 remedy="save the pipeline with a FlowMatchEulerDiscreteScheduler of the same shift",
             )
+        check_flow_scheduler(self.loaded.scheduler)
         return self.loaded.transformer
 
     def blank_conditioning(self, device: torch.device) -> Conditioning:
@@ -179,7 +180,6 @@ class SD3Family(ModelFamily):
             use_karras_sigmas=False,
             use_exponential_sigmas=False,
             use_beta_sigmas=False,
-            invert_sigmas=False,
         )
         return StableDiffusion3Pipeline(**self.components(transformer=network, scheduler=scheduler))
 
@@ -187,20 +187,19 @@ class SD3Family(ModelFamily):
         """Evenly spaced sigmas (1, 3/4, 2/4, 1/4, 0 for 4 steps) with the scheduler's shift."""
         return few_step_sigmas(steps, self.loaded.scheduler.config.shift)
 
-    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-        """Sigmas of the pipeline's own scheduler, ``[steps + 1]``, with its shift by image size if it has one."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def teacher_scheduler(self, steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        """The pipeline's own scheduler, with its shift by image size if it has one."""
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
-        config, mu = scheduler.config, None
-        if config.use_dynamic_shifting:
+        scheduler = type(self.loaded.scheduler).from_config(self.loaded.scheduler.config)
+        config, shift = scheduler.config, {}
+        if config.get("use_dynamic_shifting"):
             patch = self.loaded.transformer.config.patch_size
             tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
             lengths = config.base_image_seq_len, config.max_image_seq_len
-            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
-        scheduler.set_timesteps(steps, mu=mu)
-        return scheduler.sigmas.clone()
+            shift = {"mu": calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)}
+        scheduler.set_timesteps(steps, **shift)
+        return scheduler
 
     def sampling_arguments(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.families import autoencoder
-from gdmd_lightning.families.base import ModelFamily, Pipeline
+from gdmd_lightning.families.base import ModelFamily, Pipeline, Predict
 from gdmd_lightning.families.loading import load_pipeline
 from gdmd_lightning.families.resolution import Grid, autoencoder_factor
 from gdmd_lightning.families.sketch import sketch_pipeline
@@ -80,7 +80,8 @@ class SDXLFamily(ModelFamily):
 
     def _network(self) -> nn.Module:
         scheduler = self.loaded.scheduler
-        if not hasattr(scheduler, "alphas_cumprod"):
+        # Some schedulers keep the variances that they do not use.
+        if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
             raise UserError(
                 f"the schedule of {type(scheduler).__name__} is not variance-preserving",
                 where="family.path",
@@ -258,17 +259,22 @@ class SDXLFamily(ModelFamily):
         timesteps = (torch.arange(steps, 0, -1).double() * count / steps).round().long() - 1
         return torch.cat([self.timestep_sigmas[timesteps], torch.zeros(1)]).float()
 
-    def teacher_sigmas(self, steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-        sigmas = self._euler(steps).sigmas.double()
-        return (sigmas / (1 + sigmas)).float()
-
-    def teacher_start(self, steps: int) -> float:
-        scheduler = self._euler(steps)
-        return float(scheduler.init_noise_sigma / scheduler.sigmas.max())
-
-    def _euler(self, steps: int) -> Any:
-        from diffusers import EulerDiscreteScheduler
-
-        scheduler = EulerDiscreteScheduler.from_config(self.loaded.scheduler.config)
+    def teacher_scheduler(self, steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        scheduler = type(self.loaded.scheduler).from_config(self.loaded.scheduler.config)
         scheduler.set_timesteps(steps)
         return scheduler
+
+    def _scheduler_output(self, predict: Predict, scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
+        """The predicted noise, or velocity of the variance-preserving process."""
+        sigma = self._sigma(timestep).to(x).expand(len(x))
+        a, s = (per_sample(part, x) for part in vp_from_sigma(sigma.double()))
+        x_sigma = scheduler.scale_model_input(x, timestep) / (a + s)
+        v = predict(x_sigma, sigma, torch.arange(len(x)))
+        x0, eps = x_sigma - per_sample(sigma, x) * v, x_sigma + (1 - per_sample(sigma, x)) * v
+        return a * eps - s * x0 if self.predicts == "v_prediction" else eps
+
+    def _sigma(self, timestep: Tensor) -> Tensor:
+        """The level with this :meth:`timestep`, a scalar."""
+        ratio, below = torch.logit(self.timestep_sigmas), int(timestep)
+        above = min(below + 1, len(ratio) - 1)
+        return torch.sigmoid(torch.lerp(ratio[below], ratio[above], timestep.double().cpu() - below))

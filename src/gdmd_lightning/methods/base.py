@@ -132,7 +132,11 @@ class DistillationModule(RoleModule, ABC):
         return self.family.to_pipeline(network, self.steps, self.latent_shape, stochastic=stochastic)
 
     def on_fit_start(self) -> None:
-        """Say before training if the result cannot be exported as a pipeline."""
+        """Say before training if commands cannot load the result, or it cannot be exported as a pipeline."""
+        try:
+            self.configuration()
+        except ValueError as error:
+            rank_zero_info(f"warning: sample, evaluate and export cannot load checkpoints of this run ({error})")
         try:
             self.check_pipeline_export()
         except UserError as error:
@@ -240,11 +244,12 @@ class DistillationModule(RoleModule, ABC):
 
     @torch.no_grad()
     def generate_teacher(self, noise: Tensor, texts: list[str], steps: int, guidance_scale: float) -> Tensor:
-        """Images ``[B, 3, H, W]`` in [0, 1] of the teacher, by Euler steps on its own scheduler's levels."""
+        """Images ``[B, 3, H, W]`` in [0, 1] of the teacher, drawn by its pipeline's own scheduler.
+
+        A scheduler that draws noise in its steps gets a stream per image that the image's noise determines.
+        """
         predict = self.predictor("teacher", self.embeddings(texts), guidance_scale)
-        start = self.family.teacher_start(steps) * noise
-        sigmas = self.family.teacher_sigmas(steps, self.latent_shape)
-        return self._pictures(rollout(predict, start, sigmas, ODE()).x0, texts)
+        return self._pictures(self.family.sample_teacher(predict, noise, steps, streams_of(noise)), texts)
 
     def _pictures(self, x0: Tensor, texts: list[str]) -> Tensor:
         """Decoded latents; fails if a picture is not finite, which could neither be shown nor scored."""

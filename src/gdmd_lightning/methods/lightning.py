@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from gdmd_lightning.constructed import Constructed, configuration_of
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
 from gdmd_lightning.data.prompt_data import PromptDataModule, PromptLoader
@@ -73,7 +76,7 @@ class Update:
 
 
 @ranged
-class RoleModule(pl.LightningModule):
+class RoleModule(Constructed, pl.LightningModule):
     """A pipeline's network in the roles that a method declares, under manual optimization.
 
     One ``training_step`` is one :meth:`update`; ``trainer.max_steps`` counts updates, however many optimizer
@@ -446,8 +449,22 @@ class RoleModule(pl.LightningModule):
             self._check_shards(self.multi_engine, when, remedy)
         here: dict[str, Any] = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
         here |= {"updates": self.updates, "evaluations": self.evaluations}
+        with suppress(ValueError):  # on_fit_start has said it
+            here["configuration"] = self.configuration()
         checkpoint["provenance"] = asdict(replace(self.provenance, **here))
         checkpoint["random_states"] = global_states(self.device)
+
+    def configuration(self) -> str:
+        """What commands restore this module with, as YAML: the configuration of ``fit``, or its own arguments.
+
+        Raises:
+            ValueError: If an argument is an object that no configuration can have.
+        """
+        if self.provenance.configuration:
+            return self.provenance.configuration
+        model = configuration_of(self)
+        model["init_args"] = {"height": self.height, "width": self.width, **model["init_args"]}
+        return yaml.safe_dump({"model": model}, sort_keys=False)
 
     def _check_learned(self, checkpoint: dict[str, Any], when: str, remedy: str) -> None:
         """Fail if a weight or moment in the checkpoint is not finite, on all ranks if only rank 0 has it (FSDP2)."""

@@ -57,7 +57,8 @@ def teachers(module: DistillationModule, steps: int = TEACHER_STEPS, guidance: f
 
     def teacher(name: str, count: int, scale: float) -> Contestant:
         passes = 1 if scale == 1 else module.family.guided_passes
-        return _contestant(name, passes * count, module, _teacher(module, count, scale))
+        calls = len(module.family.teacher_scheduler(count, module.latent_shape).timesteps)
+        return _contestant(name, passes * calls, module, _teacher(module, count, scale))
 
     return [
         teacher(f"teacher, {steps} steps, guided", steps, scale),
