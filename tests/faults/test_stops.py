@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,21 @@ def test_checkpoint_of_lightnings_requeue_is_not_taken_unasked(complaint, fast_f
     left.touch()
     line = complaint("fit", *fast_fit, f"--trainer.default_root_dir={tmp_path}")
     assert line.startswith(f"{left}: Lightning saved it in the middle of an update, ")
+
+
+def test_checkpoint_of_a_signal_knows_the_best_one_of_the_same_update(fast_fit, tmp_path):
+    keeper = "{class_path: ModelCheckpoint, init_args: {monitor: loss, every_n_train_steps: 1}}"
+    assert status("fit", *fast_fit, f"--trainer.callbacks=[{keeper}]", *stopping(1, signal.SIGTERM)) == 143
+    checkpoints = tmp_path / "run" / "checkpoints"
+    states = read_checkpoint(str(checkpoints / "interrupted.ckpt"), in_memory=False)["callbacks"].values()
+    (best,) = (Path(state["best_model_path"]) for state in states if "best_model_path" in state)
+    assert best.parent == checkpoints
+    assert step_of(best) == 1
+
+
+def test_signal_stops_a_run_that_has_not_reached_its_least_number_of_updates(fast_fit, tmp_path):
+    assert status("fit", *fast_fit, "--trainer.min_steps=3", *stopping(1, signal.SIGTERM)) == 143
+    assert step_of(tmp_path / "run" / "checkpoints" / "last.ckpt") == 1
 
 
 def test_signal_that_comes_twice_at_once_is_one_stop_and_a_later_one_ends_at_once(monkeypatch):

@@ -34,6 +34,9 @@ class StopOnSignal(pl.Callback):
     the run without a checkpoint, and stay until the last checkpoint of the run is written. Under SLURM the signal of
     ``SLURMEnvironment.requeue_signal``, SIGUSR1, is one of them: Lightning's handler saves in the middle of an update.
 
+    It must be the last callback: its checkpoint has the states of all others after the update, also that of a
+    ``ModelCheckpoint`` that saves in it.
+
     Attributes:
         received: Number of the signal, or 0; after the run it is the same on all ranks. The command line exits with
             ``128 + received``.
@@ -85,6 +88,8 @@ class StopOnSignal(pl.Callback):
             self.stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
             trainer.save_checkpoint(interrupted_checkpoint(trainer), weights_only=False)
             trainer.should_stop = True
+            # Lightning would go on until both are reached.
+            trainer.fit_loop.epoch_loop.min_steps, trainer.fit_loop.min_epochs = None, 0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the previous handlers."""

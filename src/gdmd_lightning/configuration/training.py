@@ -128,9 +128,12 @@ class DistillationCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not has_bar:
             use_progress(trainer)
-        # The run's directory must be known, and say what the run is, before any other callback writes to it.
+        # The run's directory must be known, and say what the run is, before any other callback writes to it. The
+        # checkpoint of a signal is written last, with the states that the others have after the update.
         first = (RunDirectory, SaveConfig)
-        trainer.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])  # type: ignore[attr-defined]
+        trainer.callbacks.sort(  # type: ignore[attr-defined]
+            key=lambda each: [isinstance(each, StopOnSignal), *(not isinstance(each, kind) for kind in first)]
+        )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
