@@ -1,5 +1,8 @@
 """PromptDataModule yields groups of prompts, and a resumed run continues exactly where training was."""
 
+import multiprocessing
+import signal
+import subprocess
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -285,6 +288,20 @@ def test_checkpoint_of_other_prompts_can_be_evaluated(source: str, tmp_path: Pat
 
     WithImages.__qualname__ = PromptDataModule.__qualname__  # Lightning's key for the state
     trainer().validate(Recorder(), datamodule=WithImages("shapes"), ckpt_path=path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="SIGTERM is not ignored here")
+def test_reading_processes_survive_a_signal_to_the_group_but_not_to_be_ended_by_training(source: str) -> None:
+    batches = iter(data(source, num_workers=1).train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("INT", "HUP", "USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for _ in range(9):  # more than are read ahead
+        next(batches)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

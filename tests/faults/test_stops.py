@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,44 @@ def test_hangup_during_training_saves_and_ends_with_its_status(fast_fit, tmp_pat
     sentence = f"stopped by signal {number} after 1 updates; resume with --ckpt_path {checkpoints}/interrupted.ckpt"
     assert capsys.readouterr().out.strip() == sentence
     assert [step_of(checkpoints / name) for name in ("interrupted.ckpt", "last.ckpt")] == [1, 1]
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """The environment that ``srun`` gives to the only task of a job."""
+    numbers = {"NTASKS": 1, "JOB_ID": 12345, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in {"JOB_NAME": "train", **numbers}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+def test_warning_of_slurm_saves_a_whole_update_and_no_file_of_lightning(fast_fit, tmp_path, slurm):
+    before = signal.getsignal(signal.SIGUSR1)
+    assert status("fit", *fast_fit, f"--trainer.default_root_dir={tmp_path}", *stopping(1, signal.SIGUSR1)) == 138
+    assert step_of(tmp_path / "run" / "checkpoints" / "interrupted.ckpt") == 1
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_checkpoint_of_lightnings_requeue_is_not_taken_unasked(complaint, fast_fit, tmp_path, slurm):
+    left = tmp_path / "hpc_ckpt_1.ckpt"
+    left.touch()
+    line = complaint("fit", *fast_fit, f"--trainer.default_root_dir={tmp_path}")
+    assert line.startswith(f"{left}: Lightning saved it in the middle of an update, ")
+
+
+def test_checkpoint_of_a_signal_knows_the_best_one_of_the_same_update(fast_fit, tmp_path):
+    keeper = "{class_path: ModelCheckpoint, init_args: {monitor: loss, every_n_train_steps: 1}}"
+    assert status("fit", *fast_fit, f"--trainer.callbacks=[{keeper}]", *stopping(1, signal.SIGTERM)) == 143
+    checkpoints = tmp_path / "run" / "checkpoints"
+    states = read_checkpoint(str(checkpoints / "interrupted.ckpt"), in_memory=False)["callbacks"].values()
+    (best,) = (Path(state["best_model_path"]) for state in states if "best_model_path" in state)
+    assert best.parent == checkpoints
+    assert step_of(best) == 1
+
+
+def test_signal_stops_a_run_that_has_not_reached_its_least_number_of_updates(fast_fit, tmp_path):
+    assert status("fit", *fast_fit, "--trainer.min_steps=3", *stopping(1, signal.SIGTERM)) == 143
+    assert step_of(tmp_path / "run" / "checkpoints" / "last.ckpt") == 1
 
 
 def test_signal_that_comes_twice_at_once_is_one_stop_and_a_later_one_ends_at_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP end a run after the current update, with a checkpoint that resumes exactly."""
+"""SIGINT, SIGTERM, SIGHUP and SLURM's warning end a run after the current update, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, run_directory
@@ -30,7 +31,11 @@ class StopOnSignal(pl.Callback):
     Those within a second of the first are the same stop: one may reach a group of processes and be passed on there.
 
     A signal to any rank stops all of them after the same update. The handlers replace Lightning's, which would end
-    the run without a checkpoint, and stay until the last checkpoint of the run is written.
+    the run without a checkpoint, and stay until the last checkpoint of the run is written. Under SLURM the signal of
+    ``SLURMEnvironment.requeue_signal``, SIGUSR1, is one of them: Lightning's handler saves in the middle of an update.
+
+    It must be the last callback: its checkpoint has the states of all others after the update, also that of a
+    ``ModelCheckpoint`` that saves in it.
 
     Attributes:
         received: Number of the signal, or 0; after the run it is the same on all ranks. The command line exits with
@@ -45,8 +50,13 @@ class StopOnSignal(pl.Callback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remember the handlers before Lightning installs its own."""
-        self._previous = {number: signal.getsignal(number) for number in SIGNALS}
+        """Remember the handlers before Lightning installs its own, and let it install none for SLURM's signal."""
+        numbers = list(SIGNALS)
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
+            numbers += [environment.requeue_signal or signal.SIGUSR1]
+        self._previous = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers, which Python allows in the main thread only."""
@@ -78,6 +88,8 @@ class StopOnSignal(pl.Callback):
             self.stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
             trainer.save_checkpoint(interrupted_checkpoint(trainer), weights_only=False)
             trainer.should_stop = True
+            # Lightning would go on until both are reached.
+            trainer.fit_loop.epoch_loop.min_steps, trainer.fit_loop.min_epochs = None, 0
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the previous handlers."""

@@ -1,4 +1,4 @@
-"""``fit``: train a generator; stops cleanly on SIGINT, SIGTERM and SIGHUP."""
+"""``fit``: train a generator; stops cleanly on SIGINT, SIGTERM, SIGHUP and SLURM's warning."""
 
 from __future__ import annotations
 

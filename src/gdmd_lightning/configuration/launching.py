@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pydoc import locate
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -134,6 +135,21 @@ def check_launcher(trainer: Trainer) -> None:
         rank_zero_warn(
             "Ranks that torchrun starts again may look for those that have ended, since all starts share one store: "
             f"set {OWN_STORE}=1 for torchrun."
+        )
+
+
+def check_requeued(trainer: Trainer) -> None:
+    """Refuse to start where Lightning would continue from ``hpc_ckpt_N.ckpt``, unasked; call it without a checkpoint.
+
+    Raises:
+        UserError: If it would: under SLURM, with such a file in ``trainer.default_root_dir``.
+    """
+    left = trainer._checkpoint_connector._hpc_resume_path
+    if left is not None and SLURMEnvironment.detect():
+        raise UserError(
+            "Lightning saved it in the middle of an update, and would continue from it without being asked",
+            where=left,
+            remedy="remove it, or give trainer.default_root_dir another place",
         )
 
 

@@ -29,7 +29,12 @@ from gdmd_lightning.callbacks.settings import SaveConfig
 from gdmd_lightning.callbacks.spread import WarnWithoutSpread
 from gdmd_lightning.callbacks.summary import count_whole
 from gdmd_lightning.configuration.configs import fit_arguments
-from gdmd_lightning.configuration.launching import check_launcher, check_trainer, no_command_line
+from gdmd_lightning.configuration.launching import (
+    check_launcher,
+    check_requeued,
+    check_trainer,
+    no_command_line,
+)
 from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
@@ -123,9 +128,12 @@ class DistillationCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not has_bar:
             use_progress(trainer)
-        # The run's directory must be known, and say what the run is, before any other callback writes to it.
+        # The run's directory must be known, and say what the run is, before any other callback writes to it. The
+        # checkpoint of a signal is written last, with the states that the others have after the update.
         first = (RunDirectory, SaveConfig)
-        trainer.callbacks.sort(key=lambda callback: [not isinstance(callback, kind) for kind in first])  # type: ignore[attr-defined]
+        trainer.callbacks.sort(  # type: ignore[attr-defined]
+            key=lambda each: [isinstance(each, StopOnSignal), *(not isinstance(each, kind) for kind in first)]
+        )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         if isinstance(trainer.strategy, DDPStrategy):
@@ -180,6 +188,8 @@ class DistillationCLI(LightningCLI):
             if resumed is not None:
                 updates = int(read_checkpoint(str(resumed), in_memory=False)["global_step"])
             self.config_init.fit.ckpt_path = None if resumed is None else str(resumed)
+        if resumed is None:
+            check_requeued(self.trainer)
         _of_type(self.trainer, RunDirectory).choose(
             self.trainer,
             resumed,

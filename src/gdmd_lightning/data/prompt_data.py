@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from gdmd_lightning.data.identity import content_of
 from gdmd_lightning.data.readers import GenEvalPrompts, ShapesPrompts, open_source
 from gdmd_lightning.data.stream import PromptStream
+from gdmd_lightning.data.workers import outlive_signals
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.training_prompts import all_training_prompts
 from gdmd_lightning.prompts import Prompt, PromptBatch
@@ -43,6 +44,7 @@ class PromptLoader:
             collate_fn=_unchanged,
             # By default every new iterator would draw from torch's global random stream.
             generator=torch.Generator(),
+            worker_init_fn=outlive_signals,
         )
         for batch in loader:
             if isinstance(batch, UserError):
