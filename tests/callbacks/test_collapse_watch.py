@@ -1,7 +1,10 @@
 """Hacking and collapse are noticed while a run trains; it warns, stops with all saved, or rolls back to the bit."""
 
+import itertools
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -11,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from gdmd_lightning.callbacks import progress
 from gdmd_lightning.callbacks.collapse_rules import Fall, Rise
 from gdmd_lightning.callbacks.collapse_watch import CollapseWatch, RollBack
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
@@ -75,6 +79,7 @@ def train(pipeline, updates, callbacks, *, place=None, ckpt_path=None, **options
         default_root_dir=place,
         enable_checkpointing=place is not None,
         log_every_n_steps=1,
+        enable_progress_bar=any(isinstance(callback, progress.Progress) for callback in callbacks),
     )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     data = training.PromptDataModule("shapes", batch_size=4, group_size=2)
@@ -241,6 +246,36 @@ def test_roll_back_refuses_a_best_checkpoint_that_has_moved_already(tiny_pipelin
     callbacks[-1].mode, callbacks[-1].kth_value = "min", torch.tensor(torch.inf)
     with pytest.raises(UserError, match="the best checkpoint is of update 2, not before that; "):
         train(tiny_pipeline, 9, callbacks, place=tmp_path)
+
+
+class Removed(pl.Callback):
+    """Removes all checkpoints before update 2 is watched."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == 2:
+            for path in self.place.glob("*.ckpt"):
+                path.unlink()
+
+
+def test_a_run_whose_best_checkpoint_is_gone_keeps_its_last_state(tiny_pipeline, tmp_path):
+    callbacks, _, _ = rolling(tmp_path / "best", [1, 0.1], 1)
+    with pytest.raises(UserError, match=r"from 1 to 0\.1; the best checkpoint cannot be read: .*step=1\.ckpt"):
+        train(tiny_pipeline, 9, [Removed(tmp_path / "best"), *callbacks], place=tmp_path)
+    (kept,) = tmp_path.rglob("collapsed.ckpt")
+    assert read_checkpoint(str(kept))["global_step"] == 2
+
+
+def test_time_of_an_update_counts_those_that_were_rolled_back(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    seconds = itertools.count(100, 10)  # every look at the clock is 10 s later
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    callbacks, _, _ = rolling(tmp_path, [1, 0.1, 0.9], 1)
+    train(tiny_pipeline, 2, [*callbacks[:3], progress.Progress(1e-6), callbacks[3]], place=tmp_path)
+    shown = capsys.readouterr().out
+    assert re.findall(r"update (\d)/2 .* (\S+) s/update", shown) == [("1", "10"), ("1", "10"), ("2", "10")]
+    assert "\n3 updates in 0:40, 2 in all\n" in shown
 
 
 def refused(pipeline, place, *callbacks):

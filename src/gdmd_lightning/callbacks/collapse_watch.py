@@ -208,7 +208,10 @@ class CollapseWatch(pl.Callback):
             return self._stop(trainer, module, f"{story}; it was rolled back {self.rolled_back} times before")
         if path is None:
             return self._stop(trainer, module, f"{story}; there is no best checkpoint yet")
-        there = _updates_of(path)
+        try:
+            there = _updates_of(path)
+        except UserError as error:
+            return self._stop(trainer, module, f"{story}; the best checkpoint cannot be read: {error}")
         if there >= moved:
             return self._stop(trainer, module, f"{story}; the best checkpoint is of update {there}, not before that")
         collapsed = module.updates

@@ -43,7 +43,7 @@ class Progress(ProgressBar):
         self.every_seconds = every_seconds
         self._enabled = True
         self._bar: tqdm[Any] | None = None
-        self._first, self._printed = 0, 0.0
+        self._done, self._printed = 0, 0.0
         self._began: float | None = None
 
     def disable(self) -> None:
@@ -64,7 +64,7 @@ class Progress(ProgressBar):
         """Say what the run will do."""
         assert isinstance(pl_module, DistillationModule)
         directory = run_directory(trainer)
-        self._first, self._began, self._printed = pl_module.updates, time.monotonic(), -self.every_seconds
+        self._done, self._began, self._printed = 0, time.monotonic(), -self.every_seconds
         if not self._enabled:
             return
         for line in description(trainer, pl_module, directory):
@@ -83,6 +83,7 @@ class Progress(ProgressBar):
     ) -> None:
         """Show the update; values are read from the device only when they are shown."""
         assert isinstance(pl_module, DistillationModule)
+        self._done += 1  # a run that is rolled back does some updates twice
         if not self._enabled or self._began is None:
             return
         now, updates = time.monotonic() - self._began, pl_module.updates
@@ -90,7 +91,7 @@ class Progress(ProgressBar):
         if now - self._printed < wait and updates != trainer.max_steps:
             return
         self._printed = now
-        seconds = now / max(updates - self._first, 1)
+        seconds = now / self._done
         values = [f"{name} {float(trainer.callback_metrics[key]):.4g}" for key, name in SHOWN.items()
                   if key in trainer.callback_metrics]  # fmt: skip
         timing = [f"{seconds:.3g} s/update"]
@@ -125,7 +126,7 @@ class Progress(ProgressBar):
                 self.print(f"nothing to do: {pl_module.updates} updates are done, and max_steps is {trainer.max_steps}")
             else:
                 took = clock(time.monotonic() - self._began)
-                self.print(f"{pl_module.updates - self._first} updates in {took}, {pl_module.updates} in all")
+                self.print(f"{self._done} updates in {took}, {pl_module.updates} in all")
             self._began = None
             for line in results(trainer, pl_module, directory):
                 self.print(line)
