@@ -1440,7 +1440,7 @@ MUTATIONS = [
         "engines/precision.py",
         PRECISION,
         ("precisions not checked", "not in _SUPPORTED", "is None"),
-        ("aliases forgotten", "_ALIASES.get(name, name)", "name"),
+        ("aliases forgotten", "_ALIASES.get(name, str(name))", "str(name)"),
     ),
     *errors(
         "methods/lightning.py",

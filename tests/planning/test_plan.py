@@ -141,6 +141,33 @@ def test_plan_refuses_another_precision(tiny_pipeline):
         plan(tiny.module(tiny_pipeline), 4, "64-true")
 
 
+@pytest.mark.parametrize(("short", "whole"), [(32, "32-true"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
+def test_plan_knows_lightnings_short_names_of_precisions(tiny_pipeline, short, whole):
+    found, expected = (plan(tiny.module(tiny_pipeline, DMD), 4, precision) for precision in (short, whole))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        (["--model=ReFL", "--model.reward=ShapesReward"], r"model\.reward: 'shapes' is not differentiable; "),
+        (
+            ["--model.speed.overlap_reward=true", "--model.matching.fake_score_samples=fresh"],
+            "model.speed.overlap_reward",
+        ),
+        (["--model.lora.rank=4", "--model.speed.compile=frozen"], r"model\.speed\.compile: with model\.lora "),
+        (["--model=FlowGRPO", "--data.group_size=1"], r"data\.group_size: it is 1, but FlowGRPO compares"),
+        (
+            ["--trainer.strategy.class_path=FSDP2Strategy", "--trainer.devices=2", "--model.speed.channels_last=true"],
+            "lay weights out themselves",
+        ),
+    ],
+)
+def test_plan_refuses_what_fit_refuses(fast_fit, settings, refusal):
+    with pytest.raises(UserError, match=refusal):
+        report.plan_of([*fast_fit, *settings])
+
+
 def test_plan_command_prints_whether_it_fits(fast_fit, capsys):
     main(["plan", *fast_fit, "--gpu_memory", "40"])
     said = capsys.readouterr().out
@@ -159,6 +186,20 @@ def test_plan_command_prints_savings(fast_fit, capsys, monkeypatch):
     assert "--data.batch_size=4" in said
     assert "accelerator" not in said
     assert "nothing" not in said
+
+
+@pytest.mark.parametrize("method", ["ReFL", "DMD"])
+def test_savings_are_of_the_roles_that_a_method_has(fast_fit, monkeypatch, method):
+    eight, offloaded = "--model.{}.algorithm=adamw_8bit", "--model.memory.reward=offloaded"
+    chosen = [switch for switch in report.SWITCHES if offloaded in switch or eight.format("generator") in switch]
+    monkeypatch.setattr(report, "SWITCHES", chosen)
+    reward = "{class_path: ContrastiveReward, init_args: {path: 'package:assets/shapes/scorer'}}"
+    arguments = [*fast_fit, f"--model={method}", *([f"--model.reward={reward}"] if method == "ReFL" else [])]
+    settings = parse(arguments, "plan")
+    found = {saving.arguments for saving in report.savings(arguments, settings, report.plan_of(arguments), 2**40)}
+    roles = ("generator",) if method == "ReFL" else ("generator", "fake_score")
+    assert tuple(map(eight.format, roles)) in found
+    assert ((offloaded,) in found) == (method == "ReFL")
 
 
 @pytest.mark.parametrize(

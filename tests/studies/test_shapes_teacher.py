@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.locations import resolve
+from gdmd_lightning.shapes.pretraining import AutoencoderTraining
 from gdmd_lightning.shapes.settings import PretrainSettings, Stage
 from gdmd_lightning.studies import shapes_teacher as study
 from gdmd_lightning.studies.shapes_teacher import pretrain
@@ -114,6 +116,7 @@ def test_pretrain_saves_the_averaged_weights_also_if_its_last_save_failed_once(t
 @pytest.fixture
 def untrained(monkeypatch):
     """Nothing is trained."""
+    monkeypatch.setattr(study, "_check_earlier", lambda *_: None)
     monkeypatch.setattr(study, "_train_missing", lambda settings: None)
 
 
@@ -137,3 +140,30 @@ def test_pretrain_takes_other_settings_where_nothing_was_trained(tmp_path, untra
     (tmp_path / "vae").mkdir()  # a copy
     pretrain(settings(tmp_path, seed=1))
     assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19, 20, 21])
+def test_learning_rate_of_any_number_of_steps(steps):
+    module = AutoencoderTraining(torch.nn.Linear(1, 1), 1e-3)
+    module._trainer = SimpleNamespace(max_steps=steps)
+    found = module.configure_optimizers()
+    rates = []
+    for _ in range(steps):
+        (rate,) = found["lr_scheduler"]["scheduler"].get_last_lr()
+        rates.append(rate)
+        found["optimizer"].step()
+        if len(rates) < steps:
+            found["lr_scheduler"]["scheduler"].step()
+    assert all(0 < rate <= 1e-3 for rate in rates)
+
+
+def test_an_earlier_pipeline_that_does_not_suit_is_refused_before_anything_is_written(tmp_path):
+    earlier = tmp_path / "earlier"
+    for part in ("tokenizer", "text_encoder", "text_encoder_2"):
+        (earlier / part).mkdir(parents=True)
+    with pytest.raises(UserError, match=re.escape(f"--start_from: there is no {earlier / 'transformer'}; ")):
+        pretrain(settings(tmp_path / "out", start_from=earlier))
+    study.parts.build_transformer(2, 1).save_config(earlier / "transformer")
+    with pytest.raises(UserError, match=r"--num_layers: it is 1, and the transformer of \S+ has 2; "):
+        pretrain(settings(tmp_path / "out", start_from=earlier))
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import clip_grad_norm_
 
 from gdmd_lightning.engines.base import Engine
+from gdmd_lightning.engines.precision import full_name
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import Batch, Conditioning
 from gdmd_lightning.methods.base import DistillationModule
@@ -36,7 +37,7 @@ from gdmd_lightning.roles import TEACHER, AdapterRoles, Roles
 
 META = torch.device("meta")
 LOWER = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-PLAIN = ("32", "32-true", None)
+PLAIN = "32-true"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _TracedEngine(Engine):
 def plan(
     module: DistillationModule,
     batch_size: int,
-    precision: str | None = "32-true",
+    precision: str | int | None = PLAIN,
     strategy: Strategy = ALONE,
     *,
     whole: bool = False,
@@ -163,16 +164,17 @@ def plan(
     Args:
         module: A new one, before ``configure_model``; it cannot be used afterwards.
         batch_size: Samples per batch of the data module on one GPU.
-        precision: Lightning's: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        precision: Lightning's ``32-true``, ``bf16-mixed`` or ``16-mixed``, in any of its spellings.
         strategy: How roles are split over GPUs.
         whole: Follow all blocks of the networks, and not only one of several equal ones; the figures are the same.
 
     Raises:
         UserError: If the precision is another one, or the family or its configuration cannot be sketched.
     """
-    if precision not in LOWER and precision not in PLAIN:
+    precision = full_name(precision)
+    if precision not in LOWER and precision != PLAIN:
         raise UserError(
-            f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use 32-true, {', '.join(LOWER)}"
+            f"{precision!r} cannot be planned yet", where="trainer.precision", remedy=f"use {PLAIN}, {', '.join(LOWER)}"
         )
     if module.accumulate > 1:
         module.limit_micro_batches(batch_size)
@@ -224,7 +226,7 @@ def _follow(
     module: DistillationModule,
     optimizers: dict[str, torch.optim.Optimizer],
     batch_size: int,
-    precision: str | None,
+    precision: str,
     strategy: Strategy,
     *,
     repeat: bool,

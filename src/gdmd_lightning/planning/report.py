@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pydoc import locate
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.restore import module_parser, score_parser
 from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.data.prompt_data import samples_of_rank
@@ -33,6 +34,7 @@ SWITCHES = (
     ("--trainer.precision=bf16-mixed",),
     ("--model.memory.vae_slicing=true",),
     ("--model.memory.vae_tiling=true",),
+    ("--model.memory.reward=offloaded",),
     ("--model.memory.reward=cpu",),
     ("--model.embedding_cache.directory=embeddings",),
     ("--model.generator.algorithm=adamw_8bit", "--model.fake_score.algorithm=adamw_8bit"),
@@ -72,8 +74,11 @@ def plan_of_settings(settings: Any, evaluation: int | None = None) -> tuple[Plan
     Raises:
         UserError: If it names something that cannot be planned.
     """
-    module: DistillationModule = module_parser().instantiate_classes(Namespace(model=settings.model)).model
+    module: DistillationModule = _built(module_parser(), model=settings.model).model
     strategy = read_strategy(settings.trainer, module, divided=settings.data.global_batch_size is not None)
+    module.check_data(settings.data)
+    adapters, sharded = module.lora is not None, bool(strategy.splits)
+    module.speed.check(module.family, module.no_overlap(), adapters=adapters, sharded=sharded)
     data, samples = settings.data, _samples(settings, strategy.ranks)
     module.check_batch(samples * strategy.ranks, data.group_size)
     if samples > data.batch_size:
@@ -97,7 +102,15 @@ def _evaluations(settings: Any) -> Iterator[list[TaskScore]]:
     for callback in given if isinstance(given, list) else [given]:
         kind = callback and locate(callback.class_path)
         if isinstance(kind, type) and issubclass(kind, GenerationEvaluation):
-            yield score_parser().instantiate_classes(Namespace(scores=callback.init_args.scores)).scores
+            yield _built(score_parser(), scores=callback.init_args.scores).scores
+
+
+def _built(parser: ArgumentParser, **settings: Any) -> Namespace:
+    """The objects of these settings; what a constructor refuses is a :class:`UserError`, as in ``fit``."""
+    try:
+        return parser.instantiate_classes(Namespace(**settings))
+    except (ArgumentError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise readable_error(error, "plan") from error
 
 
 def batch_line(settings: Any, ranks: int = 1) -> str:
@@ -139,7 +152,9 @@ def savings(arguments: Sequence[str], settings: Any, now: Plan, limit: int) -> I
 def _options(arguments: Sequence[str], settings: Any, evaluation: int) -> Iterator[Saving]:
     size, group = settings.data.batch_size, settings.data.group_size
     smaller = max(size // 2 // group, 1) * group
-    for switch in (*SWITCHES, (f"--data.batch_size={smaller}",)):
+    learns = "fake_score" in settings.model.init_args
+    for every in (*SWITCHES, (f"--data.batch_size={smaller}",)):
+        switch = tuple(each for each in every if learns or "fake_score" not in each)
         try:
             other = parse([*arguments, *switch], "plan")
             saving = Saving(switch, plan_of_settings(other, evaluation)[0].total) if other != settings else None

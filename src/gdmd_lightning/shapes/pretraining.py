@@ -65,8 +65,11 @@ class _OneCycle(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        steps, warmup = int(self.trainer.max_steps), 0.05
+        if steps * warmup == 1:  # torch divides by the steps from the first one to the end of the warmup
+            warmup += 0.001
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.max_steps), pct_start=0.05
+            optimizer, self.learning_rate, total_steps=steps, pct_start=warmup
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

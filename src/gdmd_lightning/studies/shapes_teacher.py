@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import atomic_directory, filled_directory, output_directory
 from gdmd_lightning.methods.checkpointing import WholeCheckpoints
 from gdmd_lightning.methods.resuming import flattened
@@ -35,7 +36,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     """Train the parts that are missing in ``settings.out`` and return that directory.
 
     Raises:
-        UserError: If the directory was begun with other settings.
+        UserError: If the directory was begun with other settings, or ``start_from`` is no such pipeline.
     """
     out = settings.out
     # A part alone may have been copied there.
@@ -43,6 +44,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     made_with = _made_with(settings)
     if has_begun:
         check_recorded(out, made_with, where="pretrain", out=out)
+    if settings.start_from is not None:
+        _check_earlier(settings.start_from, settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     pl.seed_everything(settings.seed, verbose=False)
@@ -51,6 +54,21 @@ def pretrain(settings: PretrainSettings) -> Path:
             record_settings(out, made_with)
         _train_missing(settings)
     return out
+
+
+def _check_earlier(earlier: Path, settings: PretrainSettings) -> None:
+    """Fail before anything is written or fetched if a pipeline lacks a part, or has another size than asked for."""
+    for name in ("tokenizer", "text_encoder", "text_encoder_2", "transformer"):
+        if not (earlier / name).is_dir():
+            raise UserError(f"there is no {earlier / name}", where="--start_from", remedy="give a pipeline's directory")
+    config = SD3Transformer2DModel.load_config(earlier / "transformer")
+    for option, size in (("num_layers", config["num_layers"]), ("num_heads", config["num_attention_heads"])):
+        if getattr(settings, option) != size:
+            raise UserError(
+                f"it is {getattr(settings, option)}, and the transformer of {earlier} has {size}",
+                where=f"--{option}",
+                remedy=f"use --{option} {size}",
+            )
 
 
 def _made_with(settings: PretrainSettings) -> dict[str, Any]:
