@@ -104,6 +104,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
             ["--model.fake_score.schedule=cosine", "--trainer.max_steps=-1", "--trainer.max_epochs=1"],
             "model.fake_score.schedule: a cosine schedule ends at trainer.max_steps, which is -1; ",
         ),
+        (["--trainer.accelerator", "tpu"], "fit: Requirement 'torch_xla"),
         (["--trainer.callbacks+=TQDMProgressBar"], "`enable_progress_bar=False` but found `TQDMProgressBar`"),
         pytest.param(["--model.steps", "0"], "model.steps: it is 0", marks=pytest.mark.slow),
         pytest.param(

@@ -235,6 +235,8 @@ def _failed_import(chain: list[BaseException]) -> tuple[str, str] | None:
     if isinstance(deepest, SyntaxError):
         return f"{deepest.filename}, line {deepest.lineno}, is not Python: {deepest.msg}", ""
     if isinstance(deepest, ModuleNotFoundError) and failed is None:
+        if deepest.name is None:  # raised by a library that checks what is installed
+            return str(deepest), ""
         if given == deepest.name or given.startswith(f"{deepest.name}."):
             return f"there is no module {deepest.name!r} for {given!r}", f"{OWN_CLASS}; it is not there"
         return f"there is no module {deepest.name!r}", OWN_CLASS

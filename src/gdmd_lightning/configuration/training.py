@@ -109,7 +109,7 @@ class DistillationCLI(LightningCLI):
         """Build everything; report what a constructor refuses as an error in the configuration."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             raise readable_error(error, "fit") from error
         except RuntimeError as error:
             if (found := re.search(r"more than one stateful callback of type `(\w+)`", str(error))) is None:
