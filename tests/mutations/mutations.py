@@ -3104,4 +3104,41 @@ MUTATIONS = [
         ("families/test_method_runs.py",),
         ("others frozen in the first forward only", "others.enter_context(self._frozen(other))", "pass"),
     ),
+    *errors(
+        "configuration/training.py",
+        ("faults/test_stops.py",),
+        ("a signal's checkpoint before the best one", "isinstance(each, StopOnSignal), *", "*"),
+    ),
+    *errors(
+        "callbacks/interruption.py",
+        ("faults/test_stops.py",),
+        ("a signal waits for min_steps", "min_steps, trainer.fit_loop.min_epochs = None, 0", "min_epochs = 0"),
+    ),
+    *errors(
+        "data/workers.py",
+        ("data/test_prompt_data.py",),
+        (
+            "workers: end with a signal to the group",
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
+            "pass",
+        ),
+        ("workers: training cannot end them", "os._exit(0)", "pass"),
+    ),
+    *errors(
+        "callbacks/progress.py",
+        ("callbacks/test_collapse_watch.py",),
+        ("updates that were rolled back not timed", "self._done += 1", "self._done = pl_module.updates"),
+    ),
+    *errors(
+        "planning/report.py",
+        ("planning/test_plan.py",),
+        ("plan: one sample per prompt planned", "    module.check_data(settings.data)\n", ""),
+        ("plan: overlap planned where there is none", "module.no_overlap(), adapters", "None, adapters"),
+        ("plan: fake score of a method without one", "if learns or", "if True or"),
+    ),
+    *errors(
+        "studies/shapes_teacher.py",
+        ("studies/test_shapes_teacher.py",),
+        ("earlier pipeline not checked", "        _check_earlier(settings.start_from, settings)\n", "        pass\n"),
+    ),
 ]
