@@ -110,6 +110,12 @@ def described_digest(value: Any) -> str:
     return _digest(_as_text(described(value)).encode())
 
 
+def arguments_digest(value: Described) -> str | None:
+    """Digest of the arguments of an object's constructor; ``None`` if it has none."""
+    arguments = getattr(value, "_arguments", {})
+    return _digest(_as_text(arguments).encode()) if arguments else None
+
+
 def _of_numbers(value: Any) -> Any:
     """A tensor or array by its type, shape and content; a tensor without memory by the first two."""
     if isinstance(value, Tensor):

@@ -1,5 +1,6 @@
 """Scores: means of task means for any batch size, with intervals that cover; evaluation with fixed noise."""
 
+import copy
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -338,3 +339,17 @@ def test_settings_of_a_score_are_those_of_its_reward(tmp_path):
     assert RewardScore(brighter).settings()["reward"] == expected
     brighter.parts_of = {"x": [1, (2.0, None)], "y": torch.nn.Identity()}
     assert RewardScore(brighter).settings()["reward"]["parts_of"] == {"x": [1, [2.0, None]], "y": "Identity"}
+
+
+def test_arguments_of_a_score_of_ones_own_are_settings_of_it():
+    class Brighter(TaskScore):
+        def __init__(self, least: float) -> None:
+            super().__init__()
+            self._least = least
+
+        def judge(self, images, prompts):
+            return (images.mean((1, 2, 3)) > self._least).float()
+
+    assert Brighter(0.2).settings() == Brighter(0.2).settings() != Brighter(0.3).settings()
+    assert "0.2" not in str(Brighter(0.2).settings())
+    assert copy.deepcopy(Brighter(0.2)).settings() == Brighter(0.2).settings()

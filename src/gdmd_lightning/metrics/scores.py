@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gdmd_lightning.described import described
+from gdmd_lightning.described import Described, arguments_digest, described
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.metadata import check_metadata
@@ -31,7 +31,7 @@ STATES = {
 """What a score keeps: values and task of each picture, value and name of each part, parts of each picture."""
 
 
-class TaskScore(Metric):
+class TaskScore(Metric, Described):
     """One value per picture, averaged within each task and then over the tasks, as GenEval does.
 
     A value may have named parts, such as the answers to a prompt's questions; the mean of each name is reported too.
@@ -89,8 +89,13 @@ class TaskScore(Metric):
         return None
 
     def settings(self) -> Any:
-        """What the score computes, as plain values: two scores with other settings must not be compared."""
-        return {"class": type(self).__qualname__, "name": self.name}
+        """What the score computes, as plain values: two scores with other settings must not be compared.
+
+        Arguments of the constructor of a subclass enter as a digest; what else decides a value belongs here.
+        """
+        found = {"class": type(self).__qualname__, "name": self.name}
+        arguments = arguments_digest(self)
+        return found if arguments is None else {**found, "arguments": arguments}
 
     def figures(self, prompts: Sequence[Prompt]) -> list[str]:
         """Names of what :meth:`compute` gives for a test set."""
@@ -177,7 +182,7 @@ class RewardScore(TaskScore):
         self.name = reward.name
 
     def settings(self) -> Any:
-        return {**super().settings(), "reward": described(self.reward)}
+        return {"class": type(self).__qualname__, "name": self.name, "reward": described(self.reward)}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         self.reward.check(prompts)
