@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
-from gdmd_lightning.described import Described
+from gdmd_lightning.described import Described, remembering
 
 
 class Constructed:
@@ -18,32 +16,11 @@ class Constructed:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = remembering(cls.__init__, "_constructed_with", _as_given)  # type: ignore[method-assign]
 
 
-def _remembering(build: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(build)
-    def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "_constructed_with" not in vars(self):  # else a subclass keeps its own
-            object.__setattr__(self, "_constructed_with", _named(build, self, *args, **kwargs))
-        build(self, *args, **kwargs)
-
-    return remembering
-
-
-def _named(build: Callable[..., None], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a constructor by name, with its own defaults; none if they do not fit it."""
-    signature = inspect.signature(build)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError:
-        return {}  # the constructor says it better
-    bound.apply_defaults()
-    _, *given = bound.arguments.items()
-    found: dict[str, Any] = {}
-    for name, value in given:
-        found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return found
+def _as_given(value: Any) -> Any:
+    return value
 
 
 def configuration_of(value: Any) -> Any:

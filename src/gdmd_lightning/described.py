@@ -31,21 +31,29 @@ class Described:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = _recorded(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = remembering(cls.__init__, "_arguments", described)  # type: ignore[method-assign]
 
 
-def _recorded(build: Callable[..., None]) -> Callable[..., None]:
+def remembering(build: Callable[..., None], attribute: str, kept: Callable[[Any], Any]) -> Callable[..., None]:
+    """A constructor that first keeps its arguments by name, with its own defaults, in an attribute of the object.
+
+    Args:
+        build: The constructor.
+        attribute: Where they are kept, as a dictionary; empty if they do not fit the constructor.
+        kept: What is kept of each.
+    """
+
     @functools.wraps(build)
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "_arguments" not in vars(self):  # else a subclass has recorded its own
-            object.__setattr__(self, "_arguments", _arguments(build, self, *args, **kwargs))
+    def remembered(self: Any, *args: Any, **kwargs: Any) -> None:
+        if attribute not in vars(self):  # else a subclass keeps its own
+            given = _named(build, self, *args, **kwargs)
+            object.__setattr__(self, attribute, {name: kept(value) for name, value in given.items()})
         build(self, *args, **kwargs)
 
-    return recorded
+    return remembered
 
 
-def _arguments(build: Callable[..., None], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a constructor by name, with their defaults, each described; none if they do not fit it."""
+def _named(build: Callable[..., None], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     signature = inspect.signature(build)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -56,7 +64,7 @@ def _arguments(build: Callable[..., None], /, *args: Any, **kwargs: Any) -> dict
     found: dict[str, Any] = {}
     for name, value in given:
         found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return {name: described(value) for name, value in found.items()}
+    return found
 
 
 def described(value: Any) -> Any:
