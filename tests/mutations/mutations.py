@@ -1514,7 +1514,6 @@ MUTATIONS = [
             'written then.\n        """',
         ),
         ("update not judged before the next", 'as ``outputs``."""\n        self.guard.settle()', 'as ``outputs``."""'),
-        ("non-finite checkpoints written", "check_finite(learned(checkpoint), when", "check_finite({}, when"),
         ("non-finite checkpoints resumed", 'check_finite(learned(checkpoint), "in', 'check_finite({}, "in'),
     ),
     *errors(
@@ -1546,9 +1545,10 @@ MUTATIONS = [
         ("weights of other roles checked", "for name in module.state_dict()}", "for name in weights}"),
     ),
     *errors(
-        "methods/checkpointing.py",
+        "methods/finite.py",
         NON_FINITE,
         ("moments not checked", '("state_dict", "optimizer_states")', '("state_dict",)'),
+        ("non-finite checkpoints written", "check_finite(learned(checkpoint), when", "check_finite({}, when"),
     ),
     *errors(
         "methods/starting.py",

@@ -20,7 +20,8 @@ from gdmd_lightning.configuration.trust import (
 )
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.methods.checkpointing import check_finite, check_fits, read_checkpoint
+from gdmd_lightning.methods.checkpointing import check_fits, read_checkpoint
+from gdmd_lightning.methods.finite import check_finite
 from gdmd_lightning.methods.provenance import Provenance, parsed, read_provenance
 from gdmd_lightning.methods.resuming import check_teacher
 from gdmd_lightning.metrics.scores import TaskScore

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,42 +87,6 @@ def _read_sharded(path: str, in_memory: bool) -> dict[str, Any]:
 
 def _damaged(error: ShardError) -> UserError:
     return UserError(str(error), where="checkpoint", remedy="use another checkpoint of this run")
-
-
-def check_finite(
-    content: dict[str, Any],
-    when: str,
-    remedy: str = "use an earlier checkpoint, or start a new run with lower learning rates",
-) -> None:
-    """Fail if weights hold a number that is NaN or infinite.
-
-    Args:
-        content: Tensors in nested dictionaries and lists, such as :func:`learned`.
-        when: Where or when it was found, for the message.
-        remedy: What to do, for the message.
-
-    Raises:
-        UserError: If it does; the message names the first such tensor.
-    """
-    for name, tensor in _tensors(content, ""):
-        # The largest magnitude; NaN if any number is. Unlike isfinite, this needs no memory.
-        if not torch.isfinite(torch.linalg.vector_norm(tensor, ord=torch.inf)):
-            raise UserError(f"{name} is not finite {when}", where="checkpoint", remedy=remedy)
-
-
-def learned(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What training changes in a checkpoint: weights, averages and the optimizers' moments."""
-    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}
-
-
-def _tensors(part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of floating-point numbers in nested dictionaries and lists, with their paths."""
-    if isinstance(part, Tensor):
-        if part.is_floating_point() and part.numel():
-            yield name, part
-    elif isinstance(part, dict | list | tuple):
-        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _check_parts(content: dict[str, Any], path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -30,7 +30,8 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.fingerprint import fingerprint, weights_fingerprint
 from gdmd_lightning.latents import Batch
-from gdmd_lightning.methods.checkpointing import check_finite, check_fits, content_digest, learned
+from gdmd_lightning.methods.checkpointing import check_fits, content_digest
+from gdmd_lightning.methods.finite import check_finite, check_shards, check_whole, learned
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.methods.random_states import global_states, restore_global_states
 from gdmd_lightning.methods.resuming import (
@@ -132,7 +133,7 @@ class RoleModule(Constructed, pl.LightningModule):
         self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
         self.embedding_cache = embedding_cache
         self.ema_decay, self.seed, self.start_from = ema_decay, seed or 0, start_from
-        self.guard = StepGuard(non_finite, self._all_ranks)
+        self.guard = StepGuard(non_finite, self.all_ranks)
         self.updates = self.evaluations = 0
         self.provenance = Provenance()
         self.teacher_digest = ""
@@ -424,7 +425,7 @@ class RoleModule(Constructed, pl.LightningModule):
         """Fail if the last update was not finite."""
         self.guard.settle()
 
-    def _all_ranks(self, decision: bool) -> bool:
+    def all_ranks(self, decision: bool) -> bool:
         """Whether the decision is true on all ranks."""
         return self.trainer.strategy.reduce_boolean_decision(decision, all=True)
 
@@ -444,9 +445,7 @@ class RoleModule(Constructed, pl.LightningModule):
         self.guard.settle()
         when = f"after update {self.updates}"
         remedy = "earlier checkpoints are unchanged; lower the learning rates and resume from one of them"
-        self._check_learned(checkpoint, when, remedy)
-        if self.multi_engine is not None:
-            self._check_shards(self.multi_engine, when, remedy)
+        check_whole(self, checkpoint, when, remedy)
         here: dict[str, Any] = {"teacher": self.teacher_digest, "settings": fixed_settings(self)}
         here |= {"updates": self.updates, "evaluations": self.evaluations}
         with suppress(ValueError):  # on_fit_start has said it
@@ -465,29 +464,6 @@ class RoleModule(Constructed, pl.LightningModule):
         model = configuration_of(self)
         model["init_args"] = {"height": self.height, "width": self.width, **model["init_args"]}
         return yaml.safe_dump({"model": model}, sort_keys=False)
-
-    def _check_learned(self, checkpoint: dict[str, Any], when: str, remedy: str) -> None:
-        """Fail if a weight or moment in the checkpoint is not finite, on all ranks if only rank 0 has it (FSDP2)."""
-        if self.fully_sharded is None:
-            check_finite(learned(checkpoint), when, remedy)
-        else:
-            self._check_together([learned(checkpoint)], when, remedy)
-
-    def _check_shards(self, strategy: MultiEngineDeepSpeedStrategy, when: str, remedy: str) -> None:
-        """Fail on all ranks if a weight or moment in the shards of one is not finite."""
-        pieces = (piece for own in strategy.pieces().values() for piece in own)
-        self._check_together(({piece.name: dict(piece.tensors)} for piece in pieces), when, remedy)
-
-    def _check_together(self, parts: Iterable[dict[str, Any]], when: str, remedy: str) -> None:
-        found: UserError | None = None
-        try:
-            for part in parts:
-                check_finite(part, when, remedy)
-        except UserError as error:
-            found = error
-        if not self._all_ranks(found is None):
-            where_else = UserError(f"a weight of another rank is not finite {when}", where="checkpoint", remedy=remedy)
-            raise found or where_else
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole tensors that a checkpoint of this module has, by name."""
@@ -517,8 +493,7 @@ class RoleModule(Constructed, pl.LightningModule):
         """Continue the global random generators of a resumed run, after everything else that may draw from them."""
         if self._random_states is None:
             return
-        if self.multi_engine is not None:
-            self._check_shards(self.multi_engine, "in the checkpoint", "use an earlier checkpoint")
+        check_shards(self, "in the checkpoint", "use an earlier checkpoint")
         try:
             restore_global_states(self._random_states, self.device, self.global_rank)
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from gdmd_lightning.errors import UserError
-from gdmd_lightning.methods.checkpointing import check_finite, read_checkpoint
+from gdmd_lightning.methods.checkpointing import read_checkpoint
+from gdmd_lightning.methods.finite import check_finite
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.methods.resuming import adapter_settings, check_teacher, raise_if_changed
 from gdmd_lightning.roles.adapters import is_start, stacked, start_name
