@@ -1634,7 +1634,11 @@ MUTATIONS = [
         ("configuration/test_lists_of_classes.py",),
         ("lists: merged with earlier ones", "    return _with_whole_lists(with", "    return (with"),
         ("lists: cleared by one class too", "if isinstance(_at(content, key.removeprefix(name)), list)", ""),
-        ("lists: those in files not seen", "if os.path.isfile(given) else given", "if False else given"),
+        ("lists: those in files not seen", "if file and os.path.isfile(given) else given", "if False else given"),
+        ("lists: any file is read", "if file and os.path.isfile(given)", "if os.path.isfile(given)"),
+        ("lists: those in classes merged", "return [] if again else content", "return content"),
+        ("lists: those of single callbacks merged", ' or key.startswith(tuple(f"{each}." for each in LISTS))', ""),
+        ("lists: length of earlier ones forgotten", "        known[key] = len(content)\n", ""),
     ),
     *errors(
         "configuration/references.py",

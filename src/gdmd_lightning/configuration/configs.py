@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,27 +66,63 @@ def fit_arguments(arguments: Sequence[str], command: str = "fit") -> list[str]:
 
 
 def _with_whole_lists(arguments: Sequence[str]) -> list[str]:
-    """Clear each of :data:`LISTS` before an argument that gives it as a list.
+    """Clear lists of classes before an argument that gives them again.
 
     jsonargparse lets an item of the same class at the same place of an earlier list, if that is as long, pass on its
-    settings.
+    settings. Each of :data:`LISTS` can be null. Others cannot, so their argument comes twice, first with empty lists.
     """
     out: list[str] = []
+    known: dict[str, int] = {}
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         name = "" if option in ("-c", "--config") else option.removeprefix("--")
-        keys = [key for key in LISTS if not name or f"{key}.".startswith(f"{name}.")]
-        if keys and (equals or place + 1 < len(arguments)):
-            content = _content(value if equals else arguments[place + 1])
+        if option.startswith("-") and not name.endswith("+") and (equals or place + 1 < len(arguments)):
+            given = value if equals else arguments[place + 1]
+            # Any file can be the value of another key, such as a checkpoint.
+            content = _content(given, file=name in ("", *LISTS) or given.endswith((".yaml", ".yml")))
+            keys = [key for key in LISTS if not name or f"{key}.".startswith(f"{name}.")]
             out += [f"--{key}=null" for key in keys if isinstance(_at(content, key.removeprefix(name)), list)]
+            whole = {name: content} if name or not isinstance(content, dict) else content
+            for key, part in whole.items():
+                emptied = _emptied(part, str(key), known)
+                if emptied != part:
+                    out.append(f"--{key}={yaml.safe_dump(emptied, default_flow_style=True, width=math.inf).strip()}")
         out.append(argument)
     return out
 
 
-def _content(given: str) -> object:
-    """The value of an argument, or of the file that it names."""
+def _emptied(content: object, key: str, known: dict[str, int]) -> object:
+    """A copy of what stands at a dotted key, without the items of lists of classes that are as long as known ones.
+
+    Args:
+        content: Any value of YAML; what is in :data:`LISTS`, or in items of lists, stays.
+        key: Where it stands.
+        known: Lengths of the lists of classes so far, by key; those of this content are added.
+    """
+    if key in LISTS:
+        return content
+    if isinstance(content, dict):
+        below = {part: key if part == "init_args" else f"{key}.{part}" for part in content}
+        return {part: _emptied(value, below[part], known) for part, value in content.items()}
+    if isinstance(content, list) and any(map(_is_class, content)):
+        # What is given for the last item of one of LISTS can stand anywhere in it.
+        again = known.get(key) == len(content) or key.startswith(tuple(f"{each}." for each in LISTS))
+        known[key] = len(content)
+        return [] if again else content
+    return content
+
+
+def _is_class(item: object) -> bool:
+    """Whether an item of a list is a class, with its settings or by its name alone."""
+    if isinstance(item, dict):
+        return "class_path" in item
+    return isinstance(item, str) and item.replace(".", "_").isidentifier() and item.rpartition(".")[2][:1].isupper()
+
+
+def _content(given: str, *, file: bool) -> object:
+    """The value of an argument, or of the file that it names if it can name one."""
     try:
-        return yaml.safe_load(Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given)
+        return yaml.safe_load(Path(given).read_text(encoding="utf-8") if file and os.path.isfile(given) else given)
     except (OSError, ValueError, yaml.YAMLError):
         return None  # the parser says what is wrong with it
 
