@@ -132,6 +132,27 @@ def test_a_signal_to_one_rank_stops_both_with_its_status(run_cli, fast_fit, tmp_
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_rank_in_an_evaluation_saves_on_both_before_its_end(run_cli, fast_fit, tmp_path):
+    def scored(name: str, call: int, number: int, rank: int) -> str:
+        options = f"{{name: {name}, call: {call}, number: {number}, rank: {rank}}}"
+        return (
+            f"{{class_path: RewardScore, init_args: {{reward: {{class_path: stopping.StopIn, init_args: {options}}}}}}}"
+        )
+
+    # Each rank has two batches; rank 0 is killed in its second.
+    scores = f"[{scored('warned', 1, 15, 1)}, {scored('killed', 2, 9, 0)}]"
+    options = f"scores: {scores}, count: 6, batch_size: 2, every_n_updates: 2, columns: 0, score_teacher: false"
+    evaluation = f"[{{class_path: GenerationEvaluation, init_args: {{{options}}}}}]"
+    two = ["--trainer.max_steps=50", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = run_cli("fit", *fast_fit, *two, f"--trainer.callbacks={evaluation}")
+    assert done.returncode != 0
+    from gdmd_lightning.methods.checkpointing import read_checkpoint
+
+    interrupted = tmp_path / "run" / "checkpoints" / "interrupted.ckpt"
+    assert read_checkpoint(str(interrupted), in_memory=False)["global_step"] == 2
+
+
+@pytest.mark.slow
 def test_ranks_roll_back_together_by_what_rank_0_sees(two_ranks, tmp_path):
     from gdmd_lightning.methods.checkpointing import read_checkpoint
 

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from test_interruption import differing
 
 from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.cli import main
@@ -138,3 +139,54 @@ def test_strategies_that_spawn_are_refused_before_training(complaint, fast_fit, 
     assert line.startswith(f"trainer.strategy: '{strategy}' ")
     assert line.endswith("; use ddp")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def evaluated(fast_fit, tmp_path, monkeypatch):
+    """A function that runs three updates, with evaluations in three batches after the second and at the end."""
+    scores = "[{class_path: RewardScore, init_args: {reward: {class_path: stopping.StopAt}}}]"
+    options = "every_n_updates: 2, count: 6, batch_size: 2, columns: 0, score_teacher: false"
+    evaluation = f"{{class_path: GenerationEvaluation, init_args: {{scores: {scores}, {options}}}}}"
+    last = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 3, save_last: true, save_top_k: 0}}"
+    best = "{monitor: eval/stopping/overall, every_n_train_steps: 2, filename: best, save_top_k: 1}"
+    keeper = f"{{class_path: ModelCheckpoint, init_args: {best}}}"
+    callbacks = f"--trainer.callbacks=[{evaluation}, {last}, {keeper}]"
+
+    def run(name: str, *arguments: str, at: dict[int, int]) -> tuple[int, int, Path]:
+        """Status, calls of the reward, and directory of a run that is stopped at these calls."""
+        monkeypatch.setattr("stopping.at", at)
+        monkeypatch.setattr("stopping.calls", calls := [])
+        to = f"--trainer.logger.init_args.save_dir={tmp_path / name}"
+        try:
+            main(["fit", *fast_fit, callbacks, to, *arguments])
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, len(calls), tmp_path / name / "run"
+
+    return run
+
+
+def test_signal_in_an_evaluation_saves_at_once_and_the_resumed_run_finishes_the_update(evaluated, tmp_path):
+    code, calls, alone = evaluated("alone", at={})
+    assert (code, calls) == (0, 6)
+    code, calls, run = evaluated("stopped", at={1: int(signal.SIGTERM), 3: 0})
+    assert (code, calls) == (1, 3)
+    interrupted = run / "checkpoints" / "interrupted.ckpt"
+    assert step_of(interrupted) == 2
+    assert not (run / "checkpoints" / "best.ckpt").exists()
+    code, calls, _ = evaluated("stopped", f"--ckpt_path={interrupted}", at={})
+    assert (code, calls) == (0, 1 + 3)
+    best = run / "checkpoints" / "best.ckpt"
+    assert step_of(best) == 2
+    assert differing(run / "checkpoints" / "last.ckpt", alone / "checkpoints" / "last.ckpt") == []
+    code, calls, again = evaluated("again", f"--ckpt_path={best}", at={})
+    assert (code, calls) == (0, 3)
+    assert differing(again / "checkpoints" / "last.ckpt", alone / "checkpoints" / "last.ckpt") == []
+
+
+def test_signal_in_an_evaluation_that_ends_in_time_saves_after_the_update_too(evaluated):
+    code, calls, run = evaluated("stopped", at={1: int(signal.SIGTERM)})
+    assert (code, calls) == (143, 3)
+    code, calls, _ = evaluated("stopped", f"--ckpt_path={run / 'checkpoints' / 'interrupted.ckpt'}", at={})
+    assert (code, calls) == (0, 3)

@@ -3117,6 +3117,19 @@ MUTATIONS = [
         "callbacks/interruption.py",
         ("faults/test_stops.py",),
         ("a signal waits for min_steps", "min_steps, trainer.fit_loop.min_epochs = None, 0", "min_epochs = 0"),
+        ("a signal waits for the evaluation", "if not self._saved_early and self._agreed(trainer):", "if False:"),
+    ),
+    *errors(
+        "callbacks/evaluation.py",
+        ("faults/test_stops.py",),
+        ("stopped evaluation not finished", "        if self._is_left(trainer, pl_module):", "        if False:"),
+        ("finished evaluation repeated", "not in (None, module.updates) and", "is not None and"),
+        (
+            "checkpoints of a stopped evaluation lost",
+            "keeper.on_train_batch_end(trainer, pl_module, {}, None, 0)",
+            "pass",
+        ),
+        ("evaluation unknown on resume", 'self._evaluated = state_dict.get("evaluated")', "self._evaluated = None"),
     ),
     *errors(
         "data/workers.py",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from gdmd_lightning.callbacks.interruption import StopOnSignal
 from gdmd_lightning.callbacks.kept_pictures import KeptPictures
 from gdmd_lightning.callbacks.monitored_scores import check_monitors
 from gdmd_lightning.callbacks.pictures import picture_grid
@@ -25,7 +27,7 @@ from gdmd_lightning.callbacks.write_warnings import warn_if_not_written
 from gdmd_lightning.data.evaluation_prompts import COLUMN, SPLIT, read_evaluation_prompts
 from gdmd_lightning.files import atomic_file
 from gdmd_lightning.methods.base import DistillationModule
-from gdmd_lightning.metrics.evaluation import Generate, check_names, evaluate, shown
+from gdmd_lightning.metrics.evaluation import Generate, Pace, check_names, evaluate, shown
 from gdmd_lightning.metrics.scores import TaskScore
 from gdmd_lightning.prompts import PromptBatch
 from gdmd_lightning.ranges import Count, NonNegative, Seed, Steps, Whole, ranged
@@ -41,9 +43,9 @@ class GenerationEvaluation(pl.Callback):
     must be ``every_n_updates`` or a multiple of it. The image grid goes to TensorBoard and to ``pictures/`` in the
     run's directory. Every picture is kept as PNG in ``evaluations/``, in a directory for the teacher and one for each
     evaluation, with a list of prompts, seeds and all scores; an evaluation that was interrupted continues from there
-    when the run is resumed. The teacher's scores are computed once, at the first evaluation, kept in checkpoints, and
-    logged with each evaluation as ``teacher/<score>/<task>``, a level line. A ``fast_dev_run`` evaluates, but writes
-    nothing.
+    when the run is resumed, at its start if its update is in the checkpoint. The teacher's scores are computed once, at
+    the first evaluation, kept in checkpoints, and logged with each evaluation as ``teacher/<score>/<task>``, a level
+    line. A ``fast_dev_run`` evaluates, but writes nothing.
 
     Args:
         scores: What to compute.
@@ -90,6 +92,7 @@ class GenerationEvaluation(pl.Callback):
         self.source, self.count, self.per_prompt, self.score_teacher = prompts, count, per_prompt, score_teacher
         self.teacher: dict[str, float] = {}
         self._latent_shape: tuple[int, ...] | None = None
+        self._evaluated: int | None = None
         self.keep_pictures = keep_pictures
         self.scores, self.every_n_updates, self.batch_size = scores, every_n_updates, batch_size
         self.columns_of_prompts = {"column": column, "split": split, "tag": tag}
@@ -117,12 +120,13 @@ class GenerationEvaluation(pl.Callback):
         return self._generate_state_key(**scores, **prompts, **teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's scores, and the shape of the latents of which they are."""
-        return {"teacher": self.teacher, "latent_shape": self._latent_shape}
+        """The teacher's scores, the shape of the latents of which they are, and the update of the last evaluation."""
+        return {"teacher": self.teacher, "latent_shape": self._latent_shape, "evaluated": self._evaluated or 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do not compute the teacher's scores again."""
         self.teacher, shape = dict(state_dict["teacher"]), state_dict.get("latent_shape")
+        self._evaluated = state_dict.get("evaluated")  # earlier versions saved after the evaluation only
         self._latent_shape = None if shape is None else tuple(shape)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -140,14 +144,30 @@ class GenerationEvaluation(pl.Callback):
         for score in self.scores:
             score.prepare()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish an update whose checkpoint is of a stop during its evaluation: evaluate, and save what is due then."""
+        assert isinstance(pl_module, DistillationModule)
+        if self._is_left(trainer, pl_module):
+            self.run(trainer, pl_module)
+            if not any(each._is_left(trainer, pl_module) for each in self._evaluations(trainer)):
+                for keeper in trainer.checkpoint_callbacks:
+                    keeper.on_train_batch_end(trainer, pl_module, {}, None, 0)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Evaluate when due."""
         assert isinstance(pl_module, DistillationModule)
-        last = trainer.global_step >= trainer.max_steps > 0
-        if pl_module.updates % self.every_n_updates == 0 or last:
+        if self._is_due(trainer, pl_module):
             self.run(trainer, pl_module)
+
+    def _is_left(self, trainer: pl.Trainer, module: DistillationModule) -> bool:
+        """Whether the update from which a run is resumed was saved before this evaluation."""
+        return self._evaluated not in (None, module.updates) and self._is_due(trainer, module)
+
+    def _is_due(self, trainer: pl.Trainer, module: DistillationModule) -> bool:
+        last = trainer.global_step >= trainer.max_steps > 0
+        return module.updates > 0 and (module.updates % self.every_n_updates == 0 or last)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate once in ``trainer.validate``."""
@@ -176,6 +196,7 @@ class GenerationEvaluation(pl.Callback):
             module.log_dict(measured, batch_size=1)  # Lightning logs them once, and returns them
         else:
             log_figures(trainer, module, measured)
+        self._evaluated = module.updates
         directory = run_directory(trainer)
         if self.columns:
             self._draw(trainer, module, directory / "pictures")
@@ -184,20 +205,20 @@ class GenerationEvaluation(pl.Callback):
         """Fill the scores with a generator's pictures on all ranks; the seconds that one picture took."""
         keeps = self.keep_pictures != "none" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         kept = self._kept(trainer, module, role) if keeps else None
-        with module.roles.lockstep(role):
-            seconds = evaluate(
-                generate,
-                self.prompts,
-                self.scores,
-                module.latent_shape,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                device=module.device,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-                known={} if kept is None else kept.known(self.prompts),
-                keep=None if kept is None else partial(_keep, kept),
-            )
+        seconds = evaluate(
+            generate,
+            self.prompts,
+            self.scores,
+            module.latent_shape,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=module.device,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            known={} if kept is None else kept.known(self.prompts),
+            keep=None if kept is None else partial(_keep, kept),
+            pace=_Together(trainer, module, role),
+        )
         trainer.strategy.barrier()  # the lists of all ranks are complete
         if kept is not None and trainer.is_global_zero:
             with warn_if_not_written():
@@ -271,6 +292,28 @@ class GenerationEvaluation(pl.Callback):
     def _is_further(self, trainer: pl.Trainer) -> bool:
         """Whether an evaluation before this one draws a grid, too."""
         return [each for each in self._evaluations(trainer) if each.columns].index(self) > 0
+
+
+class _Together(Pace):
+    """All ranks generate in the same rounds, also with weights in shards, and save between them after a signal."""
+
+    def __init__(self, trainer: pl.Trainer, module: DistillationModule, role: str) -> None:
+        self.trainer, self.module, self.role = trainer, module, role
+
+    def rounds(self, batches: int) -> int:
+        if self.trainer.world_size == 1:
+            return batches
+        here = torch.tensor(batches, device=self.trainer.strategy.root_device)
+        return int(self.trainer.strategy.reduce(here, reduce_op="max"))
+
+    def round(self) -> AbstractContextManager[None]:
+        return self.module.roles.lockstep(self.role)
+
+    def after(self) -> None:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for each in callbacks if self.trainer.state.fn == TrainerFn.FITTING else ():
+            if isinstance(each, StopOnSignal):
+                each.save_early(self.trainer)
 
 
 def _keep(kept: KeptPictures, *made: Any) -> None:

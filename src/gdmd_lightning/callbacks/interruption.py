@@ -34,6 +34,8 @@ class StopOnSignal(pl.Callback):
     the run without a checkpoint, and stay until the last checkpoint of the run is written. Under SLURM the signal of
     ``SLURMEnvironment.requeue_signal``, SIGUSR1, is one of them: Lightning's handler saves in the middle of an update.
 
+    An update that ends with an evaluation can last long: the evaluation calls :meth:`save_early`.
+
     It must be the last callback: its checkpoint has the states of all others after the update, also that of a
     ``ModelCheckpoint`` that saves in it.
 
@@ -46,6 +48,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self) -> None:
         self.received = 0
         self.stopped = False
+        self._saved_early = False
         self._first = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -79,17 +82,29 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop if any rank received a signal."""
-        number = self.received
-        if trainer.world_size > 1:
-            received = torch.tensor(number, device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(received, reduce_op="max"))
-        if number:
-            self.received = number
+        if self._agreed(trainer):
             self.stopped = trainer.global_step < trainer.max_steps or trainer.max_steps < 0
             trainer.save_checkpoint(interrupted_checkpoint(trainer), weights_only=False)
             trainer.should_stop = True
             # Lightning would go on until both are reached.
             trainer.fit_loop.epoch_loop.min_steps, trainer.fit_loop.min_epochs = None, 0
+
+    def save_early(self, trainer: pl.Trainer) -> None:
+        """Save, once, if any rank received a signal, without waiting for what is left to do after the update.
+
+        Who sent the signal may not wait for that; the checkpoint after the update replaces this one. All ranks must
+        call it.
+        """
+        if not self._saved_early and self._agreed(trainer):
+            self._saved_early = True
+            trainer.save_checkpoint(interrupted_checkpoint(trainer), weights_only=False)
+
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that a rank received, on all ranks; 0 for none."""
+        if trainer.world_size > 1:
+            received = torch.tensor(self.received, device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(received, reduce_op="max"))
+        return self.received
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the previous handlers."""

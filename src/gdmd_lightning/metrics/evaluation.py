@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +21,21 @@ Generate = Callable[[Tensor, list[str]], Tensor]
 
 Keep = Callable[[Sequence[int], Tensor, Sequence[Prompt], Mapping[str, Sequence[Value]]], None]
 """Gets pictures with their indices in the test set, their prompts, and their values by score."""
+
+
+class Pace:
+    """How the ranks of an evaluation go through their batches: here each by itself."""
+
+    def rounds(self, batches: int) -> int:
+        """Number of rounds on all ranks, if this one has so many batches."""
+        return batches
+
+    def round(self) -> AbstractContextManager[None]:
+        """Context of the generation in a round; all ranks enter it in every round."""
+        return nullcontext()
+
+    def after(self) -> None:
+        """Called by all ranks after every round."""
 
 
 def fixed_noise(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -64,6 +80,7 @@ def evaluate(
     world_size: int = 1,
     known: Mapping[int, Mapping[str, Value]] | None = None,
     keep: Keep | None = None,
+    pace: Pace | None = None,
 ) -> float:
     """Generate a picture for each prompt and add all of them to the scores.
 
@@ -79,11 +96,12 @@ def evaluate(
         world_size: Number of processes.
         known: Values by score of pictures that were judged before, by their index: they are neither made nor judged.
         keep: Gets what is made.
+        pace: How the ranks go on together; by default each by itself.
 
     Returns:
         Seconds of generation per picture; NaN if none was made.
     """
-    known = known or {}
+    known, pace = known or {}, pace or Pace()
     mine = range(rank, len(prompts), world_size)
     before, missing = [i for i in mine if i in known], [i for i in mine if i not in known]
     for score in scores:
@@ -93,19 +111,23 @@ def evaluate(
             score.update([known[i][score.name] for i in before], [prompts[i] for i in before])
         score.place(device)
     seconds = 0.0
-    for start in range(0, len(missing), batch_size):
-        rows = missing[start : start + batch_size]
-        noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
-        began = time.perf_counter()
-        images = generate(noise, [prompts[i].text for i in rows])
-        images[0, 0, 0, 0].item()  # wait for the device
-        seconds += time.perf_counter() - began
+    for turn in range(pace.rounds(math.ceil(len(missing) / batch_size))):
+        rows = missing[turn * batch_size : (turn + 1) * batch_size]
         asked = [prompts[i] for i in rows]
-        values = {score.name: score.values_of(images, asked) for score in scores}
-        for score in scores:
-            score.update(values[score.name], asked)
-        if keep is not None:
-            keep(rows, images, asked, values)
+        with pace.round():
+            if rows:
+                noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
+                began = time.perf_counter()
+                images = generate(noise, [prompt.text for prompt in asked])
+                images[0, 0, 0, 0].item()  # wait for the device
+                seconds += time.perf_counter() - began
+        if rows:
+            values = {score.name: score.values_of(images, asked) for score in scores}
+            for score in scores:
+                score.update(values[score.name], asked)
+            if keep is not None:
+                keep(rows, images, asked, values)
+        pace.after()
     for score in scores:
         # Between evaluations their networks would only take memory from the training.
         score.place(torch.device("cpu"))
