@@ -10,6 +10,7 @@ from gdmd_lightning.data.images import ShapesImages
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.dmd2 import DMD2
+from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.roles import LoRA, Optimization
 from gdmd_lightning.samplers import Renoise
 from gdmd_lightning.schedules import LogitNormal
@@ -49,6 +50,19 @@ def test_start_from_takes_generator_fake_score_and_averages(tiny_pipeline, recor
         assert all(torch.equal(a, b) for a, b in pairs), role
     assert torch.equal(roles.old.proj_out.weight, theirs.old.proj_out.weight)
     assert not torch.equal(roles.teacher.proj_out.weight, theirs.generator.proj_out.weight)
+
+
+def test_reference_is_the_generator_from_which_a_run_started_and_no_earlier_one(tiny_pipeline, tmp_path):
+    options = {"reward": tiny.Brightness(), "steps": 2, "kl_weight": 0.1, "kl_reference": "start"}
+    options |= {"generator": Optimization(learning_rate=0.01)}
+    first, path = tiny.module(tiny_pipeline, DiffusionNFT, **options), str(tmp_path / "one.ckpt")
+    tiny.train(first, 1).save_checkpoint(path)
+    second = tiny.module(tiny_pipeline, DiffusionNFT, start_from=path, **options)
+    tiny.train(second, 1)
+    weights = [roles.proj_out.weight for roles in (first.roles.reference, first.roles.generator)]
+    assert not torch.equal(*weights)
+    assert torch.equal(second.roles.reference.proj_out.weight, weights[1])
+    assert not torch.equal(second.roles.generator.proj_out.weight, weights[1])
 
 
 def test_a_checkpoint_of_a_trainer_of_ones_own_is_restored_with_the_arguments_of_its_module(tiny_pipeline, tmp_path):

@@ -60,12 +60,13 @@ def grpo_gradient(
 ) -> dict[str, Tensor]:
     """Of ``-mean A log p + kl_weight KL`` at the policy that took the rollouts, averaged over the steps."""
     world, total = r.world, {"gain": torch.tensor(0.0), "shift": torch.tensor(0.0)}
+    reference = world.module.reference
     for k in steps:
         mean, std, slope, led_to = r.step(k)
         size = mean.numel() * len(steps) * (std**2 if world.module.grpo.log_prob == "gaussian" else 0.5)
         d_mean = -column(advantages) * (led_to - mean) / size
         if kl_weight:
-            d_mean = d_mean + kl_weight * (mean - r.step(k, "teacher")[0]) / std**2 / mean.numel() / len(steps)
+            d_mean = d_mean + kl_weight * (mean - r.step(k, reference)[0]) / std**2 / mean.numel() / len(steps)
         part = r.pull_back(k, d_mean, slope)
         total = {name: total[name] + part[name] for name in part}
     return total
@@ -93,7 +94,7 @@ class JudgedByOld:
         total = {"gain": torch.tensor(0.0), "shift": torch.tensor(0.0)}
         count = len(self.trained)
         for q in self.trained:
-            x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", "teacher"))
+            x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", world.module.reference))
             difference = settings.beta * (x - old)
             d_x0 = torch.zeros_like(x)
             for policy, weight, sign in ((old + difference, self.o, 1.0), (old - difference, 1 - self.o, -1.0)):

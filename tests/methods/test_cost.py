@@ -185,6 +185,13 @@ def test_nft_evaluations_equal_the_closed_form(place, train_steps, trained, kl_w
     assert found == {role: count for role, count in expected.items() if count}
 
 
+@pytest.mark.parametrize("method", [FlowGRPO, DiffusionNFT])
+def test_reference_of_the_start_is_asked_instead_of_the_teacher(place, method):
+    options = {"reward": tiny.Brightness(), "kl_weight": 0.1}
+    teacher, start = (counted(place, method, kl_reference=each, **options) for each in ("teacher", "start"))
+    assert start == {"reference" if role == "teacher" else role: count for role, count in teacher.items()}
+
+
 @pytest.mark.parametrize(
     ("options", "more"),
     [

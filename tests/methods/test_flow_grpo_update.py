@@ -36,6 +36,14 @@ def test_generator_gradient_is_the_closed_form(sampler, kl_weight):
     near(steps[0].gradient, grpo_gradient(Rollout(world), advantages, kl_weight), rtol=1e-5)
 
 
+def test_divergence_may_be_from_the_generator_of_the_start():
+    world = flow_grpo(kl_weight=3.0, kl_reference="start")
+    _, steps = world.update()
+    rollout = Rollout(world)
+    near(steps[0].gradient, grpo_gradient(rollout, advantages_of(rollout.rewards, 4), 3.0), rtol=1e-5)
+    assert world.questions("teacher") == []
+
+
 def test_squared_errors_replace_log_probabilities_where_asked():
     world = flow_grpo(grpo=GRPO(CPS(0.9), log_prob="squared_error"), kl_weight=0.0)
     _, steps = world.update()

@@ -109,6 +109,23 @@ def test_policies_and_base_are_asked_at_the_same_renoised_samples():
         assert (three.guidance_scale, two.gradient, three.gradient) == (1.0, False, False)
 
 
+def test_distance_may_be_from_the_generator_of_the_start():
+    world = nft(kl_weight=2.0, kl_reference="start")
+    _, steps = world.update()
+    near(steps[0].gradient, JudgedByOld(world).gradient(2.0), rtol=1e-5)
+    assert world.questions("teacher") == []
+    assert not any(question.gradient for question in world.questions("reference"))
+
+
+def test_reference_stays_where_the_run_began():
+    world = nft(kl_weight=2.0, kl_reference="start")
+    before = world.weights("reference")
+    for _ in range(2):
+        world.update(rate=0.1)
+    after = world.weights("reference")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_without_kl_the_teacher_is_not_asked():
     world = nft(kl_weight=0.0)
     world.update()
@@ -189,6 +206,10 @@ def test_decay_ramp_rises_to_its_limit(ramp, expected):
     [
         (lambda: nft(nft=NFT(train_steps=4)), r"model\.nft\.train_steps: it is 4, but the generator has 3 steps"),
         (lambda: nft(nft=NFT(train_steps=0)), r"NFT\.train_steps: it is 0"),
+        (
+            lambda: nft(kl_weight=0.0, kl_reference="start"),
+            r"DiffusionNFT\.kl_reference: it is start, but kl_weight is 0",
+        ),
         (lambda: nft(kl_weight=-1.0), r"DiffusionNFT\.kl_weight: it is -1\.0"),
         (lambda: NFT(beta=0.0), r"NFT\.beta: it is 0\.0"),
         (lambda: NFT(advantage_clip=math.nan), r"NFT\.advantage_clip: it is nan"),

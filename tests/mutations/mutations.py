@@ -957,13 +957,14 @@ MUTATIONS = [
             "batch.conditioning.select(rows)",
             "batch.conditioning.select(slice(0, rows.stop - rows.start))",
         ),
-        ("kl to the generator", 'self.predictor("teacher", conditioning)', 'self.predictor("ema", conditioning)'),
         ("kl weight ignored", "loss = loss + self.kl_weight * kl", "loss = loss + kl"),
         ("kl at another step", "conditioning), k)\n", "conditioning), 0)\n"),
         ("steps summed, not averaged", "weight = share / len(steps)", "weight = share"),
         ("one inner epoch", "range(self.inner_epochs)", "range(1)"),
         ("share of a micro-batch forgotten", "backward(weight * loss)", "backward(loss / len(steps))"),
         ("grpo logs summed over epochs", "weight / self.inner_epochs, loss=loss", "weight, loss=loss"),
+        ("kl to the average", "self.predictor(self.reference, conditioning)", 'self.predictor("ema", conditioning)'),
+        ("grpo divergence from the teacher always", "(self.reference, conditioning)", '("teacher", conditioning)'),
         ("teacher asked without kl", "if self.kl_weight > 0:", "if True:"),
     ),
     *errors(
@@ -1014,7 +1015,11 @@ MUTATIONS = [
         ("nft one inner epoch", "range(self.inner_epochs)", "range(1)"),
         ("nft logs summed over epochs", "weight / self.inner_epochs, loss=loss", "weight, loss=loss"),
         ("nft level of the next step", "self.sigmas[step]", "self.sigmas[step + 1]"),
-        ("nft kl to the average", 'self.roles.velocity("teacher", latents)', 'self.roles.velocity("ema", latents)'),
+        (
+            "nft kl to the average",
+            "self.roles.velocity(self.reference, latents)",
+            'self.roles.velocity("ema", latents)',
+        ),
         ("nft kl weight ignored", "loss = loss + self.kl_weight * kl", "loss = loss + kl"),
         ("nft levels summed, not averaged", "share / index.shape[1]", "share"),
         (
@@ -1027,6 +1032,7 @@ MUTATIONS = [
             "self.nft.old_decay(self.updates)",
             "self.nft.old_decay(self.updates + 1)",
         ),
+        ("nft distance from the teacher always", "velocity(self.reference, latents)", 'velocity("teacher", latents)'),
         ("nft teacher asked without kl", "if self.kl_weight > 0:", "if True:"),
     ),
     *errors(
@@ -1553,6 +1559,7 @@ MUTATIONS = [
     *errors(
         "methods/starting.py",
         NON_FINITE,
+        ("reference of an earlier run taken", " and spec.name != REFERENCE}", "}"),
         ("start_from with broken weights", "for found in taken.values() for", "for found in [] for"),
     ),
     *errors(

@@ -27,8 +27,8 @@ class FlowGRPO(PolicyModule):
         family: The teacher's pipeline.
         reward: Judges samples.
         grpo: Rollouts and the clipped ratio.
-        kl_weight: Weight of the KL divergence from the frozen teacher's steps, at least 0; 0 for none, which saves the
-            teacher's evaluations.
+        kl_weight: Weight of the KL divergence from the steps of ``kl_reference``, at least 0; 0 for none, which saves
+            its evaluations.
         policy_module: Arguments of :class:`PolicyModule`.
 
     Raises:
@@ -63,7 +63,7 @@ class FlowGRPO(PolicyModule):
                         loss, now, clipped = grpo_term(predict, self.grpo, part, k, judged.advantages[rows])
                         weight = share / len(steps)
                         if self.kl_weight > 0:
-                            base = part.redo(self.predictor("teacher", conditioning), k)
+                            base = part.redo(self.predictor(self.reference, conditioning), k)
                             kl = step_kl(now.mean, base.mean, now.std).mean()
                             loss = loss + self.kl_weight * kl
                             weighted_sum(logs, weight / self.inner_epochs, kl=kl)

@@ -30,8 +30,8 @@ class DiffusionNFT(PolicyModule):
         family: The teacher's pipeline.
         reward: Judges samples.
         nft: The velocity policies.
-        kl_weight: Weight of the mean squared distance from the frozen teacher's velocity, at least 0; 0 for none,
-            which saves the teacher's evaluations.
+        kl_weight: Weight of the mean squared distance from the velocity of ``kl_reference``, at least 0; 0 for none,
+            which saves its evaluations.
         policy_module: Arguments of :class:`PolicyModule`.
 
     Raises:
@@ -71,7 +71,7 @@ class DiffusionNFT(PolicyModule):
                         latents, weight = renoised.select(rows), share / index.shape[1]
                         loss, v = nft_term(self.roles, self.nft, x0[rows], latents, o[rows])
                         if self.kl_weight > 0:
-                            kl = (v - self.roles.velocity("teacher", latents)).square().mean()
+                            kl = (v - self.roles.velocity(self.reference, latents)).square().mean()
                             loss = loss + self.kl_weight * kl
                             weighted_sum(logs, weight / self.inner_epochs, kl=kl)
                         backward(weight * loss)

@@ -12,6 +12,7 @@ from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.finite import check_finite
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.methods.resuming import adapter_settings, check_teacher, raise_if_changed
+from gdmd_lightning.roles import REFERENCE
 from gdmd_lightning.roles.adapters import is_start, stacked, start_name
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def take_over(module: RoleModule, path: str) -> None:
     followers = []
     for spec in roles.specs:
         names = roles.names_of(spec.name)
-        found = {name: theirs[name] for name in names if name in theirs}
+        found = {name: theirs[name] for name in names if name in theirs and spec.name != REFERENCE}
         if not found and (spec.name != "generator" or merges(module)):
             followers += [spec] if spec.source is not None else []
             continue

@@ -8,9 +8,10 @@ from gdmd_lightning.roles.adapters import AdapterRoles, LoRA
 from gdmd_lightning.roles.base import Form, Roles
 from gdmd_lightning.roles.copies import CopiedRoles
 from gdmd_lightning.roles.sharded import ShardedAdapterRoles, ShardedRoles
-from gdmd_lightning.roles.spec import TEACHER, Head, Optimization, RoleSpec
+from gdmd_lightning.roles.spec import REFERENCE, TEACHER, Head, Optimization, RoleSpec
 
 __all__ = [
+    "REFERENCE",
     "TEACHER",
     "AdapterRoles",
     "CopiedRoles",

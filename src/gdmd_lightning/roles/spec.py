@@ -17,6 +17,8 @@ from gdmd_lightning.ranges import Decay, Fraction, NonNegative, Positive, Whole,
 
 TEACHER = "teacher"
 """The frozen network of the pipeline; every method has this role, and no spec declares it."""
+REFERENCE = "reference"
+"""The role that keeps the generator with which a run started; ``start_from`` gives no other."""
 
 
 @ranged
