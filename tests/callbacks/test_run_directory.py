@@ -1,5 +1,6 @@
 """The directory of a run is decided once, is its own, and is reserved while it runs."""
 
+import pickle
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -102,6 +103,27 @@ def test_a_directory_in_use_is_refused(tmp_path):
         choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
     first.release()
     choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
+
+
+@pytest.mark.parametrize(("nodes", "launched"), [(1, False), (1, True), (2, False)])
+def test_a_refusal_waits_for_ranks_that_run_already(tmp_path, monkeypatch, nodes, launched):
+    """On one node without a launcher, there are none: rank 0 starts them after its decision."""
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    where = {"logger": CSVLogger(tmp_path, "x", 0), "default_root_dir": tmp_path, "callbacks": [RunDirectory()]}
+    made = pl.Trainer(accelerator="cpu", devices=2, num_nodes=nodes, strategy="ddp", **where)
+    running = choose(trainer(tmp_path, CSVLogger(tmp_path, "x", 0)))
+    if nodes == 1 and not launched:
+        with pytest.raises(UserError, match="another run writes to this directory"):
+            choose(made)
+    else:
+        assert choose(made).path is None
+        assert made.loggers == []
+        # What the others get has been pickled.
+        monkeypatch.setattr(made.strategy, "broadcast", lambda sent: pickle.loads(pickle.dumps(sent)))
+        with pytest.raises(UserError, match=r"version_0: another run writes to this directory"):
+            made.callbacks[0].setup(made, None, "fit")
+    running.release()
 
 
 @pytest.mark.parametrize(

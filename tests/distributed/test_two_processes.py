@@ -72,6 +72,22 @@ def test_gdmd_in_shards_trains_as_one_process(tiny_pipeline):
                 assert_shards_of(found[name], expected[1])
 
 
+def test_a_directory_that_rank_0_refuses_ends_both_with_its_reason(fast_fit, tmp_path, monkeypatch):
+    theirs = tmp_path / "run" / "metrics.csv"
+    theirs.parent.mkdir()
+    theirs.write_text("loss,step\n0.5,1\n")
+    monkeypatch.chdir(tmp_path)
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    codes, printed = run_ranks(HERE / "command_line.py", "fit", *fast_fit, *two, check=False, timeout=60)
+    assert codes == [2, 2]
+    for text in printed:
+        (line,) = [line for line in text.splitlines() if "error: " in line]
+        assert line.startswith(f"gdmd_lightning: error: {theirs.parent}: it has results of another run; remove it")
+        assert "Traceback" not in text
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_text() == "loss,step\n0.5,1\n"
+
+
 @pytest.mark.slow
 def test_ranks_with_adapters_share_the_work_of_embedding(two_ranks, tmp_path):
     (tmp_path / "prompts.txt").write_text(

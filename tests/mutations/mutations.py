@@ -2673,6 +2673,13 @@ MUTATIONS = [
         "callbacks/run_directory.py",
         ("callbacks/test_run_directory.py",),
         ("remedy names a checkpoint that is not there", "if last.exists() else", "if True else"),
+        (
+            "refusal leaves other ranks waiting",
+            "            if not _others_run(trainer):\n                raise",
+            "            raise",
+        ),
+        ("refused run goes on", "            raise refusal", "            pass"),
+        ("loggers of a refused run write", "            trainer.loggers = []  #", "            #"),
     ),
     *errors(
         "planning/replay.py",

@@ -47,7 +47,7 @@ class RunDirectory(pl.Callback):
     logger, a new directory of that form in the logger's ``save_dir`` or the trainer's ``default_root_dir``. A resumed
     run continues in the directory of its checkpoint.
 
-    It must be the first callback. Rank 0 decides; the others follow in :meth:`setup`.
+    It must be the first callback. Rank 0 decides; the others follow in :meth:`setup`, also if it refuses.
 
     Attributes:
         path: The directory; None before the decision.
@@ -58,6 +58,7 @@ class RunDirectory(pl.Callback):
         self.path: Path | None = None
         self.starts_over = False
         self._lock: DirectoryLock | None = None
+        self._refusal: UserError | None = None
 
     def choose(
         self,
@@ -79,11 +80,24 @@ class RunDirectory(pl.Callback):
                 its first checkpoint, is started over. None to refuse that, too.
 
         Raises:
-            UserError: If the directory is in use, or has results of another run.
-            WriteError: If the directory cannot be written to.
+            UserError: If the directory is in use, or has results of another run. If other ranks run already, they and
+                this one raise it in :meth:`setup`.
+            WriteError: If the directory cannot be written to; raised likewise.
         """
         if not trainer.is_global_zero:
             return
+        try:
+            self._decide(trainer, resumed, updates, placed, configuration)
+        except UserError as error:
+            if not _others_run(trainer):
+                raise
+            # The others wait for this rank, and nothing can be sent to them before they have met.
+            self._refusal = error
+            trainer.loggers = []  # Lightning lets them write before it calls setup
+
+    def _decide(
+        self, trainer: pl.Trainer, resumed: Path | None, updates: int, placed: bool, configuration: str | None
+    ) -> None:
         logger, root = versioned(trainer.loggers), run_root(trainer)
         own = None if resumed is None else _run_of(resumed)
         if logger is not None and logger._version is not None:
@@ -108,9 +122,15 @@ class RunDirectory(pl.Callback):
         _direct(trainer, path, root, updates if self.starts_over or resumed is not None else None)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tell all ranks what rank 0 decided."""
-        mine = (None if self.path is None else str(self.path), self.starts_over)
-        decided, self.starts_over = trainer.strategy.broadcast(mine)
+        """Tell all ranks what rank 0 decided.
+
+        Raises:
+            UserError: On all ranks, if it refused.
+        """
+        mine = (self._refusal, None if self.path is None else str(self.path), self.starts_over)
+        refusal, decided, self.starts_over = trainer.strategy.broadcast(mine)
+        if refusal is not None:
+            raise refusal
         self.path = None if decided is None else Path(decided)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -123,6 +143,14 @@ class RunDirectory(pl.Callback):
         """Give the directory back; one that is still empty is removed."""
         if self._lock is not None:
             self._lock.release()
+
+
+def _others_run(trainer: pl.Trainer) -> bool:
+    """Whether a launcher has started other ranks; on a single node ``trainer.fit`` may start them itself, later."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or trainer.world_size == 1:
+        return False
+    return trainer.num_nodes > 1 or environment.creates_processes_externally
 
 
 def run_root(trainer: pl.Trainer) -> Path:
