@@ -2596,6 +2596,11 @@ MUTATIONS = [
             "return value.shape, value.dtype",
         ),
         ("real tensors not computed", 'if value.device.type != "meta":', "if False:"),
+        (
+            "attention by name not fused",
+            "if func is nn.functional.scaled_dot_product_attention:",
+            "if func is nn.functional.scaled_dot_product_attention and args:",
+        ),
     ),
     *errors(
         "configuration/lost_ranks.py",

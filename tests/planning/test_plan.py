@@ -15,6 +15,7 @@ from gdmd_lightning.cli import main
 from gdmd_lightning.configuration.training import parse
 from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.flux2 import Flux2KleinFamily
 from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.settings import Memory
@@ -86,6 +87,26 @@ def test_plan_equals_the_measured_peak_within_two_percent(pipeline, tmp_path, me
     found = measured(tiny.module(pipeline, method, lora=lora, memory=memory), tmp_path)
     planned = plan(tiny.module(pipeline, method, lora=lora, memory=memory), 8)
     assert planned.total == pytest.approx(found, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory):
+    return tiny.save_flux2(tmp_path_factory.mktemp("flux2") / "pipeline")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DMD, GDMD])
+@pytest.mark.parametrize("lora", [None, LoRA(4, 8)], ids=["copies", "lora"])
+@pytest.mark.parametrize(
+    "memory", [Memory(), Memory(gradient_checkpointing=True, vae_slicing=True)], ids=["", "saving"]
+)
+def test_plan_of_flux2_equals_the_measured_peak_within_two_percent(flux2, tmp_path, method, lora, memory):
+    def build():
+        family = Flux2KleinFamily(str(flux2), max_sequence_length=16, text_layers=(1, 2))
+        reward = {"reward": tiny.Brightness()} if method is GDMD else {}
+        return method(family, height=32, width=32, lora=lora, memory=memory, **reward)
+
+    assert plan(build(), 8).total == pytest.approx(measured(build(), tmp_path), rel=0.02)
 
 
 def sizes(planned) -> dict[str, int]:

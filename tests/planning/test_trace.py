@@ -73,13 +73,19 @@ def test_trace_ignores_other_devices():
     assert trace.peak == 0
 
 
-def test_fused_attention_does_not_hold_all_pairs():
+def by_name(query, key, value):
+    """As diffusers' ``dispatch_attention_fn`` calls it, for FLUX.2."""
+    return F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=None)
+
+
+@pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, by_name], ids=["by place", "by name"])
+def test_fused_attention_does_not_hold_all_pairs(attention):
     q, k, v = (torch.empty(1, 2, 4096, 16, device="meta", requires_grad=True) for _ in range(3))
     pairs = 2 * 4096**2 * FLOAT
     with Trace() as plain:
-        F.scaled_dot_product_attention(q, k, v)
+        attention(q, k, v)
     with FusedAttention(), Trace() as fused:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         torch.autograd.backward(get_gradient_edge(out.sum()), torch.ones((), device="meta"))
     assert plain.peak > pairs
     assert fused.peak < pairs / 10

@@ -236,9 +236,12 @@ class FusedAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.scaled_dot_product_attention and args and args[0].device.type == "meta":
-            return _fused(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]  # diffusers' FLUX.2 passes all of them by name
+            if query.device.type == "meta":
+                return _fused(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _fused(
