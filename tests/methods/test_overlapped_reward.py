@@ -14,8 +14,9 @@ from gdmd_lightning.methods.dmd import DMD
 from gdmd_lightning.methods.gdmd import GDMD
 from gdmd_lightning.methods.gndm import GNDMR
 from gdmd_lightning.methods.reward_terms import Policy
-from gdmd_lightning.methods.settings import Matching, Speed
+from gdmd_lightning.methods.settings import Matching, Memory, Speed
 from gdmd_lightning.planning.footprint import plan
+from gdmd_lightning.rewards.clip import ContrastiveReward
 from gdmd_lightning.rewards.combine import CombinedReward
 
 OVERLAP = Speed(overlap_reward=True)
@@ -106,6 +107,22 @@ def test_pictures_that_wait_are_planned(tiny_pipeline):
         module = tiny.module(tiny_pipeline, GDMD, targets=TargetGroup(4), policy=Policy(form="weighted"), speed=speed)
         peaks.append(plan(module, 8).phases["fake_score forward"])
     assert peaks[1] - peaks[0] == pytest.approx(8 * 4 * 3 * 32 * 32 * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_offloaded_reward_is_planned_while_the_fake_score_learns(tiny_pipeline, size):
+    """It is on the device from the first decoded target to its answer, and not while the generator learns."""
+    reward = ContrastiveReward("package:assets/shapes/scorer")
+    weights = sum(t.numel() * t.element_size() for t in [*reward.sketch().parameters(), *reward.sketch().buffers()])
+    phases = {}
+    for place in ("cpu", "offloaded"):
+        options = {"reward": reward, "memory": Memory(reward=place), "speed": OVERLAP, "micro_batch_size": size}
+        phases[place] = plan(tiny.module(tiny_pipeline, GDMD, **options), 8).phases
+    more = {name: phases["offloaded"][name] - found for name, found in phases["cpu"].items()}
+    during = {name: more.pop(name) for name in ("decoding", "reward", "fake_score forward", "fake_score backward")}
+    assert set(during.values()) == {weights}
+    assert 0 < more.pop("optimizer step") <= weights  # of the two roles' steps the larger counts
+    assert set(more.values()) == {0}
 
 
 @pytest.mark.parametrize(

@@ -1272,6 +1272,16 @@ MUTATIONS = [
         "planning/footprint.py",
         ("methods/test_overlapped_reward.py",),
         ("overlap: images not planned", "flatten(1)[:, :1].expand", "flatten(1)[:, :1].clone().expand"),
+        (
+            "overlap: offloaded reward not planned",
+            "        self.trace.add(self.offloaded)  # it may",
+            "        # it may",
+        ),
+        (
+            "overlap: offloaded reward planned for good",
+            "                self.trace.add(-self.offloaded)\n",
+            "",
+        ),
     ),
     *errors(
         "rewards/judge.py",

@@ -23,7 +23,7 @@ from gdmd_lightning.metrics.geneval2 import GenEval2Score
 from gdmd_lightning.metrics.scores import GenEvalScore, RewardScore
 from gdmd_lightning.planning import report
 from gdmd_lightning.planning.footprint import Component, Plan, plan, size_of_scores
-from gdmd_lightning.rewards.clip import CLIPScore
+from gdmd_lightning.rewards.clip import CLIPScore, ContrastiveReward
 from gdmd_lightning.roles import LoRA, Optimization
 
 SECOND = "second update"
@@ -144,11 +144,20 @@ def tiny_network_sizes(path) -> list[int]:
 
 
 def test_plan_leaves_out_a_reward_on_the_cpu(tiny_pipeline):
-    from gdmd_lightning.rewards.clip import ContrastiveReward
-
     judge = {"reward": ContrastiveReward("package:assets/shapes/scorer")}
     assert sizes(plan(tiny.module(tiny_pipeline, **judge), 4))["reward"] > 0
     assert "reward" not in sizes(plan(tiny.module(tiny_pipeline, memory=Memory(reward="cpu"), **judge), 4))
+
+
+def test_offloaded_reward_is_planned_only_where_pictures_are_decoded(tiny_pipeline):
+    judge = {"reward": ContrastiveReward("package:assets/shapes/scorer")}
+    offloaded, none = (
+        plan(tiny.module(tiny_pipeline, memory=Memory(reward=place), **judge), 4).phases
+        for place in ("offloaded", "cpu")
+    )
+    decoding = none["decoding"] + bytes_of(judge["reward"].sketch())
+    whole = max(none["generator forward"], decoding)  # pictures are decoded within it
+    assert offloaded == {**none, "decoding": decoding, "generator forward": whole}
 
 
 def test_plan_of_mixed_precision_differs_from_single(tiny_pipeline):

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from gdmd_lightning.engines.base import Engine
 from gdmd_lightning.engines.precision import full_name
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.latents import Batch, Conditioning
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.methods.matching import MatchingModule
@@ -91,11 +92,41 @@ class _Unasked(Reward):
 
 
 class _PlannedJudge(Judge):
-    """Decodes, and stands in for a reward, which cannot score images without pixels."""
+    """Decodes, and stands in for a reward, which cannot score images without pixels.
+
+    Args:
+        family: Decodes latents.
+        micro_batch_size: Maximum number of images decoded at once.
+        offloaded: Bytes of a reward that is on the device only while it scores; 0 for one that stays where it is.
+
+    Attributes:
+        trace: Counts these bytes, for as long as they are on the device.
+    """
+
+    trace: Trace
+
+    def __init__(self, family: ModelFamily, micro_batch_size: int | None, offloaded: int) -> None:
+        super().__init__(_Unasked(), family, "cpu", micro_batch_size)
+        self.offloaded = offloaded
+
+    @contextmanager
+    def ahead(self, latents: Tensor, prompts: Sequence[Prompt]) -> Iterator[Callable[[], Tensor]]:
+        self.trace.add(self.offloaded)  # it may score one micro-batch while the next one is decoded
+        with super().ahead(latents, prompts) as answer:
+
+            def last() -> Tensor:
+                scores = answer()
+                self.trace.add(-self.offloaded)
+                return scores
+
+            yield last
 
     def _score(self, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
+        self.trace.add(self.offloaded)
         with phase("decoding"):
-            return self.family.decode(latents).flatten(1).mean(1, keepdim=True).expand(-1, len(rewards))
+            scores = self.family.decode(latents).flatten(1).mean(1, keepdim=True).expand(-1, len(rewards))
+        self.trace.add(-self.offloaded)
+        return scores
 
     def _ask(self, images: Tensor, latents: Tensor, prompts: Sequence[Prompt], rewards: Sequence[Reward]) -> Tensor:
         # Of images that are scored meanwhile: a view, so that they stay in memory until the answer is taken.
@@ -200,8 +231,6 @@ def plan(
     phases = {
         name: max(round(size) - held, 0) for name, size in _peaks(follow, batch_size, module.micro_batch_size).items()
     }
-    if module.memory.reward == "offloaded" and "decoding" in phases:
-        phases["decoding"] += _count("", _tensors(reward)).size
     return Plan(tuple(_components(module, optimizers, reward, strategy)), phases, tuple(_on_host(module, strategy)))
 
 
@@ -233,6 +262,8 @@ def _follow(
 ) -> dict[str, int]:
     """Peak bytes in each phase of an update of ``batch_size`` samples; ``repeat`` follows equal blocks once."""
     trace = Trace()
+    if isinstance(module.judge, _PlannedJudge):
+        module.judge.trace = trace
     trace.hold(module)
     for optimizer in optimizers.values():
         trace.see(_states(optimizer))
@@ -259,9 +290,10 @@ def _take_reward(module: DistillationModule) -> nn.Module | None:
     """Shapes of the reward model; leaves the method a judge that needs no pixels."""
     if module.judge is None:
         return None
-    reward = module.judge.reward
-    module.judge = _PlannedJudge(_Unasked(), module.family, "cpu", module.micro_batch_size)
-    return reward.sketch()
+    reward = module.judge.reward.sketch()
+    offloaded = _count("", _tensors(reward)).size if module.memory.reward == "offloaded" else 0
+    module.judge = _PlannedJudge(module.family, module.micro_batch_size, offloaded)
+    return reward
 
 
 def _parts(module: DistillationModule) -> dict[str, nn.Module]:
