@@ -110,7 +110,7 @@ def test_method_page_trains_and_compares_as_written(tiny_pipeline, tmp_path, mon
 
 def test_own_teacher_page_trains_as_written(tiny_pipeline, tmp_path, monkeypatch):
     page = ROOT / "docs" / "own_teacher.md"
-    (prompts,), (reward,), (config,), (command,) = (blocks(page, kind) for kind in ("json", "python", "yaml", "bash"))
+    (prompts,), (reward, _), (config,), (command,) = (blocks(page, kind) for kind in ("json", "python", "yaml", "bash"))
     (tmp_path / "prompts.jsonl").write_text(prompts)
     (tmp_path / "my_reward.py").write_text(reward)
     (tmp_path / "mine.yaml").write_text(config)
@@ -128,6 +128,15 @@ def test_own_teacher_page_trains_as_written(tiny_pipeline, tmp_path, monkeypatch
     found = read_provenance(read_checkpoint(str(checkpoint)))
     assert found.reward == "wanted_brightness"
     assert -1 < found.scores["wanted_brightness/overall"] < 0
+
+
+def test_own_teacher_page_makes_a_loader_of_prompt_batches():
+    _, code = blocks(ROOT / "docs" / "own_teacher.md", "python")
+    made = {}
+    exec(code, made)
+    (batch,) = made["loader"]
+    assert batch.groups.tolist() == [0] * 4 + [1] * 4
+    assert batch.prompts[0] == batch.prompts[3] != batch.prompts[4]
 
 
 def test_watching_page_parses_and_watches_figures_that_are_logged(tmp_path):

@@ -61,6 +61,7 @@ SIDEWAYS = {
     ("files", "errors"),  # a full disk
     ("locations", "errors"),  # a configuration that is not found
     ("pictures", "errors"),  # a file that is no picture
+    ("prompts", "errors"),  # groups that are not whole
     ("ranges", "errors"),  # a number out of range
     ("schedules", "ranges"),  # levels are numbers in [0, 1]
     ("schedules", "errors"),  # a lowest level above the highest

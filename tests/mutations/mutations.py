@@ -2685,6 +2685,27 @@ MUTATIONS = [
         ),
     ),
     *errors(
+        "methods/lightning.py",
+        ("methods/test_own_loaders.py",),
+        ("Lightning warns of an override", "    @wraps(pl.LightningModule.transfer_batch_to_device)\n", ""),
+        ("any batch trains", "if not isinstance(batch, PromptBatch):", "if False:"),
+        (
+            "batches of a loader not checked",
+            "        self.check_batch(len(batch) * self.world_size, batch.group_size)\n",
+            "",
+        ),
+    ),
+    *errors(
+        "prompts.py",
+        ("methods/test_own_loaders.py",),
+        ("incomplete groups", " or len(self.prompts) % group_size:", ":"),
+    ),
+    *errors(
+        "data/prompt_data.py",
+        ("methods/test_own_loaders.py",),
+        ("validation moves the position", "self.trainer is not None and self.trainer.training:", "True:"),
+    ),
+    *errors(
         "callbacks/run_directory.py",
         ("callbacks/test_run_directory.py",),
         ("remedy names a checkpoint that is not there", "if last.exists() else", "if True else"),

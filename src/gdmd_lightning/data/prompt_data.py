@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -50,27 +50,6 @@ class PromptLoader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-
-
-class InTransit:
-    """Wraps a batch between the loader and ``transfer_batch_to_device`` to hide it from Lightning.
-
-    Precision plugins (``bf16-true``, DeepSpeed, FSDP) convert the tensors in every dataclass that they see,
-    and fail on frozen ones such as ``PromptBatch``.
-    """
-
-    def __init__(self, batch: PromptBatch) -> None:
-        self.batch = batch
-
-
-class InTransitLoader:
-    """A loader whose batches are wrapped in :class:`InTransit`."""
-
-    def __init__(self, loader: Iterable[PromptBatch]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[InTransit]:
-        return map(InTransit, self.loader)
 
 
 def samples_of_rank(
@@ -174,10 +153,9 @@ class PromptDataModule(LightningDataModule):
         """
         self.samples = samples_of_rank(self.batch_size, self.group_size, self.global_batch_size, ranks, accumulate)
 
-    def train_dataloader(self) -> PromptLoader | InTransitLoader:
-        """Batches from the current position: ``PromptBatch``, or ``InTransit`` if there is a trainer."""
-        loader = PromptLoader(self._stream, self.num_workers)
-        return loader if self.trainer is None else InTransitLoader(loader)
+    def train_dataloader(self) -> PromptLoader:
+        """Batches from the current position."""
+        return PromptLoader(self._stream, self.num_workers)
 
     def val_dataloader(self) -> list[DataLoader[int]]:
         """One batch without a prompt for ``trainer.validate``, in which callbacks evaluate; none while a run trains."""
@@ -201,12 +179,11 @@ class PromptDataModule(LightningDataModule):
         return list(islice(self.prompts.read(), count))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Unwrap a batch of prompts, and count it as handed over to training."""
-        if isinstance(batch, InTransit):
-            self._handed_over += 1
-            self._processed_before = self._processed()
-            return batch.batch
+        """Count a batch of prompts as handed over to training; it has nothing to move."""
         if isinstance(batch, PromptBatch):
+            if self.trainer is not None and self.trainer.training:
+                self._handed_over += 1
+                self._processed_before = self._processed()
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 

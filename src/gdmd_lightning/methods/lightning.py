@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 from gdmd_lightning.constructed import Constructed, configuration_of
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
@@ -58,6 +60,12 @@ from gdmd_lightning.roles import (
 )
 from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, Trained
 from gdmd_lightning.streams import BatchStream, stream
+
+LOADER = (
+    "use datamodule=PromptDataModule(...), a DataLoader whose collate_fn returns a PromptBatch, "
+    "or DataLoader(batches, batch_size=None)"
+)
+"""What yields the batches of a run."""
 
 Logs = dict[str, Tensor]
 """Scalars by name, detached, on the device; logged as ``train/<name>``."""
@@ -313,12 +321,8 @@ class RoleModule(Constructed, pl.LightningModule):
             if isinstance(data, PromptDataModule):
                 self.check_batch(data.samples * self.world_size, data.group_size)
                 self.check_prompts(data.first_prompts())
-            elif data is None and isinstance(self.trainer.fit_loop._data_source.instance, PromptLoader):
-                raise UserError(
-                    "it has a loader of prompts without its data module, which places batches and keeps the position",
-                    where="trainer.fit",
-                    remedy="give it datamodule=PromptDataModule(...)",
-                )
+            elif data is None:
+                _check_loader(self.trainer.fit_loop._data_source.instance)
 
     def _ask_for_whole_updates(self, data: Any) -> None:
         """Let the data module yield the samples of a whole update at once, so that its position is that of updates."""
@@ -332,6 +336,19 @@ class RoleModule(Constructed, pl.LightningModule):
                 where="model.accumulate",
                 remedy="use a PromptDataModule, or larger batches with model.micro_batch_size",
             )
+
+    # Lightning does not count a wrapper as an override. It would warn of one whenever there is a data module.
+    @wraps(pl.LightningModule.transfer_batch_to_device)
+    def transfer_batch_to_device(  # type: ignore[override]
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        if not self.trainer.training:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if not isinstance(batch, PromptBatch):
+            what = f"a batch is a {type(batch).__name__}, not a PromptBatch"
+            raise UserError(what, where="trainer.fit", remedy=LOADER)
+        self.check_batch(len(batch) * self.world_size, batch.group_size)
+        return batch
 
     def limit_micro_batches(self, size: int) -> None:
         """Hold at most ``size`` samples in memory at once, or fewer if ``micro_batch_size`` is smaller."""
@@ -354,7 +371,7 @@ class RoleModule(Constructed, pl.LightningModule):
         self.family.to(self.device)
         if self.embedding_cache is not None:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            if data is None:
+            if not hasattr(data, "texts"):
                 raise UserError("no data module says which prompts to embed", where="embedding_cache")
             self.embeddings = embed_ahead(
                 self.family,
@@ -502,6 +519,25 @@ class RoleModule(Constructed, pl.LightningModule):
 
     def _is_frozen(self, name: str) -> bool:
         return name.startswith("roles.") and self.roles.is_frozen(name.removeprefix("roles."))
+
+
+def _check_loader(loader: Any) -> None:
+    """Refuse what ``trainer.fit`` is given in place of a data module if it cannot yield batches of prompts.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    if isinstance(loader, PromptLoader):
+        raise UserError(
+            "it has a loader of prompts without its data module, which keeps the position",
+            where="trainer.fit",
+            remedy="give it datamodule=PromptDataModule(...)",
+        )
+    if isinstance(loader, list | tuple | dict):
+        what = f"it has a {type(loader).__name__}, whose items Lightning takes for loaders of their own"
+        raise UserError(what, where="trainer.fit", remedy=LOADER)
+    if isinstance(loader, DataLoader) and loader.collate_fn is default_collate:
+        raise UserError("the DataLoader's default collate_fn makes no PromptBatch", where="trainer.fit", remedy=LOADER)
 
 
 def _listed(found: Any) -> list[Any]:
