@@ -198,7 +198,7 @@ def test_position_is_refused_under_other_settings(source: str, changes: dict[str
 def test_trainer_refuses_a_position_of_another_number_of_samples(source: str, tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     trainer(max_steps=2).fit(Recorder({"after": (2, path)}), datamodule=data(source))
-    checkpoint = torch.load(path)
+    checkpoint = torch.load(path, weights_only=True)
     checkpoint["PromptDataModule"]["batch_size"] = 64
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=r"prompts with 64 samples of an update on all ranks \(now \d+\)"):
