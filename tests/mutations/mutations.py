@@ -2607,6 +2607,12 @@ MUTATIONS = [
         ),
         ("real tensors not computed", 'if value.device.type != "meta":', "if False:"),
         (
+            "gradients not added in place",
+            "with self.unseen() if _accumulates(func, args) else nullcontext():",
+            "if True:",
+        ),
+        ("sums of forward passes taken for gradients", " or torch.is_grad_enabled() or", " or"),
+        (
             "attention by name not fused",
             "if func is nn.functional.scaled_dot_product_attention:",
             "if func is nn.functional.scaled_dot_product_attention and args:",

@@ -98,13 +98,15 @@ def flux2(tmp_path_factory):
 @pytest.mark.parametrize("method", [DMD, GDMD])
 @pytest.mark.parametrize("lora", [None, LoRA(4, 8)], ids=["copies", "lora"])
 @pytest.mark.parametrize(
-    "memory", [Memory(), Memory(gradient_checkpointing=True, vae_slicing=True)], ids=["", "saving"]
+    "options",
+    [{}, {"memory": Memory(gradient_checkpointing=True, vae_slicing=True)}, {"micro_batch_size": 2}],
+    ids=["", "saving", "micro-batches"],
 )
-def test_plan_of_flux2_equals_the_measured_peak_within_two_percent(flux2, tmp_path, method, lora, memory):
+def test_plan_of_flux2_equals_the_measured_peak_within_two_percent(flux2, tmp_path, method, lora, options):
     def build():
         family = Flux2KleinFamily(str(flux2), max_sequence_length=16, text_layers=(1, 2))
         reward = {"reward": tiny.Brightness()} if method is GDMD else {}
-        return method(family, height=32, width=32, lora=lora, memory=memory, **reward)
+        return method(family, height=32, width=32, lora=lora, **reward, **options)
 
     assert plan(build(), 8).total == pytest.approx(measured(build(), tmp_path), rel=0.02)
 

@@ -78,6 +78,46 @@ def by_name(query, key, value):
     return F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=None)
 
 
+def halves_added(x):
+    """Sum of the halves of a hidden tensor, each of which has a gradient of the size of the whole."""
+    y = x * 2
+    half = len(y) // 2
+    return get_gradient_edge((y[:half] + y[half:]).sum())
+
+
+def test_gradients_of_several_uses_are_added_in_place():
+    """Their sum takes no third tensor: without a dispatch mode, autograd adds to the first."""
+    with Trace() as trace:
+        x = torch.empty(1000, device="meta", requires_grad=True)
+        torch.autograd.backward(halves_added(x), torch.ones((), device="meta"))
+    assert trace.peak == pytest.approx(3 * 1000 * FLOAT, rel=0.01)  # x and two gradients
+    assert trace.current == 2 * 1000 * FLOAT
+
+
+def test_sum_in_a_forward_pass_within_a_backward_pass_is_counted():
+    """As where blocks are computed again."""
+    seen = []
+
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                a, b = torch.empty(1000, device="meta"), torch.empty(1000, device="meta")
+                before, trace.peak = trace.current, 0
+                a = a + b
+                seen.append(trace.peak - before)
+            return grad
+
+    with Trace() as trace:
+        x = torch.empty(1000, device="meta", requires_grad=True)
+        torch.autograd.backward(get_gradient_edge(Again.apply(x).sum()), torch.ones((), device="meta"))
+    assert seen == [1000 * FLOAT]
+
+
 @pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, by_name], ids=["by place", "by name"])
 def test_fused_attention_does_not_hold_all_pairs(attention):
     q, k, v = (torch.empty(1, 2, 4096, 16, device="meta", requires_grad=True) for _ in range(3))

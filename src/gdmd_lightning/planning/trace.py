@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -58,7 +58,8 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # else every attribute of a tensor that is read here passes all modes
             result = self._shapes(func, args, kwargs or {})
-            self.see(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
+            with self.unseen() if _accumulates(func, args) else nullcontext():
+                self.see(tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor))
         return result
 
     def hold(self, module: nn.Module) -> None:
@@ -134,6 +135,21 @@ class Trace(TorchDispatchMode):
                 self.current -= size
 
         return forget
+
+
+def _accumulates(func: Any, args: Any) -> bool:
+    """Whether a backward pass adds a further gradient of a tensor to the sum of its earlier ones.
+
+    Autograd does so in place, and makes a new tensor only under a dispatch mode such as :class:`Trace`.
+    """
+    if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+        return False
+    sum_so_far, further = args
+    return bool(
+        isinstance(further, Tensor)
+        and sum_so_far.shape == further.shape
+        and sum_so_far.untyped_storage().nbytes() == sum_so_far.numel() * sum_so_far.element_size()
+    )
 
 
 _NOT_KNOWN = object()
