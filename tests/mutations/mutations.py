@@ -1269,7 +1269,7 @@ MUTATIONS = [
         ("overlap: any method", "if self.overlap_reward and no_overlap is not None:", "if False:"),
     ),
     *errors(
-        "planning/footprint.py",
+        "planning/following.py",
         ("methods/test_overlapped_reward.py",),
         ("overlap: images not planned", "flatten(1)[:, :1].expand", "flatten(1)[:, :1].clone().expand"),
         (
@@ -2780,7 +2780,7 @@ MUTATIONS = [
         ),
     ),
     *errors(
-        "planning/footprint.py",
+        "planning/following.py",
         ("planning/test_sharding.py",),
         ("gathering: never", "        if size:\n            handles", "        if False:\n            handles"),
         ("gathering: for good", "trace.add(-size)", "trace.add(0)"),
@@ -2922,9 +2922,13 @@ MUTATIONS = [
         ("shards: number of fused steps on the CPU", 'group.get("fused") or ', ""),
     ),
     *errors(
-        "planning/footprint.py",
+        "planning/following.py",
         ("planning/test_plan.py",),
         ("plan: one moment", 'for name in ("exp_avg", "exp_avg_sq")}', 'for name in ("exp_avg",)}'),
+    ),
+    *errors(
+        "planning/footprint.py",
+        ("planning/test_plan.py",),
         (
             "plan: one network per evaluation",
             'sum(_count("", _tensors(score.sketch())).size for',

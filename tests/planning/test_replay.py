@@ -159,6 +159,6 @@ def test_plan_falls_back_on_following_everything(tiny_pipeline, monkeypatch):
             raise footprint.NotRecorded
         return {"update": 1}
 
-    monkeypatch.setattr(footprint, "_follow", follow)
+    monkeypatch.setattr(footprint, "follow_update", follow)
     plan(tiny.module(tiny_pipeline, DMD), 4)
     assert asked == [True, False]
