@@ -60,7 +60,7 @@ def grpo_gradient(
 ) -> dict[str, Tensor]:
     """Of ``-mean A log p + kl_weight KL`` at the policy that took the rollouts, averaged over the steps."""
     world, total = r.world, {"gain": torch.tensor(0.0), "shift": torch.tensor(0.0)}
-    reference = world.module.reference
+    reference = getattr(world.module, "reference", "teacher")
     for k in steps:
         mean, std, slope, led_to = r.step(k)
         size = mean.numel() * len(steps) * (std**2 if world.module.grpo.log_prob == "gaussian" else 0.5)
@@ -92,9 +92,9 @@ class JudgedByOld:
         """Of the loss, with the two policies written out: ``x+ = x_old + b d`` and ``x- = x_old - b d``."""
         world, settings = self.world, self.world.module.nft
         total = {"gain": torch.tensor(0.0), "shift": torch.tensor(0.0)}
-        count = len(self.trained)
+        count, reference = len(self.trained), getattr(world.module, "reference", "teacher")
         for q in self.trained:
-            x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", world.module.reference))
+            x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", reference))
             difference = settings.beta * (x - old)
             d_x0 = torch.zeros_like(x)
             for policy, weight, sign in ((old + difference, self.o, 1.0), (old - difference, 1 - self.o, -1.0)):

@@ -188,7 +188,7 @@ MUTATIONS = [
         ("rtdmd: fresh samples accepted", 'fake_score_samples != "reused"', 'fake_score_samples == "other"'),
         ("rtdmd: too few steps accepted", "grpo.check_steps(self.steps)", "grpo.check_steps(9)"),
         ("rtdmd: single samples accepted", "self.needs_groups = grpo_weight > 0", "self.needs_groups = False"),
-        ("rtdmd: reward without gradient accepted", "require_differentiable(reward)", "pass"),
+        ("rtdmd: reward without gradient accepted", "require_differentiable(reward, self.memory)", "pass"),
     ),
     *errors(
         "methods/ambient.py",

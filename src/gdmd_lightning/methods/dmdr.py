@@ -89,7 +89,7 @@ class DMDR(MatchingModule):
             if name not in own[self.joint] and getattr(self, name) != default:
                 raise UserError(f"set, but joint is {self.joint!r}", where=f"model.{name}", remedy="remove one of them")
         if self.joint == "refl":
-            require_differentiable(reward)
+            require_differentiable(reward, self.memory)
         elif self.joint == "grpo":
             self.grpo.check_steps(self.steps)
         else:

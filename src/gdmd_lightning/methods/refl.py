@@ -45,7 +45,7 @@ class ReFL(DistillationModule):
         **distillation: Any,
     ) -> None:
         super().__init__(family, **distillation)
-        require_differentiable(reward)
+        require_differentiable(reward, self.memory)
         self.margin, self.weight = margin, weight
         self.judge = self.judge_with(reward)
 

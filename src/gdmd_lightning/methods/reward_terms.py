@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.latents import NoisyLatents
-from gdmd_lightning.methods.settings import refuse_unused
+from gdmd_lightning.methods.settings import Memory, refuse_unused
 from gdmd_lightning.objectives.distribution_matching import normalizer
 from gdmd_lightning.objectives.policy import policy_loss, policy_pair
 from gdmd_lightning.ranges import Decay, Positive, ranged
@@ -96,13 +96,19 @@ def refl_loss(rewards: Tensor, margin: float | None) -> Tensor:
     return (-rewards if margin is None else torch.relu(margin - rewards)).mean()
 
 
-def require_differentiable(reward: Reward) -> None:
-    """Fail if a reward carries no gradient.
+def require_differentiable(reward: Reward, memory: Memory) -> None:
+    """Fail if a reward carries no gradient, or would leave the device before the backward pass through it.
 
     Raises:
-        UserError: If it does not.
+        UserError: If it does not, or would.
     """
     if not reward.differentiable:
         raise UserError(
             f"{reward.name!r} is not differentiable", where="model.reward", remedy="use a differentiable reward"
+        )
+    if memory.reward == "offloaded":
+        raise UserError(
+            "it is offloaded, but the backward pass through the reward needs its weights on the device",
+            where="model.memory.reward",
+            remedy="use accelerator or cpu",
         )

@@ -64,7 +64,7 @@ class RTDMD(AmbientModule):
         super().__init__(family, matching=matching, **ambient_module)
         grpo.check_steps(self.steps)
         if refl_weight > 0:
-            require_differentiable(reward)
+            require_differentiable(reward, self.memory)
         if matching.fake_score_samples != "reused":
             raise UserError(
                 f"fake_score_samples is {matching.fake_score_samples!r}, but the fake score learns from the rollouts",

@@ -165,7 +165,7 @@ class Memory:
         vae_slicing: Decode one image at a time.
         vae_tiling: Decode an image in overlapping tiles, which changes their seams slightly.
         reward: Where the reward model stays: on the ``accelerator``, ``offloaded`` to the CPU between uses, or on the
-            ``cpu``.
+            ``cpu``. Methods that backpropagate through it refuse ``offloaded``.
     """
 
     gradient_checkpointing: bool = False
