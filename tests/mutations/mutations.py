@@ -1975,7 +1975,7 @@ MUTATIONS = [
     *errors(
         "metrics/evaluation.py",
         ("callbacks/test_kept_pictures.py",),
-        ("known values not added", "        if before:\n", "        if False:\n"),
+        ("known values not added", "    if known:\n", "    if False:\n"),
         ("known pictures made again", "if i not in known]", "]"),
     ),
     *errors(

@@ -105,11 +105,7 @@ def evaluate(
     mine = range(rank, len(prompts), world_size)
     before, missing = [i for i in mine if i in known], [i for i in mine if i not in known]
     for score in scores:
-        score.begin(prompts)
-        score.to(device)
-        if before:
-            score.update([known[i][score.name] for i in before], [prompts[i] for i in before])
-        score.place(device)
+        _begin(score, prompts, {i: known[i][score.name] for i in before}, device)
     seconds = 0.0
     for turn in range(pace.rounds(math.ceil(len(missing) / batch_size))):
         rows = missing[turn * batch_size : (turn + 1) * batch_size]
@@ -117,10 +113,8 @@ def evaluate(
         with pace.round():
             if rows:
                 noise = torch.stack([fixed_noise(i, latent_shape, seed) for i in rows]).to(device)
-                began = time.perf_counter()
-                images = generate(noise, [prompt.text for prompt in asked])
-                images[0, 0, 0, 0].item()  # wait for the device
-                seconds += time.perf_counter() - began
+                images, taken = _timed(generate, noise, [prompt.text for prompt in asked])
+                seconds += taken
         if rows:
             values = {score.name: score.values_of(images, asked) for score in scores}
             for score in scores:
@@ -132,3 +126,20 @@ def evaluate(
         # Between evaluations their networks would only take memory from the training.
         score.place(torch.device("cpu"))
     return seconds / len(missing) if missing else math.nan
+
+
+def _begin(score: TaskScore, prompts: Sequence[Prompt], known: Mapping[int, Value], device: torch.device) -> None:
+    """Start a score over, on the device, with the values that are known."""
+    score.begin(prompts)
+    score.to(device)
+    if known:
+        score.update(list(known.values()), [prompts[i] for i in known])
+    score.place(device)
+
+
+def _timed(generate: Generate, noise: Tensor, texts: list[str]) -> tuple[Tensor, float]:
+    """The pictures of this noise, and the seconds that they took."""
+    began = time.perf_counter()
+    images = generate(noise, texts)
+    images[0, 0, 0, 0].item()  # wait for the device
+    return images, time.perf_counter() - began
