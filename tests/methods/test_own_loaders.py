@@ -8,10 +8,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
-from world import TEXTS, module_of, three_prompts
+from world import TEXTS, Liking, module_of, three_prompts
 
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.errors import UserError
+from gdmd_lightning.methods.nft import DiffusionNFT
 from gdmd_lightning.prompts import Prompt, PromptBatch
 
 PROMPTS = [Prompt(text) for text in TEXTS]
@@ -85,6 +86,12 @@ def test_a_method_is_asked_whether_it_can_learn_from_the_batches(monkeypatch):
     monkeypatch.setattr(module, "check_batch", lambda *batch: asked.append(batch))
     tiny.trainer(1).fit(module, OWN["batches"]())
     assert asked == [(4, 2)]
+
+
+def test_a_method_that_compares_samples_refuses_one_of_each_prompt():
+    loader = DataLoader([PromptBatch(PROMPTS[:2], 1)], batch_size=None)
+    with pytest.raises(UserError, match=r"^data\.group_size: it is 1, but DiffusionNFT compares the samples"):
+        tiny.trainer(1).fit(module_of(DiffusionNFT, reward=Liking(), steps=2), loader)
 
 
 @pytest.mark.parametrize(("prompts", "group_size"), [(PROMPTS[:3], 2), ([], 1), (PROMPTS[:2], 0)])

@@ -85,7 +85,14 @@ class DistillationModule(RoleModule, ABC):
         Raises:
             UserError: If so.
         """
-        if self.needs_groups and getattr(data, "group_size", 2) < 2:
+        self._check_groups(getattr(data, "group_size", 2))
+
+    def check_batch(self, batch_size: int, group_size: int) -> None:
+        """Fail if the method compares the samples of a prompt and there is one for each."""
+        self._check_groups(group_size)
+
+    def _check_groups(self, group_size: int) -> None:
+        if self.needs_groups and group_size < 2:
             raise UserError(
                 f"it is 1, but {type(self).__name__} compares the samples of a prompt",
                 where="data.group_size",
