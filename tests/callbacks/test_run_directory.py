@@ -75,6 +75,8 @@ def test_every_run_gets_a_directory_of_its_own_for_everything(tmp_path, kind):
 @pytest.mark.parametrize("place", ["~/runs", "$HOME/runs"])
 def test_a_place_in_the_home_directory_is_one(tmp_path, monkeypatch, kind, version, place):
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for number in (0, 1):
         logger = kind(place, "project", version and version + str(number))
         run = choose(trainer(tmp_path, logger))
@@ -84,6 +86,7 @@ def test_a_place_in_the_home_directory_is_one(tmp_path, monkeypatch, kind, versi
         logger.save()
         assert any(path.name.startswith(("metrics.csv", "events")) for path in run.path.iterdir())
         run.release()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_two_runs_at_once_get_two_directories(tmp_path):

@@ -246,6 +246,8 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
             continue
         if isinstance(logger, CSVLogger):
             logger._save_dir = str(_expanded(logger.save_dir))
+        else:  # it would make the directory under the name as given, too
+            logger._root_dir = str(_expanded(logger._root_dir))
         if logger._version is None and _expanded(logger.root_dir).resolve() == root.resolve():
             # Loggers decide their place when they are constructed, which is before the checkpoint is known.
             logger._root_dir, logger._name, logger._version = str(path.parent), "", path.name
