@@ -1568,8 +1568,12 @@ MUTATIONS = [
     ),
     *errors(
         "methods/starting.py",
-        NON_FINITE,
+        ("configuration/test_restore.py",),
         ("reference of an earlier run taken", " and spec.name != REFERENCE}", "}"),
+    ),
+    *errors(
+        "methods/starting.py",
+        NON_FINITE,
         ("start_from with broken weights", "for found in taken.values() for", "for found in [] for"),
     ),
     *errors(
