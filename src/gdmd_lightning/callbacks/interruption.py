@@ -92,7 +92,7 @@ class StopOnSignal(pl.Callback):
     def save_early(self, trainer: pl.Trainer) -> None:
         """Save, once, if any rank received a signal, without waiting for what is left to do after the update.
 
-        Who sent the signal may not wait for that; the checkpoint after the update replaces this one. All ranks must
+        Whoever sent the signal may not wait for that; the checkpoint after the update replaces this one. All ranks must
         call it.
         """
         if not self._saved_early and self._agreed(trainer):

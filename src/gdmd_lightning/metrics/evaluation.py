@@ -27,7 +27,7 @@ class Pace:
     """How the ranks of an evaluation go through their batches: here each by itself."""
 
     def rounds(self, batches: int) -> int:
-        """Number of rounds on all ranks, if this one has so many batches."""
+        """Number of rounds on all ranks, if this one has this number of batches."""
         return batches
 
     def round(self) -> AbstractContextManager[None]:
