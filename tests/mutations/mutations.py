@@ -1567,6 +1567,11 @@ MUTATIONS = [
         ("non-finite checkpoints written", "check_finite(learned(checkpoint), when", "check_finite({}, when"),
     ),
     *errors(
+        "methods/reward_terms.py",
+        ("planning/test_plan.py",),
+        ("reward offloaded before its backward pass", 'if memory.reward == "offloaded":', "if False:"),
+    ),
+    *errors(
         "methods/starting.py",
         ("configuration/test_restore.py",),
         ("reference of an earlier run taken", " and spec.name != REFERENCE}", "}"),
