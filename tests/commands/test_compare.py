@@ -304,6 +304,38 @@ def test_compare_continues_with_more_evaluations_seeds_and_methods(begun):
     replace(begun, methods=methods, evaluations=240, points=2, seeds=[0, 1]).check()
 
 
+@pytest.mark.parametrize(
+    ("added", "value"),
+    [
+        ("model.kl_reference", "start"),
+        ("model.nft.old_decay.limit", 0.4),
+        ("model.family.use_t5", False),
+        ("model.sampler.eta", 0.5),
+        ("data.shuffle_buffer", 10),
+        ("trainer.detect_anomaly", True),
+        ("watch.samples", 3),
+    ],
+)
+def test_a_setting_that_was_added_since_was_at_its_default(begun, tmp_path, added, value):
+    """It continues a directory of an earlier version, and no other value does."""
+    arm = Arm(["shapes.yaml", "shapes_nft.yaml"], {"model.sampler": "CPS"})
+    begun = replace(begun, methods={"NFT": arm}, control="NFT", watch=Watch())
+    run = begun.run_of("NFT", 0)
+    with pytest.raises(KeyboardInterrupt):
+        run_arm(run, [40], begun.scored_on, begun.count, begun.watch)
+    shutil.rmtree(begun.start_of(0).directory)
+    recorded = json.loads(settings_of(run.directory).read_text())
+    default = recorded.pop(added)
+    settings_of(run.directory).write_text(json.dumps(recorded))
+    begun.check()
+    if added == "watch.samples":
+        other = replace(begun, watch=Watch(samples=value))
+    else:
+        other = replace(begun, methods={"NFT": replace(arm, fit={**arm.fit, added: value})})
+    with pytest.raises(UserError, match=re.escape(f"NFT: {added} is {value!r} (was {default!r}) in")):
+        other.check()
+
+
 def test_compare_takes_runs_without_recorded_settings_as_they_are(begun):
     """An earlier version recorded none, so they cannot be known later either."""
     run = begun.run_of("DMD", 0)

@@ -2485,8 +2485,15 @@ MUTATIONS = [
     ),
     *errors(
         "studies/recorded.py",
-        ("commands/test_compare.py",),
+        ("commands/test_compare.py", "studies/test_recorded.py"),
         ("other settings continue a comparison", "    if keys:", "    if False:"),
+        ("added settings end a comparison", "sections) | there", "sections) and there"),
+        (
+            "an outer component's default for an inner one",
+            "sorted(owners, key=len)",
+            "sorted(owners, key=len, reverse=True)",
+        ),
+        ("a class that is gone is imported", " if here.get(key) == value}", "}"),
     ),
     *errors(
         "studies/comparison.py",

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
 
 from gdmd_lightning.callbacks.settings import CHOSEN_BY_RUN
 from gdmd_lightning.configuration import training
@@ -32,6 +33,9 @@ from gdmd_lightning.studies.scorecards import Row, TrainingCost, read_scorecard,
 from gdmd_lightning.studies.tasks import Task
 from gdmd_lightning.studies.timed_checkpoint import TimedCheckpoint, seconds_in
 from gdmd_lightning.studies.watch import Watch
+
+SECTIONS = {"trainer": Trainer, "data": PromptDataModule, "watch": Watch}
+"""Classes of the sections of :meth:`Run.settings`, besides the method, which the settings name."""
 
 
 def option(key: str, value: Any) -> str:

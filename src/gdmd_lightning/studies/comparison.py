@@ -15,7 +15,7 @@ from gdmd_lightning.errors import UserError
 from gdmd_lightning.files import make_directory, write_atomically
 from gdmd_lightning.methods.base import DistillationModule
 from gdmd_lightning.ranges import Count, Seed, ranged
-from gdmd_lightning.studies.arms import Arm, Run, run_arm
+from gdmd_lightning.studies.arms import SECTIONS, Arm, Run, run_arm
 from gdmd_lightning.studies.contestants import draw, student, teachers
 from gdmd_lightning.studies.outcome import Outcome
 from gdmd_lightning.studies.page import write_page
@@ -135,7 +135,7 @@ class Comparison:
             if begun := [place for place in places if replace(run, directory=place).has_begun]:
                 settings = run.settings(self.watch)
                 for place in begun:
-                    check_recorded(place, settings, where=run.name, out=self.out)
+                    check_recorded(place, settings, SECTIONS, where=run.name, out=self.out)
 
     def train_and_score(self) -> Iterator[str]:
         """Train and score what is missing; yields a line after each run."""

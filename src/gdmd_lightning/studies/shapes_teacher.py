@@ -43,7 +43,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     has_begun = any((out / name).is_dir() for name in ("checkpoints", "transformer"))
     made_with = _made_with(settings)
     if has_begun:
-        check_recorded(out, made_with, where="pretrain", out=out)
+        check_recorded(out, made_with, {"": PretrainSettings}, where="pretrain", out=out)
     if settings.start_from is not None:
         _check_earlier(settings.start_from, settings)
     if settings.threads:
