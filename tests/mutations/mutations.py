@@ -1533,10 +1533,14 @@ MUTATIONS = [
         ("non-finite checkpoints resumed", 'check_finite(learned(checkpoint), "in', 'check_finite({}, "in'),
     ),
     *errors(
+        "methods/feeding.py",
+        ACCUMULATE,
+        ("accumulation ignored", "data.divide(module.world_size, module.accumulate)", "data.divide(module.world_size)"),
+        ("memory not limited", "            module.limit_micro_batches(data.batch_size)", "            pass"),
+    ),
+    *errors(
         "methods/lightning.py",
         ACCUMULATE,
-        ("accumulation ignored", "data.divide(self.world_size, self.accumulate)", "data.divide(self.world_size)"),
-        ("memory not limited", "                self.limit_micro_batches(data.batch_size)", "                pass"),
         ("smaller micro-batches forgotten", "min(size, self.micro_batch_size or size)", "size"),
         ("roles' memory not limited", "self.roles.micro_batch_size = self.micro_batch_size", "pass"),
     ),
@@ -2710,12 +2714,17 @@ MUTATIONS = [
         "methods/lightning.py",
         ("methods/test_own_loaders.py",),
         ("Lightning warns of an override", "    @wraps(pl.LightningModule.transfer_batch_to_device)\n", ""),
+    ),
+    *errors(
+        "methods/feeding.py",
+        ("methods/test_own_loaders.py",),
         ("any batch trains", "if not isinstance(batch, PromptBatch):", "if False:"),
         (
             "batches of a loader not checked",
-            "        self.check_batch(len(batch) * self.world_size, batch.group_size)\n",
+            "    module.check_batch(len(batch) * module.world_size, batch.group_size)\n",
             "",
         ),
+        ("loaders of a user not checked", "        _check_loader(module", "        print(module"),
     ),
     *errors(
         "prompts.py",

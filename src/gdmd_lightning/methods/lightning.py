@@ -14,12 +14,11 @@ import torch
 import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
 
 from gdmd_lightning.constructed import Constructed, configuration_of
 from gdmd_lightning.data.embedding_cache import EmbeddingCache
 from gdmd_lightning.data.embeddings import PromptEmbeddings, embed_ahead
-from gdmd_lightning.data.prompt_data import PromptDataModule, PromptLoader
+from gdmd_lightning.data.prompt_data import PromptDataModule
 from gdmd_lightning.engines.base import Learn
 from gdmd_lightning.engines.deepspeed import DeepSpeedEngine, DeepSpeedPlacement, check_stages, trained_networks
 from gdmd_lightning.engines.fsdp import FSDPEngine, FSDPPlacement, check_sharding
@@ -33,6 +32,7 @@ from gdmd_lightning.families.base import ModelFamily
 from gdmd_lightning.families.fingerprint import fingerprint, weights_fingerprint
 from gdmd_lightning.latents import Batch
 from gdmd_lightning.methods.checkpointing import check_fits, content_digest
+from gdmd_lightning.methods.feeding import ask_for_whole_updates, check_fed, check_source
 from gdmd_lightning.methods.finite import check_finite, check_shards, check_whole, learned
 from gdmd_lightning.methods.provenance import Provenance, read_provenance
 from gdmd_lightning.methods.random_states import global_states, restore_global_states
@@ -60,12 +60,6 @@ from gdmd_lightning.roles import (
 )
 from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy, Trained
 from gdmd_lightning.streams import BatchStream, stream
-
-LOADER = (
-    "use datamodule=PromptDataModule(...), a DataLoader whose collate_fn returns a PromptBatch, "
-    "or DataLoader(batches, batch_size=None)"
-)
-"""What yields the batches of a run."""
 
 Logs = dict[str, Tensor]
 """Scalars by name, detached, on the device; logged as ``train/<name>``."""
@@ -308,7 +302,8 @@ class RoleModule(Constructed, pl.LightningModule):
         """Fail early if the trainer's settings do not fit, or the method cannot learn from the data."""
         if stage == "fit":
             check_precision(self.trainer.precision)
-            self._ask_for_whole_updates(self.trainer.datamodule)  # type: ignore[attr-defined]
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            ask_for_whole_updates(self, data)
             for role in self.role_specs():
                 if role.optimizer is not None:
                     role.optimizer.check(role.name, self.trainer.max_steps)
@@ -317,25 +312,7 @@ class RoleModule(Constructed, pl.LightningModule):
             check_sharding(self.trainer.strategy, self.role_specs())
             sharded = self.multi_engine is not None or self.fully_sharded is not None
             self.speed.check(self.family, self.no_overlap(), adapters=self.lora is not None, sharded=sharded)
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            if isinstance(data, PromptDataModule):
-                self.check_batch(data.samples * self.world_size, data.group_size)
-                self.check_prompts(data.first_prompts())
-            elif data is None:
-                _check_loader(self.trainer.fit_loop._data_source.instance)
-
-    def _ask_for_whole_updates(self, data: Any) -> None:
-        """Let the data module yield the samples of a whole update at once, so that its position is that of updates."""
-        if isinstance(data, PromptDataModule):
-            data.divide(self.world_size, self.accumulate)
-            if data.samples > data.batch_size:
-                self.limit_micro_batches(data.batch_size)
-        elif self.accumulate > 1:
-            raise UserError(
-                f"it is {self.accumulate}, but the batches are not those of a PromptDataModule",
-                where="model.accumulate",
-                remedy="use a PromptDataModule, or larger batches with model.micro_batch_size",
-            )
+            check_source(self, data)
 
     # Lightning does not count a wrapper as an override. It would warn of one whenever there is a data module.
     @wraps(pl.LightningModule.transfer_batch_to_device)
@@ -344,10 +321,7 @@ class RoleModule(Constructed, pl.LightningModule):
     ) -> Any:
         if not self.trainer.training:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if not isinstance(batch, PromptBatch):
-            what = f"a batch is a {type(batch).__name__}, not a PromptBatch"
-            raise UserError(what, where="trainer.fit", remedy=LOADER)
-        self.check_batch(len(batch) * self.world_size, batch.group_size)
+        check_fed(self, batch)
         return batch
 
     def limit_micro_batches(self, size: int) -> None:
@@ -519,25 +493,6 @@ class RoleModule(Constructed, pl.LightningModule):
 
     def _is_frozen(self, name: str) -> bool:
         return name.startswith("roles.") and self.roles.is_frozen(name.removeprefix("roles."))
-
-
-def _check_loader(loader: Any) -> None:
-    """Refuse what ``trainer.fit`` is given in place of a data module if it cannot yield batches of prompts.
-
-    Raises:
-        UserError: If it cannot.
-    """
-    if isinstance(loader, PromptLoader):
-        raise UserError(
-            "it has a loader of prompts without its data module, which keeps the position",
-            where="trainer.fit",
-            remedy="give it datamodule=PromptDataModule(...)",
-        )
-    if isinstance(loader, list | tuple | dict):
-        what = f"it has a {type(loader).__name__}, whose items Lightning takes for loaders of their own"
-        raise UserError(what, where="trainer.fit", remedy=LOADER)
-    if isinstance(loader, DataLoader) and loader.collate_fn is default_collate:
-        raise UserError("the DataLoader's default collate_fn makes no PromptBatch", where="trainer.fit", remedy=LOADER)
 
 
 def _listed(found: Any) -> list[Any]:
