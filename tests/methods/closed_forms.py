@@ -31,6 +31,11 @@ def advantages_of(rewards: Tensor, each: int) -> Tensor:
     return centered / centered.square().mean().sqrt()
 
 
+def reference_of(world: World) -> tuple[str, float]:
+    """Role and guidance scale of the network from which a method's distance is; of the teacher if it has none."""
+    return getattr(world.module, "reference", "teacher"), getattr(world.module, "kl_guidance_scale", 1.0)
+
+
 class Rollout:
     """An update's rollouts in closed form, from what the generator was asked without gradient."""
 
@@ -43,10 +48,10 @@ class Rollout:
         images = GaussianFamily().decode(self.x0)
         self.rewards = liking(images, world.batch.prompts)
 
-    def step(self, k: int, role: str = "generator", now: bool = False):
+    def step(self, k: int, role: str = "generator", guidance_scale: float = 1.0, now: bool = False):
         """Mean, std and slope of step ``k``, and where it led."""
         x, s, s_next = self.states[k], self.sigmas[k], self.sigmas[k + 1]
-        x0 = self.world.x0(role, x, s.expand(len(x)), self.world.c, now=now)
+        x0 = self.world.x0(role, x, s.expand(len(x)), self.world.c, guidance_scale, now=now)
         sampler = self.world.module.grpo.sampler
         return *closed_step(sampler, x, x0, float(s), float(s_next), float(self.sigmas[1])), self.states[k + 1]
 
@@ -60,13 +65,13 @@ def grpo_gradient(
 ) -> dict[str, Tensor]:
     """Of ``-mean A log p + kl_weight KL`` at the policy that took the rollouts, averaged over the steps."""
     world, total = r.world, {"gain": torch.tensor(0.0), "shift": torch.tensor(0.0)}
-    reference = getattr(world.module, "reference", "teacher")
+    reference, scale = reference_of(world)
     for k in steps:
         mean, std, slope, led_to = r.step(k)
         size = mean.numel() * len(steps) * (std**2 if world.module.grpo.log_prob == "gaussian" else 0.5)
         d_mean = -column(advantages) * (led_to - mean) / size
         if kl_weight:
-            d_mean = d_mean + kl_weight * (mean - r.step(k, reference)[0]) / std**2 / mean.numel() / len(steps)
+            d_mean = d_mean + kl_weight * (mean - r.step(k, reference, scale)[0]) / std**2 / mean.numel() / len(steps)
         part = r.pull_back(k, d_mean, slope)
         total = {name: total[name] + part[name] for name in part}
     return total
@@ -92,9 +97,10 @@ class JudgedByOld:
         """Of the loss, with the two policies written out: ``x+ = x_old + b d`` and ``x- = x_old - b d``."""
         world, settings = self.world, self.world.module.nft
         total = {"gain": torch.tensor(0.0), "shift": torch.tensor(0.0)}
-        count, reference = len(self.trained), getattr(world.module, "reference", "teacher")
+        count, (reference, scale) = len(self.trained), reference_of(world)
         for q in self.trained:
-            x, old, base = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old", reference))
+            x, old = (world.x0(role, q.x, q.sigma, q.c) for role in ("generator", "old"))
+            base = world.x0(reference, q.x, q.sigma, q.c, scale)
             difference = settings.beta * (x - old)
             d_x0 = torch.zeros_like(x)
             for policy, weight, sign in ((old + difference, self.o, 1.0), (old - difference, 1 - self.o, -1.0)):

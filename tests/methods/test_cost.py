@@ -190,6 +190,8 @@ def test_reference_of_the_start_is_asked_instead_of_the_teacher(place, method):
     options = {"reward": tiny.Brightness(), "kl_weight": 0.1}
     teacher, start = (counted(place, method, kl_reference=each, **options) for each in ("teacher", "start"))
     assert start == {"reference" if role == "teacher" else role: count for role, count in teacher.items()}
+    guided = counted(place, method, kl_guidance_scale=3.0, **options)
+    assert guided == teacher | {"teacher": 2 * teacher["teacher"]}
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_divergence_may_be_from_the_generator_of_the_start():
     assert world.questions("teacher") == []
 
 
+def test_divergence_may_be_from_the_guided_teacher():
+    world = flow_grpo(kl_weight=3.0, kl_guidance_scale=2.0)
+    _, steps = world.update()
+    rollout = Rollout(world)
+    near(steps[0].gradient, grpo_gradient(rollout, advantages_of(rollout.rewards, 4), 3.0), rtol=1e-5)
+    assert {question.guidance_scale for question in world.questions("teacher")} == {2.0}
+
+
 def test_squared_errors_replace_log_probabilities_where_asked():
     world = flow_grpo(grpo=GRPO(CPS(0.9), log_prob="squared_error"), kl_weight=0.0)
     _, steps = world.update()

@@ -117,6 +117,13 @@ def test_distance_may_be_from_the_generator_of_the_start():
     assert not any(question.gradient for question in world.questions("reference"))
 
 
+def test_distance_may_be_from_the_guided_teacher():
+    world = nft(kl_weight=2.0, kl_guidance_scale=3.0)
+    _, steps = world.update()
+    near(steps[0].gradient, JudgedByOld(world).gradient(2.0), rtol=1e-5)
+    assert {question.guidance_scale for question in world.questions("teacher")} == {3.0}
+
+
 def test_reference_stays_where_the_run_began():
     world = nft(kl_weight=2.0, kl_reference="start")
     before = world.weights("reference")
@@ -209,6 +216,14 @@ def test_decay_ramp_rises_to_its_limit(ramp, expected):
         (
             lambda: nft(kl_weight=0.0, kl_reference="start"),
             r"DiffusionNFT\.kl_reference: it is start, but kl_weight is 0",
+        ),
+        (
+            lambda: nft(kl_weight=0.0, kl_guidance_scale=3.0),
+            r"DiffusionNFT\.kl_guidance_scale: it is 3\.0, but kl_weight is 0; give a weight",
+        ),
+        (
+            lambda: nft(kl_weight=0.1, kl_reference="start", kl_guidance_scale=3.0),
+            r"DiffusionNFT\.kl_guidance_scale: it is 3\.0, but kl_reference is start; a distilled start needs no",
         ),
         (lambda: nft(kl_weight=-1.0), r"DiffusionNFT\.kl_weight: it is -1\.0"),
         (lambda: NFT(beta=0.0), r"NFT\.beta: it is 0\.0"),

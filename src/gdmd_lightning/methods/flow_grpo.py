@@ -63,8 +63,8 @@ class FlowGRPO(PolicyModule):
                         loss, now, clipped = grpo_term(predict, self.grpo, part, k, judged.advantages[rows])
                         weight = share / len(steps)
                         if self.kl_weight > 0:
-                            base = part.redo(self.predictor(self.reference, conditioning), k)
-                            kl = step_kl(now.mean, base.mean, now.std).mean()
+                            reference = self.predictor(self.reference, conditioning, self.kl_guidance_scale)
+                            kl = step_kl(now.mean, part.redo(reference, k).mean, now.std).mean()
                             loss = loss + self.kl_weight * kl
                             weighted_sum(logs, weight / self.inner_epochs, kl=kl)
                         backward(weight * loss)

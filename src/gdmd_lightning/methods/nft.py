@@ -71,7 +71,8 @@ class DiffusionNFT(PolicyModule):
                         latents, weight = renoised.select(rows), share / index.shape[1]
                         loss, v = nft_term(self.roles, self.nft, x0[rows], latents, o[rows])
                         if self.kl_weight > 0:
-                            kl = (v - self.roles.velocity(self.reference, latents)).square().mean()
+                            base = self.roles.velocity(self.reference, latents, guidance_scale=self.kl_guidance_scale)
+                            kl = (v - base).square().mean()
                             loss = loss + self.kl_weight * kl
                             weighted_sum(logs, weight / self.inner_epochs, kl=kl)
                         backward(weight * loss)

@@ -24,13 +24,16 @@ class PolicyModule(DistillationModule):
         steps: Steps of a rollout, and of generation.
         sample_advantages: How rewards become advantages.
         kl_weight: Weight of the distance from a frozen network, at least 0; 0 for none, which saves its evaluations.
-        kl_reference: That network: the ``teacher``, without guidance, or the generator at the ``start`` of the run.
-            They are the same unless ``start_from`` is given; a distilled generator has learned the guided teacher.
+        kl_reference: That network: the ``teacher``, or the generator at the ``start`` of the run. They are the same
+            unless ``start_from`` is given.
+        kl_guidance_scale: Guidance scale of the teacher as the reference. 1 is no guidance, as in the papers, whose
+            runs start there; a distilled generator has learned the guided teacher.
         inner_epochs: Generator steps per update, all on the same judged samples, at least 1.
         distillation: Arguments of :class:`DistillationModule`.
 
     Raises:
-        UserError: If a value is out of range, or a reference is given without a weight.
+        UserError: If a value is out of range, a reference or its guidance is given without a weight, or the start
+            is to be guided.
     """
 
     judge: Judge
@@ -44,20 +47,31 @@ class PolicyModule(DistillationModule):
         sample_advantages: SampleAdvantages = SampleAdvantages(),
         kl_weight: NonNegative = 0.0,
         kl_reference: Literal["teacher", "start"] = "teacher",
+        kl_guidance_scale: NonNegative = 1.0,
         inner_epochs: Count = 1,
         **distillation: Any,
     ) -> None:
         super().__init__(family, steps=steps, **distillation)
         self.sample_advantages = sample_advantages
-        self.kl_weight, self.inner_epochs = kl_weight, inner_epochs
+        self.kl_weight, self.kl_guidance_scale, self.inner_epochs = kl_weight, kl_guidance_scale, inner_epochs
         self.reference = REFERENCE if kl_reference == "start" else "teacher"
-        if self.reference == REFERENCE and kl_weight == 0:
-            raise UserError(
-                "it is start, but kl_weight is 0", where=f"{type(self).__name__}.kl_reference", remedy="give a weight"
-            )
+        self._check_reference()
         self.judge = self.judge_with(reward)
 
     def role_specs(self) -> tuple[RoleSpec, ...]:
         """A trained generator, its average, and its state at the start of the run where that is the reference."""
         reference = (RoleSpec(REFERENCE, snapshot_of="generator"),) if self.reference == REFERENCE else ()
         return (*super().role_specs(), *reference)
+
+    def _check_reference(self) -> None:
+        start, guided = self.reference == REFERENCE, self.kl_guidance_scale != 1.0
+        where = f"{type(self).__name__}."
+        if start and self.kl_weight == 0:
+            raise UserError("it is start, but kl_weight is 0", where=f"{where}kl_reference", remedy="give a weight")
+        if guided and (start or self.kl_weight == 0):
+            why = "kl_reference is start" if start else "kl_weight is 0"
+            raise UserError(
+                f"it is {self.kl_guidance_scale}, but {why}",
+                where=f"{where}kl_guidance_scale",
+                remedy="a distilled start needs no guidance; use 1" if start else "give a weight",
+            )
