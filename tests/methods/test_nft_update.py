@@ -44,6 +44,14 @@ def test_second_epoch_is_on_the_same_judged_samples_with_noise_of_its_own():
     near(done.logs["loss"], torch.stack([loss for step in steps for loss in step.losses]).sum() / 2, rtol=1e-5)
 
 
+def test_every_epoch_draws_its_levels_again():
+    world = nft(nft=NFT(train_steps=1), prompts=5, inner_epochs=3)
+    world.update()
+    levels = torch.stack([q.sigma for q in world.questions("generator", learning=True)])
+    assert levels.shape == (3, 20)
+    assert not any(torch.equal(one, other) for one, other in pairwise(levels))
+
+
 def test_first_of_several_epochs_is_the_update_of_one():
     one, three = (nft(inner_epochs=epochs).update()[1][0].gradient for epochs in (1, 3))
     near(three, one, rtol=0, atol=0)

@@ -1014,6 +1014,7 @@ MUTATIONS = [
         ("nft one noise for all levels", "epoch * index.shape[1] + turn)", "epoch * index.shape[1])"),
         ("nft one noise for all epochs", "epoch * index.shape[1] + turn)", "turn)"),
         ("nft one inner epoch", "range(self.inner_epochs)", "range(1)"),
+        ("nft levels of the first epoch in all", 'self.stream("train steps", epoch)', 'self.stream("train steps")'),
         ("nft logs summed over epochs", "weight / self.inner_epochs, loss=loss", "weight, loss=loss"),
         ("nft level of the next step", "self.sigmas[step]", "self.sigmas[step + 1]"),
         ("nft kl to the average", "self.roles.velocity(self.reference,", 'self.roles.velocity("ema",'),

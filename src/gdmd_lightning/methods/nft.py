@@ -24,7 +24,8 @@ from gdmd_lightning.roles import RoleSpec
 class DiffusionNFT(PolicyModule):
     """Reinforcement learning on the forward process; any sampler may take the rollouts.
 
-    The levels of a rollout's steps are those at which the generator learns. Each inner epoch has noise of its own.
+    The levels of a rollout's steps are those at which the generator learns. Each inner epoch draws levels and noise of
+    its own.
 
     Args:
         family: The teacher's pipeline.
@@ -60,9 +61,9 @@ class DiffusionNFT(PolicyModule):
         x0 = self.rollout(batch, role="old").x0
         judged = self.sample_advantages(self.judge, x0, batch, self.history)
         o = optimality(judged.advantages, self.nft.advantage_clip)
-        index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps"))
         logs = {"sample_std": std(x0)} | judged.logs(self.nft.advantage_clip)
         for epoch in range(self.inner_epochs):
+            index = self.nft.draw_steps(len(batch), self.steps, self.stream("train steps", epoch))
             with learn("generator") as backward:
                 for turn, step in enumerate(index.unbind(1)):
                     stream = self.stream("renoise", epoch * index.shape[1] + turn)
