@@ -31,7 +31,8 @@ class ColdStart:
     Raises:
         UserError: If a value is out of range.
 
-    Source: DMDR's code: 20000 and 10000 updates on SiT; adapter scales of 0.25 to 0.75; ``Beta(4, 1.5)``.
+    Source: DMDR's code: 20000 and 10000 updates on SiT; adapter scales of 0.75, of the fake score's 2;
+    ``Beta(4, 1.5)``.
     """
 
     updates: Whole = 20_000
