@@ -163,7 +163,12 @@ MUTATIONS = [
     *errors(
         "methods/rtdmd.py",
         ("methods/test_rtdmd_update.py",),
-        ("rtdmd: policy weight ignored", "backward(weight * self.grpo_weight * loss)", "backward(weight * loss)"),
+        ("rtdmd: policy weight ignored", "learned * self.grpo_weight * loss)", "learned * loss)"),
+        (
+            "rtdmd: the last step weighs as much as all others",
+            "backward(share / learned * loss)",
+            "backward(share * loss)",
+        ),
         ("rtdmd: steps not averaged", "select(rows)), share / len(steps)", "select(rows)), share"),
         (
             "rtdmd: advantages of other rows",
@@ -184,7 +189,7 @@ MUTATIONS = [
             "state.latents.select(slice(0, rows.stop - rows.start))",
         ),
         ("rtdmd: levels of other rows", "draw.select(rows)", "draw.select(slice(0, len(latents)))"),
-        ("rtdmd: share forgotten", "backward(share * loss)", "backward(loss)"),
+        ("rtdmd: share forgotten", "backward(share / learned * loss)", "backward(loss / learned)"),
         ("rtdmd: fresh samples accepted", 'fake_score_samples != "reused"', 'fake_score_samples == "other"'),
         ("rtdmd: too few steps accepted", "grpo.check_steps(self.steps)", "grpo.check_steps(9)"),
         ("rtdmd: single samples accepted", "self.needs_groups = grpo_weight > 0", "self.needs_groups = False"),

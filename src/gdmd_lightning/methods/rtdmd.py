@@ -87,13 +87,14 @@ class RTDMD(AmbientModule):
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
         s, draw = self.ends(state), self.draw_renoise(state)
         logs = {"sample_std": std(path.x0)} | ({} if judged is None else judged.logs(self.grpo.advantage_clip))
+        learned = len(steps) + 1  # the loss is the mean over these steps of the rollout, as in the authors' code
         with learn("generator") as backward:
             for k in steps:
                 assert judged is not None, "steps are drawn only with a policy gradient"
                 for rows, share in self.micro_batches(len(batch)):
                     predict, weight = self.predictor("generator", batch.conditioning.select(rows)), share / len(steps)
                     loss, _, clipped = grpo_term(predict, self.grpo, path.select(rows), k, judged.advantages[rows])
-                    backward(weight * self.grpo_weight * loss)
+                    backward(share / learned * self.grpo_weight * loss)
                     weighted_sum(logs, weight, policy_loss=loss, clipped=clipped)
             for rows, share in self.micro_batches(len(batch)):
                 latents = state.latents.select(rows)
@@ -104,6 +105,6 @@ class RTDMD(AmbientModule):
                     refl = refl_loss(self.judge(x, batch.prompts[rows], gradient=True), self.margin)
                     loss = loss + self.refl_weight * refl
                     weighted_sum(logs, share, refl_loss=refl)
-                backward(share * loss)
+                backward(share / learned * loss)
                 weighted_sum(logs, share, matching_loss=matching, normalizer=match.n.mean())
         return Update(logs | self.train_ambient_fake_score(batch, state, path.x0, learn))
