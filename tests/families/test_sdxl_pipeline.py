@@ -110,6 +110,19 @@ def test_velocity_gives_the_same_x0_as_the_vp_state(module, noise):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_error_weight_turns_errors_of_the_velocity_into_those_of_the_prediction(module, noise):
+    """The fake score learns with DMD2's loss, that of the noise."""
+    family, conditioning = module.family, module.family.encode(TEXTS)
+    sigma = torch.tensor([0.3, 0.95])
+    predicted, other = torch.randn(2, *noise.shape)
+    one, two = (
+        family.velocity(lambda *_, answer=each, **__: (answer,), noise, sigma, conditioning)
+        for each in (predicted, other)
+    )
+    found = family.error_weight(sigma)[:, None, None, None] * (one - two).square()
+    torch.testing.assert_close(found, (predicted - other).square(), rtol=1e-4, atol=1e-6)
+
+
 def test_timestep_inverts_the_sigmas_of_the_timesteps(module):
     sigmas = module.family.timestep_sigmas
     assert torch.equal(module.family.timestep(sigmas.float()), torch.arange(1000.0))

@@ -153,6 +153,20 @@ def test_fake_score_gradient_is_the_closed_form(weight):
         near(found.gradient, expected, rtol=1e-5)
 
 
+def test_fake_scores_error_is_that_of_the_networks_own_prediction():
+    """Each sample alone, since the factor is that of its level."""
+    gradients = []
+    for weight in (None, lambda sigma: (1 - sigma) ** 2):
+        world = ac_dmd(prompts=1, each=1, consistency=Consistency(0.0))
+        if weight is not None:
+            world.module.family.error_weight = weight
+        _, steps = world.update()
+        gradients.append([step.gradient for step in steps if step.role == "fake_score"])
+    levels = [q.sigma for q in world.questions("fake_score", learning=True)]
+    for level, plain, weighted in zip(levels, *gradients, strict=True):
+        near(weighted, {name: (1 - float(level)) ** 2 * value for name, value in plain.items()}, rtol=1e-6)
+
+
 def test_fake_score_learns_from_transitions_under_standard_normal_noise():
     world = ac_dmd(each=50)
     m = Matched(world, 0.4)

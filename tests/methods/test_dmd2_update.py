@@ -87,8 +87,11 @@ def compared(world: World, turn: int):
     return [(1 - s) * end + s * eps for end, eps in ends], pair.sigma
 
 
-def test_fake_score_gradient_is_flow_matching_plus_the_discriminators_loss():
+@pytest.mark.parametrize("weight", [None, lambda sigma: (1 - sigma) ** 2], ids=["velocity", "noise"])
+def test_fake_score_gradient_is_flow_matching_plus_the_discriminators_loss(weight):
     world = dmd2()
+    if weight is not None:
+        world.module.family.error_weight = weight
     weights = head_weights(world)
     _, steps = world.update()
     world.module.updates = 0
@@ -100,6 +103,8 @@ def test_fake_score_gradient_is_flow_matching_plus_the_discriminators_loss():
         s = column(q.sigma)
         eps = (q.x - (1 - s) * x) / s
         d_velocity = 2 * ((q.x - world.x0("fake_score", q.x, q.sigma, q.c)) / s - (eps - x)) / x.numel()
+        if weight is not None:
+            d_velocity = weight(s) * d_velocity
         expected = world.pull_back("fake_score", q.sigma, q.c, -d_velocity / s)
         latents, sigma = compared(world, turn)
         ends = [world.x0("fake_score", x_t, sigma, world.c).requires_grad_() for x_t in latents]

@@ -225,8 +225,11 @@ def critic_questions(world: World):
     return world.questions("fake_score", learning=True)
 
 
-def test_fake_score_gradient_is_flow_matching_on_the_generators_samples():
+@pytest.mark.parametrize("weight", [None, lambda sigma: (1 - sigma) ** 2], ids=["velocity", "noise"])
+def test_fake_score_gradient_is_flow_matching_on_the_generators_samples(weight):
     world = World(DMD, matching=Matching(fake_score_updates=2))
+    if weight is not None:
+        world.module.family.error_weight = weight
     _, steps = world.update()
     _, x = sample(world)
     for q, step in zip(critic_questions(world), steps[1:], strict=True):
@@ -234,6 +237,8 @@ def test_fake_score_gradient_is_flow_matching_on_the_generators_samples():
         x0 = world.x0("fake_score", q.x, q.sigma, q.c)
         s = q.sigma.view(-1, 1, 1, 1)
         d_velocity = 2 * ((q.x - x0) / s - (eps - x)) / x.numel()
+        if weight is not None:
+            d_velocity = weight(s) * d_velocity
         # velocity = (x_sigma - x0) / sigma
         near(step.gradient, world.pull_back("fake_score", q.sigma, q.c, -d_velocity / s))
 

@@ -198,6 +198,7 @@ MUTATIONS = [
     *errors(
         "methods/ambient.py",
         ("methods/test_ac_dmd_update.py",),
+        ("ambient: error always that of the velocity", "weight = self.family.error_weight(t[rows])", "weight = None"),
         ("ambient: renoised as clean samples", "(x_s.detach(), s, t, draw.eps", "(x_s.detach(), 0 * s, t, draw.eps"),
         (
             "ambient: ends of the previous step",
@@ -294,7 +295,7 @@ MUTATIONS = [
         ("ambient: prediction not scaled", "per_sample(q, x_s) * velocity - scaled", "velocity - scaled"),
         ("ambient: variance of the noise", "t**2 - a**2 * s**2", "t**2 - s**2"),
         ("ambient: weight unlimited", "clamp(min=1 / largest_weight)", "clamp(min=1e-9)"),
-        ("ambient: no weight", "(error / (q**2).clamp(min=1 / largest_weight)).mean()", "error.mean()"),
+        ("ambient: no weight", "error = error / (q**2).clamp(min=1 / largest_weight)", "pass"),
         ("ambient: consistency of one draw", "((h_1 - h) * (h_2 - h)).mean()", "(h_1 - h).square().mean()"),
     ),
     *errors(
@@ -470,13 +471,14 @@ MUTATIONS = [
         ),
         (
             "critic target with x0 and eps exchanged",
-            "latents.select(rows)), x0[rows], eps[rows])",
-            "latents.select(rows)), eps[rows], x0[rows])",
+            "latents.select(rows), x0[rows], eps[rows])",
+            "latents.select(rows), eps[rows], x0[rows])",
         ),
+        ("fake score's error always that of the velocity", "self.family.error_weight(latents.sigma)", "None"),
         (
             "critic target of the wrong rows",
-            "latents.select(rows)), x0[rows], eps[rows])",
-            "latents.select(rows)), x0[rows], eps[:len(x0[rows])])",
+            "latents.select(rows), x0[rows], eps[rows])",
+            "latents.select(rows), x0[rows], eps[:len(x0[rows])])",
         ),
         (
             "critic input renoised with other noise",
@@ -2202,6 +2204,16 @@ MUTATIONS = [
         "families/sd3.py",
         SIZES,
         ("sd3 height and width", "height // factor, width // factor", "width // factor, height // factor"),
+    ),
+    *errors(
+        "families/sdxl.py",
+        ("families/test_sdxl_pipeline.py",),
+        (
+            "error of the noise for every network",
+            'if self.predicts == "v_prediction" else noise',
+            "if False else noise",
+        ),
+        ("error of the velocity on SDXL", "noise = (1 - sigma) ** 2", "noise = (1 - sigma) ** 0"),
     ),
     *errors(
         "families/sdxl.py",

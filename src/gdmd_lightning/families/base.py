@@ -141,6 +141,14 @@ class ModelFamily(Constructed, ABC):
             conditioning: ``B`` rows in the network's dtype.
         """
 
+    def error_weight(self, sigma: Tensor) -> Tensor | None:
+        """What turns the squared error of a velocity at levels ``[B]`` into that of the network's own prediction.
+
+        Returns:
+            A factor for each level, ``[B]``; ``None`` for 1, if the network predicts the velocity.
+        """
+        return None
+
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape ``(C, H, W)`` of the latent of an image.

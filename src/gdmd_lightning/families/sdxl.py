@@ -159,6 +159,11 @@ class SDXLFamily(ModelFamily):
             return (a * predicted + s * x_t) - (a * x_t - s * predicted)
         return predicted - (x_t - s * predicted) / a
 
+    def error_weight(self, sigma: Tensor) -> Tensor:
+        """That of the noise, ``(1 - sigma)^2``, or of the ``v`` of variance-preserving networks."""
+        noise = (1 - sigma) ** 2
+        return noise + sigma**2 if self.predicts == "v_prediction" else noise
+
     def feature_module(self, network: Any) -> nn.Module:
         """The middle block of the UNet."""
         return network.mid_block

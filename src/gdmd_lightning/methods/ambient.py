@@ -147,7 +147,8 @@ class AmbientModule(MatchingModule, ABC):
                 for rows, share in self.micro_batches(len(batch)):
                     part = at.select(rows)
                     v = self.roles.velocity("fake_score", part)
-                    matching = ambient_loss(v, x_s[rows], s[rows], t[rows], eps[rows], LARGEST_WEIGHT)
+                    weight = self.family.error_weight(t[rows])
+                    matching = ambient_loss(v, x_s[rows], s[rows], t[rows], eps[rows], LARGEST_WEIGHT, weight)
                     consistency = self._consistency(part, v, lower[rows], [noise[rows] for noise in noises])
                     backward(share * (matching + self.consistency.weight * consistency))
                     weighted_sum(logs, share / updates, fake_score_loss=matching, consistency_loss=consistency)

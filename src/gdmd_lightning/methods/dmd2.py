@@ -20,7 +20,6 @@ from gdmd_lightning.methods.gan_terms import GAN, GANDraw
 from gdmd_lightning.methods.matching import MatchingModule
 from gdmd_lightning.objectives.distribution_matching import dm_loss
 from gdmd_lightning.objectives.gan import gan_discriminator_loss, gan_generator_loss
-from gdmd_lightning.objectives.score_matching import velocity_loss
 from gdmd_lightning.prompts import Prompt
 from gdmd_lightning.ranges import ranged
 from gdmd_lightning.ranks import std
@@ -105,7 +104,7 @@ class DMD2(MatchingModule):
         logs: dict[str, Tensor] = {}
         with learn("fake_score") as backward:
             for rows, share in self.micro_batches(len(batch)):
-                loss = velocity_loss(self.roles.velocity("fake_score", latents.select(rows)), x0[rows], eps[rows])
+                loss = self.fake_score_loss(latents.select(rows), x0[rows], eps[rows])
                 conditioning = batch.conditioning.select(rows)
                 features = [
                     self.roles.features("fake_score", pair.renoised(x[rows], eps_of, rows, conditioning))

@@ -253,10 +253,21 @@ class MatchingModule(DistillationModule, ABC):
         logs: dict[str, Tensor] = {}
         with learn("fake_score") as backward:
             for rows, share in self.micro_batches(len(x0)):
-                loss = velocity_loss(self.roles.velocity("fake_score", latents.select(rows)), x0[rows], eps[rows])
+                loss = self.fake_score_loss(latents.select(rows), x0[rows], eps[rows])
                 backward(share * loss)
                 weighted_sum(logs, share, fake_score_loss=loss)
         return logs
+
+    def fake_score_loss(self, latents: NoisyLatents, x0: Tensor, eps: Tensor) -> Tensor:
+        """Mean squared error of the fake score's own prediction: of its velocity, or of the noise on SDXL, as in DMD2.
+
+        Args:
+            latents: Renoised samples, ``B`` rows.
+            x0: The samples, ``[B, C, H, W]``, detached.
+            eps: Their noise, ``[B, C, H, W]``.
+        """
+        velocity = self.roles.velocity("fake_score", latents)
+        return velocity_loss(velocity, x0, eps, self.family.error_weight(latents.sigma))
 
     def renoised_for_fake_score(self, batch: Batch, state: State, x0: Tensor, turn: int) -> tuple[NoisyLatents, Tensor]:
         """Samples ``[B, C, H, W]`` as the fake score sees them in a turn, and their noise."""

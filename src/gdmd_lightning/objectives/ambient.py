@@ -29,7 +29,15 @@ def ambient_renoise(x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     return per_sample(a, x_s) * x_s + per_sample(q, x_s) * eps
 
 
-def ambient_loss(velocity: Tensor, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor, largest_weight: float) -> Tensor:
+def ambient_loss(
+    velocity: Tensor,
+    x_s: Tensor,
+    s: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    largest_weight: float,
+    weight: Tensor | None = None,
+) -> Tensor:
     """``mean w |q v - q u|^2`` with ``u = -x_s / (1 - s) + eps (t + (1 - t) s^2 / (1 - s)^2) / q``.
 
     ``u`` is unbiased for ``E[v | x_t]``, so the minimizer is that of flow matching on clean data. It diverges as ``t``
@@ -39,12 +47,14 @@ def ambient_loss(velocity: Tensor, x_s: Tensor, s: Tensor, t: Tensor, eps: Tenso
         velocity: The network's velocity at ``x_t = a x_s + q eps``, ``[B, ...]``.
         x_s, s, t, eps: As in :func:`ambient_renoise`.
         largest_weight: Upper limit of ``w``. Source: RTDMD's 10.
+        weight: A further factor of ``w``, ``[B]``, as of :func:`velocity_loss`; ``None`` for 1.
     """
     _, q = ambient_coefficients(s, t)
     noise_factor = t + (1 - t) * s**2 / (1 - s) ** 2
     scaled = per_sample(noise_factor, x_s) * eps - per_sample(q / (1 - s), x_s) * x_s
     error = (per_sample(q, x_s) * velocity - scaled).square().flatten(1).mean(1)
-    return (error / (q**2).clamp(min=1 / largest_weight)).mean()
+    error = error / (q**2).clamp(min=1 / largest_weight)
+    return (error if weight is None else weight * error).mean()
 
 
 def consistency_loss(h: Tensor, h_1: Tensor, h_2: Tensor) -> Tensor:
