@@ -208,7 +208,7 @@ def trainer(updates: int, **options: Any) -> pl.Trainer:
     """A trainer of ``updates`` updates; by default it writes nothing."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     where = {"accelerator": "cpu", "devices": 1}
-    return pl.Trainer(max_steps=updates, max_epochs=-1, **{**where, **quiet, **options})
+    return pl.Trainer(max_steps=updates, **{"max_epochs": -1, **where, **quiet, **options})
 
 
 def train(

@@ -101,7 +101,7 @@ def test_fit_names_a_broken_config_or_its_key(complaint, fast_fit, tmp_path, con
         (["--model.non_finite.policy", "ignore"], "expected one of 'stop', 'skip', got 'ignore'"),
         (["--model.generator.schedule", "exponential"], "expected one of 'constant', 'linear', 'cosine', got 'expo"),
         (
-            ["--model.fake_score.schedule=cosine", "--trainer.max_steps=-1", "--trainer.max_epochs=1"],
+            ["--model.fake_score.schedule=cosine", "--trainer.max_steps=-1", "--trainer.max_epochs=-1"],
             "model.fake_score.schedule: a cosine schedule ends at trainer.max_steps, which is -1; ",
         ),
         (["--trainer.accelerator", "tpu"], "fit: Requirement 'torch_xla"),

@@ -97,6 +97,17 @@ def test_the_command_line_refuses_overfit_batches(fast_fit):
         training.run([*fast_fit, "--trainer.overfit_batches=1"])
 
 
+@pytest.mark.parametrize("limits", [{"max_epochs": 2, "updates": -1}, {"max_epochs": 2, "updates": 1}, {"updates": -1}])
+def test_epochs_that_never_end_are_refused(tiny_pipeline, limits):
+    found = refused(tiny_pipeline, **{"max_epochs": None, **limits})
+    assert found.startswith(f"trainer.max_epochs: it is {limits.get('max_epochs', 1000)}, but prompts go on as they come")
+
+
+def test_epochs_of_a_given_length_end_the_run(tiny_pipeline):
+    module = tiny.module(tiny_pipeline, ReFL, reward=tiny.Brightness(), steps=2)
+    assert tiny.train(module, -1, max_epochs=2, limit_train_batches=1).global_step == 2
+
+
 @pytest.mark.parametrize(
     ("callback", "said"),
     [

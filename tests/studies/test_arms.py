@@ -86,6 +86,19 @@ def test_a_run_loads_a_class_of_the_user_s_own_only_if_its_arm_names_it(tmp_path
     sys.modules.pop("own_methods")
 
 
+def test_only_the_budget_ends_a_training(tmp_path, monkeypatch):
+    """A method's configuration need not say ``max_epochs: -1``, and an epoch that it sets does not end it earlier."""
+
+    def train(directory, arguments):
+        limits = parse(arguments).trainer
+        raise UserError(f"{limits.max_steps} updates, {limits.max_epochs} epochs")
+
+    monkeypatch.setattr(arms, "train", train)
+    run = Run("DMD", Arm(["shapes.yaml"], {"trainer.max_epochs": 2}), tmp_path, 0)
+    with pytest.raises(UserError, match="^DMD: -1 updates, -1 epochs$"):
+        run_arm(run, [40], TASKS["shapes"], 6, Watch())
+
+
 @pytest.mark.parametrize(("where", "expected"), [("data", "DMD, small: data: no"), ("", "DMD, small: no")])
 def test_errors_of_a_training_name_the_arm(tmp_path, monkeypatch, where, expected):
     def train(run, budget, seconds):

@@ -57,6 +57,13 @@ def check_fitting(trainer: pl.Trainer, *, endless: bool) -> None:
             where="trainer.overfit_batches",
             remedy="use a data.source that has only the prompts to overfit",
         )
+    # Lightning sets 1000 if neither max_epochs nor max_steps nor max_time is given.
+    if endless and not _has_epochs(trainer) and (trainer.max_epochs or 0) > 0:
+        raise UserError(
+            f"it is {trainer.max_epochs}, but prompts go on as they come: the only epoch is the whole run",
+            where="trainer.max_epochs",
+            remedy="set trainer.max_steps and leave it at -1, or give epochs a length with trainer.limit_train_batches",
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not type(callback).on_train_batch_end.__module__.startswith("lightning."):
             continue

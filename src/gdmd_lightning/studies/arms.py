@@ -269,6 +269,7 @@ def _train(run: Run, budget: int, earlier: TrainingCost | None) -> TrainingCost:
     stop = {"class_path": "EvaluationBudget", "init_args": {"evaluations": budget}}
     settings: dict[str, Any] = {
         "trainer.max_steps": -1,
+        "trainer.max_epochs": -1,
         "trainer.callbacks": [keep, stop],
         "seed_everything": run.seed,
         **UNOBSERVED,
