@@ -89,6 +89,18 @@ def test_a_place_in_the_home_directory_is_one(tmp_path, monkeypatch, kind, versi
     assert not list((tmp_path / "here").iterdir())
 
 
+def test_a_csv_logger_does_not_warn_of_what_is_in_the_new_directory(tmp_path, recwarn):
+    made = trainer(tmp_path, CSVLogger(tmp_path, "x"))
+    run = choose(made)
+    (run.path / "config.yaml").write_text("settings")
+    made.logger.log_hyperparams({"steps": 4})
+    made.logger.log_metrics({"loss": 0.5}, step=1)
+    made.logger.save()
+    assert not [each for each in recwarn if "deleted" in str(each.message)]
+    assert (run.path / "metrics.csv").read_text().split() == ["loss,step", "0.5,1"]
+    assert "steps" in (run.path / "hparams.yaml").read_text()
+
+
 def test_two_runs_at_once_get_two_directories(tmp_path):
     paths = [choose(trainer(tmp_path)).path for _ in range(2)]
     assert [path.name for path in paths] == ["version_0", "version_1"]

@@ -253,24 +253,27 @@ def _direct(trainer: pl.Trainer, path: Path, root: Path, updates: int | None) ->
             logger._root_dir, logger._name, logger._version = str(path.parent), "", path.name
             if isinstance(logger, CSVLogger):
                 logger._save_dir = str(path.parent)
-        if updates is None:
-            continue
-        if isinstance(logger, TensorBoardLogger):
-            if logger._kwargs.get("purge_step") is None:  # the command line gives a class all of its arguments
-                logger._kwargs["purge_step"] = updates + 1
-        else:
-            logger._experiment = _ContinuedMetrics(logger.log_dir, updates)
+        if isinstance(logger, CSVLogger):
+            if updates is not None:
+                logger._experiment = _ContinuedMetrics(logger.log_dir, updates)
+            elif Path(logger.log_dir).resolve() == path.resolve():
+                # Lightning's would warn that it deletes what other callbacks have written there.
+                logger._experiment = new = _ContinuedMetrics(logger.log_dir, -1)
+                new.begin()
+        elif updates is not None and logger._kwargs.get("purge_step") is None:
+            # Not "in": the command line gives a class all of its arguments.
+            logger._kwargs["purge_step"] = updates + 1
     for keeper in trainer.checkpoint_callbacks:
         if isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:
             keeper.dirpath = str((path / CHECKPOINTS).absolute())
 
 
 class _ContinuedMetrics(ExperimentWriter):
-    """Continues the files of a resumed run, and leaves them as they are until :meth:`begin`; Lightning's deletes them.
+    """Continues the files of a run, and leaves them as they are until :meth:`begin`; Lightning's deletes them.
 
     Args:
         log_dir: The logger's directory.
-        updates: Updates of the checkpoint that is resumed.
+        updates: Updates of the checkpoint that is resumed; -1 for none.
     """
 
     def __init__(self, log_dir: str, updates: int) -> None:
