@@ -57,6 +57,13 @@ def test_the_command_line_refuses_early_stopping(fast_fit):
         training.run([*fast_fit, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=los"])
 
 
+def test_early_stopping_on_a_figure_that_is_not_there_is_one_line(fast_fit):
+    stop = ["--trainer.limit_train_batches=1", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=los"]
+    said = r"^EarlyStopping\.monitor: no figure 'los' has been logged by update 1; there are 'loss', 'step', 'train/"
+    with pytest.raises(UserError, match=said):
+        training.run([*fast_fit, *stop])
+
+
 class AfterEveryUpdate(EarlyStopping):
     """Looks after every update."""
 
@@ -100,7 +107,7 @@ def test_the_command_line_refuses_overfit_batches(fast_fit):
 @pytest.mark.parametrize("limits", [{"max_epochs": 2, "updates": -1}, {"max_epochs": 2, "updates": 1}, {"updates": -1}])
 def test_epochs_that_never_end_are_refused(tiny_pipeline, limits):
     found = refused(tiny_pipeline, **{"max_epochs": None, **limits})
-    assert found.startswith(f"trainer.max_epochs: it is {limits.get('max_epochs', 1000)}, but prompts go on as they come")
+    assert found.startswith(f"trainer.max_epochs: it is {limits.get('max_epochs', 1000)}, but prompts go on as they ")
 
 
 def test_epochs_of_a_given_length_end_the_run(tiny_pipeline):

@@ -95,7 +95,7 @@ def test_only_the_budget_ends_a_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(arms, "train", train)
     run = Run("DMD", Arm(["shapes.yaml"], {"trainer.max_epochs": 2}), tmp_path, 0)
-    with pytest.raises(UserError, match="^DMD: -1 updates, -1 epochs$"):
+    with pytest.raises(UserError, match=r"^DMD: -1 updates, -1 epochs$"):
         run_arm(run, [40], TASKS["shapes"], 6, Watch())
 
 

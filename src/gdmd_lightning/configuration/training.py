@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gdmd_lightning.components  # noqa: F401  (registers every class under its bare name)
 from gdmd_lightning.callbacks.interruption import StopOnSignal
-from gdmd_lightning.callbacks.known_figures import CheckMonitors
+from gdmd_lightning.callbacks.known_figures import CheckMonitors, no_figure
 from gdmd_lightning.callbacks.last_checkpoint import SaveLastUpdate
 from gdmd_lightning.callbacks.progress import Progress
 from gdmd_lightning.callbacks.run_directory import CHECKPOINTS, RunDirectory, run_directory
@@ -55,6 +55,8 @@ from gdmd_lightning.methods.provenance import Provenance
 from gdmd_lightning.strategies import MultiEngineDeepSpeedStrategy
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is not available")
+"""What Lightning says of an ``EarlyStopping`` whose figure is not there when an epoch ends."""
 CallbackT = TypeVar("CallbackT", bound=Callback)
 PARSER = {"parser_mode": "omegaconf", "exit_on_error": False}
 
@@ -220,6 +222,9 @@ class DistillationCLI(LightningCLI):
             remedy = "free disk space, or give the run another place"
             raise WriteError(f"cannot be written: {error.strerror}", where=where, remedy=remedy) from error
         except RuntimeError as error:
+            if (found := NO_METRIC.match(str(error))) is not None:
+                logged = self.trainer.callback_metrics
+                raise no_figure(found[1], "EarlyStopping.monitor", self.model.updates, logged) from error
             if not is_lost_rank(error):
                 raise
             last = self._last_checkpoint()
