@@ -5,7 +5,12 @@ import tiny
 import yaml
 
 from gdmd_lightning.configuration import training
-from gdmd_lightning.configuration.references import environment_references, resolved, with_references
+from gdmd_lightning.configuration.references import (
+    environment_references,
+    resolved,
+    with_environment,
+    with_references,
+)
 from gdmd_lightning.configuration.restore import load_module
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
@@ -61,6 +66,28 @@ def test_configuration_without_references_is_unchanged():
 def test_unset_variable_is_one_line():
     with pytest.raises(UserError, match="NOT_SET_HERE"):
         resolved({"a": "${oc.env:NOT_SET_HERE}"}, "a.ckpt")
+
+
+@pytest.mark.parametrize("form", [["--data.source=${oc.env:MINE}"], ["--data.source", "${oc.env:MINE}"]])
+def test_variables_in_arguments_are_resolved_and_written_as_references(fast_fit, monkeypatch, form):
+    monkeypatch.setenv("MINE", "geneval")
+    cli = training.parsing_cli([*fast_fit, *form])
+    assert cli.config.fit.data.source == "geneval"
+    assert environment_references(cli._arguments)["geneval"] == "${oc.env:MINE}"
+
+
+def test_an_argument_may_refer_to_other_keys_and_a_variable():
+    assert with_environment("--a=${oc.env:PLACE}/${model.steps}") == "--a=${oc.env:PLACE}/${model.steps}"
+    assert with_environment("--a=x,${oc.env:PLACE},${oc.env:NOT_SET_HERE,4}") == "--a=x,/data,4"
+
+
+@pytest.mark.parametrize("place", ["argument", "file"])
+def test_a_variable_of_a_run_that_is_not_set_is_named(fast_fit, tmp_path, place):
+    (tmp_path / "mine.yaml").write_text("data: {source: '${oc.env:NOT_SET_HERE}'}\n")
+    given = "--data.source=${oc.env:NOT_SET_HERE}" if place == "argument" else f"--config={tmp_path / 'mine.yaml'}"
+    said = r"data\.source: the environment variable NOT_SET_HERE is not set; set it, or write \$\{oc\.env:NOT_SET_HERE,"
+    with pytest.raises(UserError, match=said):
+        training.parse([*fast_fit, given])
 
 
 def test_run_writes_no_secret_and_its_checkpoint_can_be_used(fast_fit, tmp_path, monkeypatch, tiny_pipeline):

@@ -222,6 +222,8 @@ def _interpolation(error: Any, place: Place) -> tuple[str, str]:
     what = str(error).split("\n")[0]
     if match := re.match(r"Interpolation key '(.+)' not found", what):
         what = f"'${{{match[1]}}}' refers to a key that is not there"
+    if match := re.search(r"Environment variable '(.+)' not found", what):
+        return f"the environment variable {match[1]} is not set", f"set it, or write ${{oc.env:{match[1]},DEFAULT}}"
     return what, "write ${...} with the whole key from the top, e.g. ${model.init_args.height}, in the same file"
 
 

@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import LightningEnum
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from gdmd_lightning.errors import UserError
 
@@ -59,6 +59,22 @@ def environment_references(arguments: Sequence[str]) -> dict[str, str]:
             except OmegaConfBaseException:
                 continue  # it also refers to other keys; the variables in it are listed above
     return found
+
+
+def with_environment(argument: str) -> str:
+    """An argument with the variables in it replaced; the parser does that in configuration files only.
+
+    Raises:
+        InterpolationResolutionError: If a variable is not set.
+    """
+    if not ENVIRONMENT.search(argument):
+        return argument
+    key, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    name = key.lstrip("-")  # an error says it
+    try:
+        return f"{key}{sign}{OmegaConf.create({name: value})[name]}"
+    except InterpolationKeyError:
+        return argument  # it also refers to other keys
 
 
 def with_references(text: str, references: dict[str, str]) -> str:

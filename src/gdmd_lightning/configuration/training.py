@@ -39,7 +39,12 @@ from gdmd_lightning.configuration.lost_ranks import is_lost_rank
 from gdmd_lightning.configuration.messages import readable_error
 from gdmd_lightning.configuration.noise import quiet
 from gdmd_lightning.configuration.numbers import check_configuration
-from gdmd_lightning.configuration.references import ReferencingParser, environment_references, with_references
+from gdmd_lightning.configuration.references import (
+    ReferencingParser,
+    environment_references,
+    with_environment,
+    with_references,
+)
 from gdmd_lightning.configuration.restore import describe_module
 from gdmd_lightning.configuration.resuming import NAMED, place_given, resolve_checkpoint
 from gdmd_lightning.configuration.seeds import share_seed
@@ -77,7 +82,7 @@ class DistillationCLI(LightningCLI):
         """Parse, check all numbers, and keep the arguments: they tell what the user gave."""
         self._arguments = list(args)
         try:
-            super().parse_arguments(parser, args)
+            super().parse_arguments(parser, [with_environment(each) for each in args])
         except (ArgumentError, OmegaConfBaseException, SyntaxError) as error:
             # Here the parser that knows the right arguments is at hand.
             fit = parser._subcommands_action._name_parser_map["fit"]  # type: ignore[union-attr]
