@@ -54,6 +54,15 @@ def test_without_a_terminal_there_are_plain_lines(tiny_pipeline, capsys):
     assert "Epoch" not in err
 
 
+@pytest.mark.parametrize(("batches", "lines"), [(None, 1), (1, 0)])
+def test_a_checkpoint_without_an_interval_is_said_to_come_at_the_end(tiny_pipeline, tmp_path, capsys, batches, lines):
+    callbacks = [Progress(), ModelCheckpoint(tmp_path)]
+    options = {"callbacks": callbacks, "enable_checkpointing": True, "enable_progress_bar": True}
+    tiny.train(tiny.module(tiny_pipeline, DMD), 1, limit_train_batches=batches, **options)
+    said = f"checkpoints: at the end only, as it has no every_n_train_steps, in {tmp_path}\n"
+    assert capsys.readouterr().out.count(said) == lines
+
+
 def test_time_left_is_that_of_the_updates_that_are_left(tiny_pipeline, capsys, monkeypatch):
     seconds = itertools.count(100, 10)  # every look at the clock is 10 s later
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))

@@ -154,11 +154,20 @@ def description(trainer: pl.Trainer, module: DistillationModule, directory: Path
         f"training: {goal}{batch}{resumed}, on {device}, precision {trainer.precision}",
         f"run: {directory}",
         *(
-            f"checkpoints: every {keeper._every_n_train_steps} updates in {keeper.dirpath or directory / 'checkpoints'}"
+            f"checkpoints: {when} in {keeper.dirpath or directory / 'checkpoints'}"
             for keeper in trainer.checkpoint_callbacks
-            if isinstance(keeper, ModelCheckpoint) and keeper._every_n_train_steps
+            if isinstance(keeper, ModelCheckpoint) and (when := _when(trainer, keeper)) is not None
         ),
     ]
+
+
+def _when(trainer: pl.Trainer, keeper: ModelCheckpoint) -> str | None:
+    """When a checkpoint is saved; None where epochs decide."""
+    if keeper._every_n_train_steps:
+        return f"every {keeper._every_n_train_steps} updates"
+    endless = isinstance(trainer.datamodule, PromptDataModule)  # type: ignore[attr-defined]
+    ends = not endless or isinstance(trainer.limit_train_batches, int)
+    return None if ends else "at the end only, as it has no every_n_train_steps,"
 
 
 def results(trainer: pl.Trainer, module: DistillationModule, directory: Path) -> list[str]:
