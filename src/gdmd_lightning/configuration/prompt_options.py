@@ -8,7 +8,8 @@ from jsonargparse import ArgumentParser
 def add_prompt_options(parser: ArgumentParser) -> None:
     """Add ``--column``, ``--split`` and ``--tag``."""
     parser.add_argument("--column", type=str, default="prompt", help="key or column that holds the prompt")
-    parser.add_argument("--split", type=str, default="train", help="split of a Hugging Face data set, or of shapes")
+    split = "split of a folder or a Hugging Face data set; sample also takes test of shapes and geneval"
+    parser.add_argument("--split", type=str, default="train", help=split)
     parser.add_argument(
         "--tag",
         type=str | None,
