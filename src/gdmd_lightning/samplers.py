@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -248,6 +248,7 @@ def rollout(
     sampler: Sampler,
     rng: Streams | None = None,
     stop: Tensor | None = None,
+    shared: Mapping[int, Tensor] | None = None,
 ) -> Trajectory:
     """Sample from pure noise, without gradient.
 
@@ -262,6 +263,7 @@ def rollout(
         rng: Random stream of the steps' noise; required for stochastic samplers.
         stop: Step index at which each sample stops, ``[B]`` in ``0..K``, on the CPU, to avoid waiting for the
             device; ``None`` takes all steps.
+        shared: By step, the row whose noise each sample takes, ``[B]``; in other steps each has its own.
 
     Raises:
         ValueError: If a stochastic sampler has no ``rng``.
@@ -274,6 +276,8 @@ def rollout(
     states, transitions = [x], []
     for k in range(len(sigmas) - 1 if stop is None else int(stop.max())):
         fresh = draw_noise(tuple(noise.shape), rng, noise.device) if rng is not None and sampler.stochastic else x
+        if shared is not None and k in shared:
+            fresh = fresh[shared[k].to(fresh.device)]
         rows = torch.arange(len(x)) if stop is None else torch.nonzero(stop > k)[:, 0]
         everyone, index = len(rows) == len(x), rows.to(x.device)
         here, noise_here = (x, fresh) if everyone else (x[index], fresh[index])

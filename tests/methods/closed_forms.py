@@ -60,6 +60,17 @@ class Rollout:
         return self.world.pull_back("generator", sigma, self.world.c, slope * d_mean)
 
 
+def check_shared_noise(rollout: Rollout, trained: list[int], each: int) -> None:
+    """Samples of a prompt share the noise of the stochastic steps that are not trained, and no other."""
+    for k in range(len(rollout.states) - 1):
+        mean, deviation, _, led_to = rollout.step(k)
+        noise = ((led_to - mean) / deviation).unflatten(0, (-1, each)).flatten(2)
+        within = torch.cdist(noise, noise)[:, ~torch.eye(each, dtype=torch.bool)]
+        assert bool((within < 1e-4).all()) == (k not in trained)
+        assert bool((within > 0.1).all()) == (k in trained)
+        assert torch.cdist(noise[0], noise[1]).min() > 0.1
+
+
 def grpo_gradient(
     r: Rollout, advantages: Tensor, kl_weight: float = 0.0, steps: tuple[int, ...] = (0, 1, 2)
 ) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from closed_forms import JudgedByOld, Rollout, advantages_of, column, grpo_gradient
+from closed_forms import JudgedByOld, Rollout, advantages_of, check_shared_noise, column, grpo_gradient
 from world import COLORS, GaussianFamily, Liking, World, liking, near
 
 from gdmd_lightning.errors import UserError
@@ -138,6 +138,14 @@ def test_a_subset_of_the_steps_is_trained(joint):
     world = dmdr(joint=joint, **settings)
     world.update()
     assert len(world.questions("generator", learning=True)) == 3
+
+
+def test_samples_of_a_prompt_share_the_noise_of_steps_that_are_not_trained():
+    world = dmdr(joint="grpo", grpo=GRPO(train_steps=2))
+    world.update()
+    sigmas = world.module.sigmas.tolist()
+    trained = [sigmas.index(float(q.sigma[0])) for q in world.questions("generator", learning=True)[1:]]
+    check_shared_noise(Rollout(world, rollouts_for_reward(world)), trained, 4)
 
 
 @pytest.mark.parametrize("joint", ["grpo", "nft"])

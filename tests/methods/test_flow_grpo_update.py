@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny
 import torch
-from closed_forms import Rollout, advantages_of, column, grpo_gradient
+from closed_forms import Rollout, advantages_of, check_shared_noise, column, grpo_gradient
 from world import GaussianFamily, Liking, World, near
 
 from gdmd_lightning.errors import UserError
@@ -116,6 +116,7 @@ def test_a_subset_of_the_stochastic_steps_is_trained(train_steps, expected):
         world.update()
         steps = trained_steps(world)
         assert len(steps) == len(set(steps)) == expected
+        check_shared_noise(Rollout(world), steps, 4)
         seen |= set(steps)
     assert seen == {0, 1, 2}
 

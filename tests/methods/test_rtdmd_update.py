@@ -1,9 +1,11 @@
 """One update of RTDMD in the world that is known in closed form: SubGRPO, and both terms of the last step."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
-from closed_forms import Rollout, advantages_of, column, grpo_gradient
+from closed_forms import Rollout, advantages_of, check_shared_noise, column, grpo_gradient
 from world import GaussianFamily, Liking, World, liking, near
 
 from gdmd_lightning.errors import UserError
@@ -85,6 +87,13 @@ def test_trained_steps_are_drawn_from_the_stochastic_ones():
         world.update()
         seen.add(tuple(trained_steps(world)))
     assert seen == {(0, 1, 3), (0, 2, 3), (1, 2, 3)}
+
+
+def test_samples_of_a_prompt_share_the_noise_of_steps_that_are_not_trained():
+    for train_steps in (1, 2, 3):
+        world = rtdmd(grpo=replace(SUB, train_steps=train_steps))
+        world.update()
+        check_shared_noise(Rollout(world), trained_steps(world)[:-1], 4)
 
 
 def test_last_step_is_matched_at_renoised_samples_of_their_own_prompts():

@@ -180,7 +180,8 @@ MUTATIONS = [
         ("rtdmd: matching weight ignored", "loss = self.matching_weight * matching", "loss = matching"),
         ("rtdmd: reward weight ignored", "loss + self.refl_weight * refl", "loss + refl"),
         ("rtdmd: margin ignored", "gradient=True), self.margin)", "gradient=True), None)"),
-        ("rtdmd: rollouts of the sampler", "self.rollout(batch, sampler=self.grpo.sampler)", "self.rollout(batch)"),
+        ("rtdmd: rollouts of the sampler", "batch, sampler=self.grpo.sampler, shared", "batch, shared"),
+        ("rtdmd: no shared noise", "sampler=self.grpo.sampler, shared=shared)", "sampler=self.grpo.sampler)"),
         ("rtdmd: all stochastic steps", "self.grpo.draw_steps(self.steps,", "range(self.steps - 1) or (self.steps,"),
         ("rtdmd: matched before the last step", "(len(batch),), self.steps - 1)", "(len(batch),), self.steps - 2)"),
         (
@@ -946,6 +947,8 @@ MUTATIONS = [
         ("grpo on another step's end", "path.states[k + 1], grpo.log_prob)", "path.states[k], grpo.log_prob)"),
         ("old log-probability of the gaussian form", "path.log_prob(k, grpo.log_prob)", "path.log_prob(k)"),
         ("new log-probability of the gaussian form", "path.states[k + 1], grpo.log_prob)", "path.states[k + 1])"),
+        ("trained steps share their noise", "if k not in trained}", "if k in trained}"),
+        ("prompts share their noise", "(groups[:, None] == groups)", "(groups[:, None] >= 0 * groups)"),
         ("all steps are trained", "generator=rng)[:count]", "generator=rng)[:steps]"),
         ("the first steps are trained", "torch.randperm(steps - 1, generator=rng)", "torch.arange(steps - 1)"),
         ("the deterministic step is trained", "torch.randperm(steps - 1, generator", "torch.randperm(steps, generator"),
@@ -956,7 +959,7 @@ MUTATIONS = [
     *errors(
         "methods/flow_grpo.py",
         FLOW_GRPO + PARTS,
-        ("rollouts of generation's sampler", "self.rollout(batch, sampler=self.grpo.sampler)", "self.rollout(batch)"),
+        ("rollouts of generation's sampler", "batch, sampler=self.grpo.sampler, shared", "batch, shared"),
         ("advantages of other rows", "advantages[rows])", "advantages[: len(part.x0)])"),
         ("rollouts of other rows", "path.select(rows)", "path.select(slice(0, rows.stop - rows.start))"),
         (
@@ -971,6 +974,7 @@ MUTATIONS = [
         ("share of a micro-batch forgotten", "backward(weight * loss)", "backward(loss / len(steps))"),
         ("grpo logs summed over epochs", "weight / self.inner_epochs, loss=loss", "weight, loss=loss"),
         ("kl to the average", "self.predictor(self.reference, conditioning,", 'self.predictor("ema", conditioning,'),
+        ("grpo without shared noise", "sampler=self.grpo.sampler, shared=shared)", "sampler=self.grpo.sampler)"),
         ("grpo divergence from the teacher always", "(self.reference, conditioning,", '("teacher", conditioning,'),
         ("grpo reference without guidance", "conditioning, self.kl_guidance_scale)", "conditioning, 1.0)"),
         ("teacher asked without kl", "if self.kl_weight > 0:", "if True:"),
@@ -1044,6 +1048,7 @@ MUTATIONS = [
     *errors(
         "methods/dmdr.py",
         DMDR + PARTS,
+        ("dmdr without shared noise", "self.grpo.sampler, shared=shared)", "self.grpo.sampler)"),
         ("dmdr reward in the cold start", "self.updates >= self.cold_start.updates)", "True)"),
         (
             "dmdr reward one update late",
@@ -1070,8 +1075,8 @@ MUTATIONS = [
         ),
         (
             "dmdr grpo with generation's sampler",
-            'self.rollout(batch, "reward rollout", self.grpo.sampler)',
-            'self.rollout(batch, "reward rollout")',
+            '"reward rollout", self.grpo.sampler, shared',
+            '"reward rollout", shared',
         ),
         (
             "dmdr grpo weight ignored",

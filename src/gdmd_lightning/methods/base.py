@@ -6,7 +6,7 @@ A method declares its roles and writes its update as a short script over these p
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -218,14 +218,27 @@ class DistillationModule(RoleModule, ABC):
         return State(NoisyLatents(path.states[-1], self.sigmas[stop].to(noise), batch.conditioning), stop)
 
     def rollout(
-        self, batch: Batch, purpose: str = "rollout", sampler: Sampler | None = None, role: str = "generator"
+        self,
+        batch: Batch,
+        purpose: str = "rollout",
+        sampler: Sampler | None = None,
+        role: str = "generator",
+        shared: Mapping[int, Tensor] | None = None,
     ) -> Trajectory:
-        """Full rollout of the generator, or of another role, from pure noise, without gradient."""
+        """Full rollout of the generator, or of another role, from pure noise, without gradient.
+
+        Args:
+            batch: ``B`` samples.
+            purpose: Name of the random stream.
+            sampler: How steps are taken; ``None`` as in generation.
+            role: Who takes them.
+            shared: By step, the row whose noise each sample takes, ``[B]``.
+        """
         rng = self.stream(purpose)
         noise = draw_noise((len(batch), *self.latent_shape), rng, self.device)
         predict = self.predictor(role, batch.conditioning)
         with phase("rollout"):
-            return rollout(predict, noise, self.sigmas, sampler or self.sampler, rng)
+            return rollout(predict, noise, self.sigmas, sampler or self.sampler, rng, shared=shared)
 
     def student_x0(self, latents: NoisyLatents) -> Tensor:
         """The generator's samples ``[B, C, H, W]``, with gradient while it is learning."""

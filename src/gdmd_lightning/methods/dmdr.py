@@ -156,9 +156,10 @@ class DMDR(MatchingModule):
 
     def _grpo(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """Add the gradient of GRPO on the generator's rollouts; matching takes the place of its KL term."""
-        path = self.rollout(batch, "reward rollout", self.grpo.sampler)
-        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common)
+        shared = self.grpo.shared_noise(self.steps, steps, batch.groups)
+        path = self.rollout(batch, "reward rollout", self.grpo.sampler, shared=shared)
+        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         logs = judged.logs(self.grpo.advantage_clip)
         for k in steps:
             for rows, share in self.micro_batches(len(batch)):

@@ -50,9 +50,10 @@ class FlowGRPO(PolicyModule):
     def update(self, batch: Batch, learn: Learn) -> Update:
         """Roll out and judge once, then step the generator on the trained steps of all samples."""
         self.judge.check(batch.prompts)
-        path = self.rollout(batch, sampler=self.grpo.sampler)
-        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common)
+        shared = self.grpo.shared_noise(self.steps, steps, batch.groups)
+        path = self.rollout(batch, sampler=self.grpo.sampler, shared=shared)
+        judged = self.sample_advantages(self.judge, path.x0, batch, self.history)
         logs = {"sample_std": std(path.x0)} | judged.logs(self.grpo.advantage_clip)
         for _ in range(self.inner_epochs):
             with learn("generator") as backward:

@@ -5,6 +5,7 @@ Source: Flow-GRPO (2505.05470); RTDMD (2605.26108) for the subset of steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +28,9 @@ class GRPO:
             ``log_prob``.
         advantage_clip: Largest magnitude of an advantage, above 0.
         log_prob: ``gaussian``; or ``squared_error``, RTDMD's form without ``1 / (2 std^2)``.
-        train_steps: Number of steps trained per update, drawn from the stochastic ones (SubGRPO in RTDMD); null for
-            all. The last step is deterministic.
+        train_steps: Number of steps trained per update, drawn from the stochastic ones; null for all. The last step
+            is deterministic. In steps that are not trained the samples of a prompt share their noise, so that their
+            rewards differ less by what is not learned (SubGRPO, as in RTDMD's code).
 
     Raises:
         UserError: If a value is out of range, or the sampler draws no noise.
@@ -73,6 +75,17 @@ class GRPO:
         """Indices of the steps to train in an update, in ``0..steps - 2``, in order."""
         count = steps - 1 if self.train_steps is None else self.train_steps
         return sorted(torch.randperm(steps - 1, generator=rng)[:count].tolist())
+
+    def shared_noise(self, steps: int, trained: Sequence[int], groups: Tensor) -> dict[int, Tensor]:
+        """By stochastic step that is not trained, the row whose noise each sample takes: the first of its prompt.
+
+        Args:
+            steps: Steps of a rollout.
+            trained: Indices of the trained ones.
+            groups: Index of each sample's prompt, ``[B]``.
+        """
+        first = (groups[:, None] == groups).int().argmax(1)
+        return {k: first for k in range(steps - 1) if k not in trained}
 
 
 def grpo_term(

@@ -79,10 +79,11 @@ class RTDMD(AmbientModule):
     def update(self, batch: Batch, learn: Learn) -> Update:
         """Roll out and judge once; one generator step on all terms; then the fake score's steps."""
         self.judge.check(batch.prompts)
-        path = self.rollout(batch, sampler=self.grpo.sampler)
+        steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common) if self.grpo_weight > 0 else []
+        shared = self.grpo.shared_noise(self.steps, steps, batch.groups) if steps else None
+        path = self.rollout(batch, sampler=self.grpo.sampler, shared=shared)
         judging = self.grpo_weight > 0 or self.refl_weight > 0
         judged = self.sample_advantages(self.judge, path.x0, batch, self.history) if judging else None
-        steps = self.grpo.draw_steps(self.steps, self.stream("train steps").common) if self.grpo_weight > 0 else []
         last = torch.full((len(batch),), self.steps - 1)
         state = State(NoisyLatents(path.states[-2], self.sigmas[last].to(path.x0), batch.conditioning), last)
         s, draw = self.ends(state), self.draw_renoise(state)
