@@ -108,7 +108,7 @@ def test_a_flat_reward_without_kl_changes_nothing():
     assert all((value == 0).all() for value in steps[0].gradient.values())
 
 
-@pytest.mark.parametrize(("train_steps", "expected"), [(None, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("train_steps", "expected"), [(None, 3), (3, 3), (2, 2), (1, 1)])
 def test_a_subset_of_the_stochastic_steps_is_trained(train_steps, expected):
     world = flow_grpo(grpo=GRPO(train_steps=train_steps))
     seen = set()

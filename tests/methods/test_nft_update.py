@@ -81,7 +81,7 @@ def test_rollouts_are_the_old_policys():
         near(other.x, one.x + column(other.sigma - one.sigma) * v)
 
 
-@pytest.mark.parametrize(("train_steps", "expected"), [(None, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("train_steps", "expected"), [(None, 3), (3, 3), (2, 2), (1, 1)])
 def test_every_sample_is_renoised_to_different_levels(train_steps, expected):
     world = nft(nft=NFT(train_steps=train_steps), prompts=5)
     world.update()

@@ -949,12 +949,13 @@ MUTATIONS = [
         ("new log-probability of the gaussian form", "path.states[k + 1], grpo.log_prob)", "path.states[k + 1])"),
         ("trained steps share their noise", "if k not in trained}", "if k in trained}"),
         ("prompts share their noise", "(groups[:, None] == groups)", "(groups[:, None] >= 0 * groups)"),
-        ("all steps are trained", "generator=rng)[:count]", "generator=rng)[:steps]"),
+        ("all steps are trained", "generator=rng)[: self.train_steps]", "generator=rng)"),
         ("the first steps are trained", "torch.randperm(steps - 1, generator=rng)", "torch.arange(steps - 1)"),
         ("the deterministic step is trained", "torch.randperm(steps - 1, generator", "torch.randperm(steps, generator"),
         ("clip and advantage clip exchanged", "grpo.clip, grpo.advantage_clip)", "grpo.advantage_clip, grpo.clip)"),
         ("samplers without noise accepted", "if not draws_noise(self.sampler):", "if False:"),
-        ("too many steps accepted", "not 1 <= self.train_steps < steps", "not 1 <= self.train_steps"),
+        ("too many steps accepted", "self.train_steps > steps - 1", "self.train_steps > steps"),
+        ("as many steps as are stochastic refused", "self.train_steps > steps - 1", "self.train_steps > steps - 2"),
     ),
     *errors(
         "methods/flow_grpo.py",
@@ -1010,6 +1011,7 @@ MUTATIONS = [
             "draw_uniform((batch, steps), rng)[:1].expand(batch, steps)",
         ),
         ("nft levels all trained", ".argsort(1)[:, : self.train_steps]", ".argsort(1)"),
+        ("nft as many levels as there are refused", "self.train_steps > steps:", "self.train_steps >= steps:"),
     ),
     *errors(
         "methods/nft.py",

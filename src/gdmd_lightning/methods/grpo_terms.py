@@ -64,7 +64,7 @@ class GRPO:
                 where="model.steps",
                 remedy="use at least 2",
             )
-        if self.train_steps is not None and not 1 <= self.train_steps < steps:
+        if self.train_steps is not None and self.train_steps > steps - 1:
             raise UserError(
                 f"it is {self.train_steps}, but {steps - 1} of the generator's {steps} steps are stochastic",
                 where="model.grpo.train_steps",
@@ -73,8 +73,7 @@ class GRPO:
 
     def draw_steps(self, steps: int, rng: torch.Generator) -> list[int]:
         """Indices of the steps to train in an update, in ``0..steps - 2``, in order."""
-        count = steps - 1 if self.train_steps is None else self.train_steps
-        return sorted(torch.randperm(steps - 1, generator=rng)[:count].tolist())
+        return sorted(torch.randperm(steps - 1, generator=rng)[: self.train_steps].tolist())
 
     def shared_noise(self, steps: int, trained: Sequence[int], groups: Tensor) -> dict[int, Tensor]:
         """By stochastic step that is not trained, the row whose noise each sample takes: the first of its prompt.

@@ -72,7 +72,7 @@ class NFT:
         Raises:
             UserError: If it has.
         """
-        if self.train_steps is not None and not 1 <= self.train_steps <= steps:
+        if self.train_steps is not None and self.train_steps > steps:
             raise UserError(
                 f"it is {self.train_steps}, but the generator has {steps} steps",
                 where="model.nft.train_steps",
