@@ -173,3 +173,11 @@ def test_merging_needs_adapters_and_their_scale(tiny_pipeline, first, second, tm
         started(tiny_pipeline, str(full))
     with pytest.raises(UserError, match=r"trained with .*model\.lora\.start 'merged' \(now None\)"):
         started(tiny_pipeline, second[1], lora=LoRA(3, 6, ("to_q", "proj_out")))
+
+
+def test_merging_needs_an_adapter_of_the_generator(tiny_pipeline, first, tmp_path):
+    content = read_checkpoint(first[1])
+    content["state_dict"] = {name: w for name, w in content["state_dict"].items() if ".fake_score." in name}
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="its generator is not this model's"):
+        started(tiny_pipeline, str(tmp_path / "other.ckpt"))

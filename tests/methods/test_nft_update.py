@@ -141,6 +141,10 @@ def test_reference_stays_where_the_run_began():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_reference_has_a_copy_only_where_it_is_the_start():
+    assert [spec.name for spec in nft(kl_weight=2.0).module.role_specs()] == ["generator", "ema", "old"]
+
+
 def test_without_kl_the_teacher_is_not_asked():
     world = nft(kl_weight=0.0)
     world.update()

@@ -1014,6 +1014,11 @@ MUTATIONS = [
         ("nft as many levels as there are refused", "self.train_steps > steps:", "self.train_steps >= steps:"),
     ),
     *errors(
+        "methods/policy_module.py",
+        NFT,
+        ("a copy of the start that nothing asks", "if self.reference == REFERENCE else ()", "if True else ()"),
+    ),
+    *errors(
         "methods/nft.py",
         NFT + PARTS,
         ("rollouts of the new policy", 'self.rollout(batch, role="old")', "self.rollout(batch)"),
@@ -2606,6 +2611,7 @@ MUTATIONS = [
         ),
         ("heads lost where adapters merge", "in module.roles.heads}", "in ()}"),
         ("merging without a scale", "if rank is None or alpha is None:", "if False:"),
+        ("merging without a generator", 'if found is None and role == "generator":', "if False:"),
         ("adapters of another scale continued", "is not None and not merges(module):", "is None:"),
     ),
     *errors(
