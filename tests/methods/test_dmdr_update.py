@@ -374,6 +374,11 @@ def test_impossible_cold_starts_are_refused(options, message):
         ColdStart(**options)
 
 
+def test_cold_start_without_an_adapter_scale_takes_full_copies_and_all_guidance_levels():
+    world = dmdr(cold_start=ColdStart(adapter_scale=0.0), matching=Matching(guidance_levels="above"))
+    assert world.module.lora is None
+
+
 def test_refl_refuses_a_reward_without_gradient():
     reward = Liking()
     reward.differentiable = False

@@ -16,6 +16,7 @@ from gdmd_lightning.engines.non_finite import Attempt, NonFinite, StepGuard
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.checkpointing import read_checkpoint
 from gdmd_lightning.methods.dmd import DMD
+from gdmd_lightning.methods.finite import check_finite
 from gdmd_lightning.methods.provenance import Provenance
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import Optimization
@@ -248,6 +249,10 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path, what, named):
         fit(module_with(), 3, tmp_path, Break(2, what), keeper(tmp_path))
     assert read_checkpoint(str(tmp_path / "last.ckpt"))["provenance"]["updates"] == 1
     assert [path.name for path in tmp_path.glob("*ckpt*")] == ["last.ckpt"]
+
+
+def test_integers_and_empty_tensors_of_a_checkpoint_are_finite():
+    check_finite({"moments": [torch.zeros(2, dtype=torch.uint8)], "nothing": torch.zeros(0)}, "here")
 
 
 def broken_copy(content: dict, path: Path, name: str) -> Path:

@@ -1,5 +1,7 @@
 """The record of judged targets: weights, logs and what is kept without latents."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,13 @@ def test_logs_compare_targets_with_scored_samples() -> None:
 
 def test_logs_leave_out_samples_that_were_not_scored() -> None:
     assert not {"targets_better", "reward_sample"} & judged().logs().keys()
+
+
+def test_spread_of_single_targets_is_that_of_the_batch() -> None:
+    whole = judged()
+    names = ("renoise_sigma", "gradient", "rewards", "advantages", "optimality")
+    single = replace(whole, **{name: getattr(whole, name)[:, :1] for name in names})
+    assert single.logs()["reward_spread"] == pytest.approx(0.25 / 2**0.5)  # of 0 and 0.25
 
 
 def test_correlation_equals_pearsons() -> None:

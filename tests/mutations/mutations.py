@@ -1138,6 +1138,8 @@ MUTATIONS = [
             "1 + (self.beta - 1) * left, 1 + (self.alpha - 1) * left",
         ),
         ("scaled copies accepted", "self.adapter_scale > 0 and lora is None", "False"),
+        ("copies without a scale refused", "self.adapter_scale > 0 and lora is None", "lora is None"),
+        ("guidance levels without a scale refused", "self.adapter_scale > 0 and matching", "matching"),
         ("guidance levels ignored in the cold start", 'matching.guidance_levels != "shared"', "False"),
     ),
     *errors(
@@ -1587,6 +1589,8 @@ MUTATIONS = [
         NON_FINITE,
         ("moments not checked", '("state_dict", "optimizer_states")', '("state_dict",)'),
         ("non-finite checkpoints written", "check_finite(learned(checkpoint), when", "check_finite({}, when"),
+        ("integers compared with infinity", "part.is_floating_point() and part.numel()", "part.numel()"),
+        ("largest of no numbers", "part.is_floating_point() and part.numel()", "part.is_floating_point()"),
     ),
     *errors(
         "methods/reward_terms.py",
@@ -2177,6 +2181,11 @@ MUTATIONS = [
         ("weight decay ignored", "betas=self.betas, weight_decay=self.weight_decay", "betas=self.betas"),
         ("betas ignored", "betas=self.betas, weight_decay", "weight_decay"),
         ("optimizer not fused", "fused=True", "fused=None"),
+    ),
+    *errors(
+        "methods/record.py",
+        ("methods/test_record.py",),
+        ("reward spread within single targets", "if self.rewards.shape[1] > 1 else std(self.rewards)", ""),
     ),
     *errors(
         "methods/record.py",
