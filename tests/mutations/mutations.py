@@ -1709,6 +1709,15 @@ MUTATIONS = [
         ("rewards/test_rewards.py",),
         ("parts share the pictures", "images.clone() for _", "images for _"),
         ("name of a combined reward ignored", " if name is None else name", ""),
+        ("prompts of combined rewards not checked", "            reward.check(prompts)", "            pass"),
+        ("combined rewards not prepared", "            reward.prepare()", "            pass"),
+        ("combined rewards not moved", "            reward.to(device)", "            pass"),
+        ("combined rewards not planned", "if (sketch := reward.sketch()) is not None", "if (sketch := None)"),
+    ),
+    *errors(
+        "rewards/base.py",
+        ("rewards/test_rewards.py",),
+        ("a reward's own error wrapped", "if isinstance(error, UserError):", "if False:"),
     ),
     *errors(
         "families/pretrained.py",

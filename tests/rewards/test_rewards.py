@@ -56,6 +56,13 @@ def test_checked_score_reports_a_wrong_score_in_one_line(answer, message):
     assert "\n" not in str(caught.value)
 
 
+def test_checked_score_leaves_the_error_that_a_reward_raises_for_the_user():
+    error = UserError("no answer", where="reward 'answer'")
+    with pytest.raises(UserError) as caught:
+        checked_score(Answer(error), PICTURES, PROMPTS)
+    assert caught.value is error
+
+
 def test_combined_reward_is_the_weighted_sum():
     parts = [Answer(torch.tensor([1.0, 2, 3, 4])), Answer(torch.ones(4))]
     assert checked_score(CombinedReward(parts, [2.0, -1.0]), PICTURES, PROMPTS).tolist() == [1, 3, 5, 7]
@@ -87,6 +94,33 @@ def test_combined_reward_carries_gradient_to_the_pixels():
 def test_combined_reward_names_the_failing_part():
     with pytest.raises(UserError, match="'answer'"):
         checked_score(CombinedReward([Answer(torch.zeros(3))], [1.0]), PICTURES, PROMPTS)
+
+
+class Noted(Answer):
+    def __init__(self):
+        self.calls = []
+
+    def check(self, prompts):
+        self.calls.append(("check", prompts))
+
+    def prepare(self):
+        self.calls.append("prepare")
+
+    def to(self, device):
+        self.calls.append(device)
+
+    def sketch(self):
+        return torch.nn.Linear(1, 1, device="meta")
+
+
+def test_combined_reward_checks_prepares_moves_and_sketches_all_its_parts():
+    one, other, cpu = Noted(), Noted(), torch.device("cpu")
+    combined = CombinedReward([one, Answer(None), other], [1.0, 1.0, 1.0])
+    combined.check(PROMPTS)
+    combined.prepare()
+    combined.to(cpu)
+    assert one.calls == other.calls == [("check", PROMPTS), "prepare", cpu]
+    assert len(combined.sketch()) == 2
 
 
 def test_combined_reward_needs_one_weight_per_reward():
