@@ -45,6 +45,10 @@ def test_equal_pictures_of_a_prompt_are_no_more_evidence_than_one():
     assert of([0.25, 0.75], ["p", "p"])["overall"] == Interval(0.5, 0.5, 0.5)
 
 
+def test_prompts_of_different_means_have_an_interval_whatever_their_sizes():
+    assert of([1.0, 0.25, 0.25], ["p", "q", "q"])["overall"] == Interval(0.5, 0.25, 1.0)
+
+
 def test_overall_is_the_mean_of_tasks_and_a_task_with_one_prompt_adds_no_spread():
     found = of([1.0, 0.0, 0.0, 1.0, 1.0], range(5), ["a", "b", "b", "b", "b"])
     assert found["a"] == Interval(1.0, 1.0, 1.0)

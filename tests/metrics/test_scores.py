@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.geneval.detector import Detector
 from gdmd_lightning.geneval.rules import Detection, Rules
-from gdmd_lightning.metrics.evaluation import evaluate, fixed_noise, shown
+from gdmd_lightning.metrics.evaluation import Pace, evaluate, fixed_noise, shown
 from gdmd_lightning.metrics.intervals import Interval, exact_mean
 from gdmd_lightning.metrics.scores import STATES, GenEvalScore, RewardScore, TaskScore
 from gdmd_lightning.prompts import Prompt
@@ -222,6 +222,28 @@ def test_evaluation_noise_depends_on_the_prompt_only():
         assert len(rows) == 3
         for row in rows:
             assert torch.equal(row, fixed_noise(index, (1, 2, 2), 0))
+
+
+def test_rank_without_prompts_left_takes_part_in_the_rounds_of_the_others():
+    class OfTwoMore(Pace):
+        done = 0
+
+        def rounds(self, batches):
+            return batches + 2
+
+        def after(self):
+            self.done += 1
+
+    asked, pace, score = [], OfTwoMore(), RewardScore(Brightness())
+
+    def generate(noise, texts):
+        asked.append(texts)
+        return torch.zeros(len(noise), 3, 2, 2)
+
+    evaluate(generate, [Prompt(str(i)) for i in range(3)], [score], (1, 2, 2), batch_size=2, pace=pace)
+    assert asked == [["0", "1"], ["2"]]
+    assert dim_zero_cat(score.values).tolist() == [0.0] * 3
+    assert pace.done == 4
 
 
 def test_shown_pictures_cover_every_task():

@@ -1975,6 +1975,7 @@ MUTATIONS = [
         "metrics/intervals.py",
         ("metrics/test_intervals.py",),
         ("parts of all names", "parts.setdefault(name, [])", 'parts.setdefault("x", [])'),
+        ("equal units by another figure than their means", "task.sums / task.sizes for", "task.sums * task.sizes for"),
         (
             "all values equally heavy",
             "Units(np.bincount(rows, weights=np.fromiter(values, float)),",
@@ -2015,6 +2016,22 @@ MUTATIONS = [
         ("grid of another evaluation replaced", "if each.columns].index(self) > 0", "if each.columns] == []"),
         ("pictures not kept", "else partial(_keep, kept)", "else None"),
         ("lists of ranks not joined", "                kept.finish()\n", ""),
+    ),
+    *errors(
+        "metrics/evaluation.py",
+        ("metrics/test_scores.py",),
+        (
+            "no pictures made in a round without prompts",
+            "            if rows:\n                noise",
+            "            if True:\n                noise",
+        ),
+        (
+            "last pictures judged again in a round without prompts",
+            "        if rows:\n            values",
+            "        if True:\n            values",
+        ),
+        ("own rounds only", "pace.rounds(math.ceil(", "(math.ceil("),
+        ("nothing after a round", "        pace.after()", "        pass"),
     ),
     *errors(
         "metrics/evaluation.py",
