@@ -220,6 +220,13 @@ def test_question_with_a_token_of_its_own_meaning_is_refused(answers):
         answers.log_probabilities(pictures(count=1), [questions_of(asked)])
 
 
+def test_network_moves_to_the_device(place):
+    one, meta = QwenVLAnswers(place, "float32"), torch.device("meta")
+    one.prepare()
+    one.to(meta)
+    assert {weight.device for weight in one._model().parameters()} == {meta}
+
+
 def test_sketch_has_the_networks_parameters_on_the_meta_device(answers):
     sketch = answers.sketch()
     assert {p.device.type for p in sketch.parameters()} == {"meta"}

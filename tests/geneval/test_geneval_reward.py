@@ -37,6 +37,13 @@ LEFT = {
     "tag": "position",
     "include": [{"class": "cup", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
 }
+BLUE = {
+    "tag": "x",
+    "include": [
+        {"class": "cup", "count": 2},
+        {"class": "dog", "count": 1, "color": "blue", "position": ["left of", 0]},
+    ],
+}
 THREE = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [{"class": "cup", "count": 4}]}
 
 
@@ -50,6 +57,9 @@ THREE = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude"
         (RED, [at("cup", 0, 0, "red")], (1 / 2 + 1 / 2) / 2),
         (LEFT, [at("cup", 50, 0), at("dog", 0, 0)], 1),
         (LEFT, [at("cup", 0, 0), at("dog", 50, 0)], 2 / 3),
+        (BLUE, [at("cup", 50, 0), at("cup", 70, 0), at("dog", 0, 0, "blue")], 1),
+        (BLUE, [at("cup", 50, 0), at("cup", -50, 0), at("dog", 0, 0, "blue")], (1 + 1 + 1 + 1 / 2) / 4),
+        (BLUE, [at("cup", 50, 0), at("cup", 70, 0), at("dog", 0, 0, "red")], (1 + 1 + 0 + 1) / 4),
         (THREE, [at("cup", 20 * i, 0) for i in range(3)], 1),
         (THREE, [at("cup", 20 * i, 0) for i in range(4)], (1 + 3 / 4) / 2),
         (THREE, [at("cup", 20 * i, 0) for i in range(2)], (2 / 3 + 2 / 3) / 2),
@@ -95,6 +105,8 @@ def test_objects_that_overlap_a_more_confident_one_do_not_count_if_asked():
     objects = [at("cup", 0, 0, score=0.9), at("cup", 2, 0, score=0.8), at("cup", 40, 0, score=0.7)]
     assert overlap(objects[0].box, objects[1].box) == pytest.approx(9 * 11 / (2 * 121 - 99))
     assert overlap(objects[0].box, objects[2].box) == 0
+    assert overlap(objects[0].box, at("cup", 0, 2).box) == pytest.approx(9 * 11 / (2 * 121 - 99))
+    assert overlap(objects[0].box, at("cup", 0, 40).box) == 0
     three = {"tag": "x", "include": [{"class": "cup", "count": 3}]}
     assert verdict(objects, three).correct
     assert not verdict(objects, three, Rules(max_overlap=0.5)).correct

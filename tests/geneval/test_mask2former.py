@@ -100,6 +100,16 @@ def test_detections_are_those_of_the_network_in_every_batch_and_after_rounding(p
         assert sorted(map(key, one)) == sorted(map(key, other))
     written = (PICTURES * 255).round() / 255
     assert detector(places).detect(written, PROMPTS) == whole
+    scores = [found.scores.tolist() for found in detector(places).instances(written)]
+    assert [[found.score for found in objects] for objects in whole] == scores
+
+
+def test_both_networks_move_to_the_device(places):
+    one, meta = detector(places), torch.device("meta")
+    one.prepare()
+    one.to(meta)
+    networks = one._model(), one.color_classifier._model()[0]
+    assert {weight.device for network in networks for weight in network.parameters()} == {meta}
 
 
 def test_scores_equal_those_computed_straight_from_transformers(places):

@@ -60,6 +60,8 @@ def test_answers_are_accepted_in_the_spellings_of_the_original():
         ({"atom_count": 0}, "atom_count is 0; use an integer of at least 1"),
         ({"atom_count": True}, "atom_count is True; "),
         ({"vqa_list": [["a?", "Yes"], ["b?"], ["c?", "Yes"]]}, "a question is ['b?']; use [question, answer]"),
+        ({"vqa_list": [["a?", "Yes"], [2, "Yes"], ["c?", "Yes"]]}, "a question is [2, 'Yes']; use [question, answer]"),
+        ({"vqa_list": [["a?", "Yes"], [" ", "Yes"], ["c?", "Yes"]]}, "a question is [' ', 'Yes']; "),
         ({"vqa_list": [["a?", "Yes"], ["b?", "No"], ["c?", "Yes"]]}, "the answer to 'b?' is 'No'; use Yes"),
         ({"vqa_list": [["How many?", "Yes"]] * 3}, "the answer to 'How many?' is 'Yes'; use one or two or three"),
         ({"vqa_list": [["How many?", "eleven"]] * 3}, "the answer to 'How many?' is 'eleven'; "),

@@ -58,6 +58,10 @@ def test_training_prompts_ask_for_nothing_that_the_test_asks_for():
 def test_held_out_contents_are_not_all_contents():
     assert number_of_contents("colors") == 79 * 10 - len({content(m) for m in OFFICIAL if m["tag"] == "colors"})
     assert number_of_contents("counting") == 80 * 3 - len({content(m) for m in OFFICIAL if m["tag"] == "counting"})
+    pairs = {"two_object": 80 * 79, "position": 80 * 79 * 4, "color_attr": 79 * 78 * 10 * 9}
+    for task, contents in pairs.items():
+        held_out = {content(m) for m in OFFICIAL if m["tag"] == task}
+        assert number_of_contents(task) == contents - 2 * len(held_out)  # in both orders
 
 
 def test_tasks_are_equally_frequent_and_prompts_do_not_repeat_before_all_were_used():
@@ -83,6 +87,7 @@ def test_metadata_can_be_judged_and_says_what_the_text_says():
         for clause in prompt.metadata["include"]:
             assert clause["class"] in prompt.text
             assert clause.get("color", "") in prompt.text
+            assert clause["count"] == 1 or prompt.metadata["tag"] == "counting"
             if "position" in clause:
                 relation, landmark = clause["position"]
                 one, other = clause["class"], prompt.metadata["include"][landmark]["class"]

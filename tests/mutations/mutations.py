@@ -1747,6 +1747,9 @@ MUTATIONS = [
             "min(self.shortest_edge / min(height, width), self.longest_edge / max(height, width))",
             "self.shortest_edge / min(height, width)",
         ),
+        ("pictures in 255 levels", ".clamp(0, 255) / 255", ".clamp(0, 255)"),
+        ("detector stays on the CPU", "            self._network.to(device)", "            pass"),
+        ("color classifier stays on the CPU", "        self.color_classifier.to(device)", "        pass"),
         (
             "pictures not rounded to 8 bits",
             "images = (images * 255).round().clamp(0, 255) / 255",
@@ -1759,6 +1762,7 @@ MUTATIONS = [
         "geneval/colors.py",
         ("geneval/test_mask2former.py",),
         ("background kept", "torch.where(mask, image, GRAY)", "torch.where(mask | True, image, GRAY)"),
+        ("network of colors stays on the CPU", "            self._loaded[0].to(device)", "            pass"),
         (
             "templates not normalized",
             "F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)",
@@ -1769,6 +1773,16 @@ MUTATIONS = [
         "geneval/grades.py",
         ("geneval/test_geneval_reward.py",),
         ("surplus not judged", 'max(1 - surplus / clause["count"], 0.0)', "1.0"),
+        (
+            "objects of another color have no position",
+            "group = colored if rules.color_first else group",
+            "group = colored",
+        ),
+        (
+            "position of several landmarks counted for one",
+            '(clause["count"] * metadata["include"][landmark]["count"])',
+            'clause["count"]',
+        ),
         ("empty picture rewarded for no surplus", "shares.append(included * ", "shares.append("),
     ),
     *errors(
@@ -1781,11 +1795,23 @@ MUTATIONS = [
             '}\n            case "counting"',
         ),
         ("opposite relation trained on", 'found.add((one["class"], others[0]["class"], opposite[relation]))', "pass"),
+        (
+            "order of two colored objects held out once",
+            'found.add((others[0]["class"], one["class"], others[0]["color"], one["color"]))',
+            "pass",
+        ),
+        ("a color asked for twice", "choice[0] != choice[1] and choice[2] != choice[3]", "choice[0] != choice[1]"),
+        (
+            "two landmarks asked for",
+            '[{"class": landmark, "count": 1}, placed]',
+            '[{"class": landmark, "count": 2}, placed]',
+        ),
     ),
     *errors(
         "geneval/rules.py",
         ("geneval/test_geneval_reward.py",),
         ("overlap the other way", "< max_overlap for other", "> max_overlap for other"),
+        ("overlap by columns only", "max(box[1], other[1])", "min(box[1], other[1])"),
     ),
     *errors(
         "geneval/rules.py",
@@ -1831,6 +1857,8 @@ MUTATIONS = [
         ("number off by one", "NUMBERS.index(self.answer) + 1", "NUMBERS.index(self.answer)"),
         ("unknown keys of GenEval 2 accepted", "metadata.keys() - set(KEYS)", "set()"),
         ("answers unchecked", "if pair[1] not in right:", "if False:"),
+        ("questions of other kinds accepted", "or not all(isinstance(x, str) and x.strip() for x in pair)", ""),
+        ("empty questions accepted", "isinstance(x, str) and x.strip()", "isinstance(x, str)"),
         ("skills unchecked", "if skill not in SKILLS:", "if False:"),
     ),
     *errors(
@@ -1844,6 +1872,7 @@ MUTATIONS = [
         "geneval/answers.py",
         ("geneval/test_answers.py",),
         ("answer in more words", "} Answer in one word.", "}"),
+        ("answering network stays on the CPU", "            self._network.to(device)", "            pass"),
         ("padding on the right", 'grids, "left"', 'grids, "right"'),
         ("answers of another picture", "pixels[new]", "pixels[[0 for _ in new]]"),
         ("features of another picture", "[pictures[row] for row, _ in part]", "[pictures[part[0][0]] for _ in part]"),
