@@ -18,6 +18,7 @@ from gdmd_lightning.callbacks import progress
 from gdmd_lightning.callbacks.collapse_rules import Fall, Rise
 from gdmd_lightning.callbacks.collapse_watch import CollapseWatch, RollBack
 from gdmd_lightning.callbacks.evaluation import GenerationEvaluation
+from gdmd_lightning.callbacks.roll_back import best_checkpoint
 from gdmd_lightning.callbacks.variety import GenerationVariety
 from gdmd_lightning.configuration import training
 from gdmd_lightning.errors import UserError
@@ -25,6 +26,7 @@ from gdmd_lightning.methods.checkpointing import WholeCheckpoints, read_checkpoi
 from gdmd_lightning.methods.refl import ReFL
 from gdmd_lightning.metrics.scores import RewardScore
 from gdmd_lightning.roles import Optimization
+from gdmd_lightning.strategies import FSDP2Strategy, MultiEngineDeepSpeedStrategy
 
 
 class Darkness(tiny.Brightness):
@@ -304,6 +306,24 @@ def test_what_cannot_be_watched_is_refused(tiny_pipeline, tmp_path):
     for rules, expected in (((), "no figure is watched"), (fall * 2, "a rule is given twice")):
         with pytest.raises(UserError, match=expected):
             CollapseWatch(rules)
+
+
+def test_best_checkpoint_is_that_of_the_first_keeper_by_a_figure_that_has_saved(tmp_path):
+    keepers = [ModelCheckpoint(tmp_path), *(ModelCheckpoint(tmp_path, monitor="loss") for _ in range(3))]
+    trainer = SimpleNamespace(checkpoint_callbacks=keepers)
+    keepers[0].best_model_path = "latest.ckpt"
+    assert best_checkpoint(trainer) is None
+    keepers[2].best_model_path, keepers[3].best_model_path = "best.ckpt", "other.ckpt"
+    assert best_checkpoint(trainer) == Path("best.ckpt")
+
+
+@pytest.mark.parametrize("kind", [MultiEngineDeepSpeedStrategy, FSDP2Strategy])
+def test_strategy_that_cannot_load_while_it_trains_is_refused(tiny_pipeline, tmp_path, kind):
+    keeper = ModelCheckpoint(tmp_path, monitor="loss", every_n_train_steps=1)
+    watch = CollapseWatch((Fall("loss", by=0.2),), policy="roll_back")
+    trainer = SimpleNamespace(callbacks=[watch], checkpoint_callbacks=[keeper], strategy=object.__new__(kind))
+    with pytest.raises(UserError, match=f"{kind.__name__} cannot load a checkpoint while it trains; use policy stop"):
+        watch.setup(trainer, tiny.module(tiny_pipeline), "fit")
 
 
 def test_watches_of_two_intervals_keep_their_states_apart(tiny_pipeline, tmp_path):

@@ -1,5 +1,6 @@
 """Steps that are not finite stop training or are skipped, and no checkpoint of them is written or read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -43,6 +44,11 @@ def test_guard_stops_at_a_loss_or_gradient_that_is_not_finite(loss, norm):
     )
     assert str(stop.value).startswith(expected)
     assert str(stop.value).endswith("or set model.non_finite.policy to skip")
+
+
+def test_error_names_all_prompts_of_a_step_with_two_or_fewer():
+    for texts, expected in ((("a", "b", "a"), "'a', 'b'; no"), (("a",), "'a'; no")):
+        assert f"with prompts {expected} checkpoint" in str(replace(attempt(NAN), prompts=texts).error(0))
 
 
 def test_guard_skips_until_the_limit_of_consecutive_steps_of_a_role():

@@ -116,3 +116,11 @@ def test_a_gradient_that_is_not_finite_at_a_scale_of_1_stops_training(tmp_path, 
     monkeypatch.setattr("gdmd_lightning.methods.dmd.dm_loss", lambda x, y, n: (x * 0).sum().sqrt())
     with pytest.raises(UserError, match="role 'generator': loss 0 and gradient norm nan in update 3,"):
         scaled_fit(tmp_path, 9, 4.0)
+
+
+def test_networks_in_shards_take_every_precision_but_float16():
+    for precision in ("32-true", "bf16-mixed"):
+        check_precision(precision, sharded=True)
+    check_precision("16-mixed")
+    with pytest.raises(UserError, match=r"^trainer\.precision: '16' needs losses to be scaled"):
+        check_precision("16", sharded=True)

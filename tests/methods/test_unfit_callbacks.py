@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from gdmd_lightning.configuration import training
+from gdmd_lightning.engines.unfit import check_fitting
 from gdmd_lightning.errors import UserError
 from gdmd_lightning.methods.refl import ReFL
 
@@ -134,6 +135,12 @@ def test_callbacks_that_cannot_work_are_refused(tiny_pipeline, callback, said):
     unfit = callback()
     where = type(unfit).__name__ + (r"\.interval" if isinstance(unfit, Timer) else "")
     assert re.match(rf"{where}: {said}", found := refused(tiny_pipeline, unfit)), found
+
+
+def test_what_acts_when_an_epoch_ends_is_accepted_where_the_prompts_have_an_end(tmp_path):
+    callbacks = [Timer("00:00:10:00", interval="epoch"), EarlyStopping("loss")]
+    for options in ({"callbacks": callbacks}, {"overfit_batches": 1}):
+        check_fitting(tiny.trainer(1, default_root_dir=tmp_path, **options), endless=False)
 
 
 def test_a_timer_in_a_configuration_ends_the_run(fast_fit, tmp_path):

@@ -1456,6 +1456,7 @@ MUTATIONS = [
         ("gradient not checked", "torch.isfinite(self.norm) &", ""),
         ("loss not checked", " & torch.isfinite(self.loss).to(self.norm.device)", ""),
         ("limit one larger", "streak >= self.settings.limit", "streak > self.settings.limit"),
+        ("error counts no further prompts", ' more" if len(texts) > 2 else ""', ' more"'),
         ("limit of all steps", "            del self._streak[attempt.role]\n", ""),
         ("limit ignored", "or streak >= self.settings.limit", ""),
         (
@@ -1473,9 +1474,26 @@ MUTATIONS = [
         ("first step blamed", "if not attempt.finite), waiting[0])", "if attempt.finite), waiting[0])"),
     ),
     *errors(
+        "engines/unfit.py",
+        ("methods/test_unfit_callbacks.py",),
+        (
+            "unfit: a timer of epochs refused",
+            "if endless and isinstance(callback, Timer)",
+            "if isinstance(callback, Timer)",
+        ),
+        (
+            "unfit: stopping at epochs refused",
+            "if endless and isinstance(callback, Early",
+            "if isinstance(callback, Early",
+        ),
+        ("unfit: overfitting refused", "if endless and trainer.overfit_batches", "if trainer.overfit_batches"),
+    ),
+    *errors(
         "engines/precision.py",
         PRECISION,
         ("precisions not checked", "not in _SUPPORTED", "is None"),
+        ("float16 in shards accepted", 'if sharded and kind == "16-mixed":', "if False:"),
+        ("bfloat16 in shards refused", 'if sharded and kind == "16-mixed":', "if sharded:"),
         ("aliases forgotten", "_ALIASES.get(name, str(name))", "str(name)"),
     ),
     *errors(
@@ -2508,6 +2526,12 @@ MUTATIONS = [
         ("watch: state of another one", 'not mine.isdisjoint(states[key]["rules"])', "True"),
         ("watch: state of an earlier version lost", "key.startswith((interval, ", "key.startswith(("),
         ("watch: nothing to go back to", "each.save_top_k and not each", "not each"),
+        (
+            "watch: DeepSpeed rolled back",
+            "not can or isinstance(trainer.strategy, MultiEngineDeepSpeedStrategy)",
+            "not can",
+        ),
+        ("watch: FSDP2 rolled back", "if not can or isinstance", "if isinstance"),
         ("watch: limit ignored", "if self.rolled_back >= self.roll_back.limit:", "if False:"),
         ("watch: back into the collapse", "if there >= moved:", "if False:"),
         ("watch: course forgotten on resume", "        if self.rolled_back:\n", "        if False:\n"),
@@ -2542,6 +2566,8 @@ MUTATIONS = [
         ("roll-back keeps its learning rates", "rate * factor for rate", "rate for rate"),
         ("roll-back saves no number twice", "keeper._last_global_step_saved = 0", "pass"),
         ("roll-back loses a batch", "data.forget_counter()", "pass"),
+        ("roll-back to no checkpoint", " and keeper.best_model_path:", ":"),
+        ("roll-back to a checkpoint by no figure", "keeper.monitor is not None and ", ""),
         ("roll-back schedule starts over", "for _ in range(module.updates):", "for _ in range(0):"),
     ),
     *errors(
