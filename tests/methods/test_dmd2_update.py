@@ -16,6 +16,8 @@ from gdmd_lightning.methods.dmd2 import DMD2
 from gdmd_lightning.methods.gan_terms import GAN, GANDraw
 from gdmd_lightning.methods.settings import Matching
 from gdmd_lightning.roles import LoRA
+from gdmd_lightning.roles.heads import FeatureHead
+from gdmd_lightning.roles.spec import Head
 from gdmd_lightning.schedules import Uniform
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -180,6 +182,12 @@ def test_prompts_without_images_are_refused_before_anything_is_loaded(tiny_pipel
     with pytest.raises(UserError, match=r"model\.images: ShapesImages cannot draw the prompts of"):
         tiny.trainer(1).fit(module, datamodule=PromptDataModule(str(tmp_path / "prompts.txt"), 4, 2))
     assert not hasattr(module, "roles")
+
+
+def test_initial_weights_of_a_head_leave_the_global_random_stream():
+    before = torch.get_rng_state()
+    FeatureHead(4, Head(hidden=2, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(2, 4)], ids=["copies", "adapters"])

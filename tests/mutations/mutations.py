@@ -111,6 +111,7 @@ MUTATIONS = [
         ("methods/test_dmd2_update.py",),
         ("head: seed ignored in its weights", 'named_seed("head", settings.seed)', 'named_seed("head")'),
         ("head: first token only", "logits.mean((1, 2))", "logits[:, 0, 0]"),
+        ("head: global random stream seeded", "with torch.random.fork_rng(devices=[]):", "if True:"),
     ),
     *errors(
         "roles/adapters.py",
