@@ -23,6 +23,7 @@ class Seen(Detector):
     """Finds the same objects in every picture."""
 
     classes = ("cup", "dog")
+    colors = ("red", "blue")
 
     def __init__(self, *objects):
         self.objects = list(objects)
@@ -97,6 +98,8 @@ def test_prompts_that_the_detector_cannot_judge_are_refused():
         reward.check([Prompt("a cup")])
     with pytest.raises(UserError, match="'zebra'"):
         reward.check([Prompt("a zebra", {"tag": "single_object", "include": [{"class": "zebra", "count": 1}]})])
+    with pytest.raises(UserError, match="'mauve'"):
+        reward.check([Prompt("text", {"include": [{"class": "cup", "count": 1, "color": "mauve"}]})])
     with pytest.raises(UserError, match=r"^reward\.grading: unknown grading 'soft'; use strict or graded"):
         GenEvalReward(Seen(), "soft")
 

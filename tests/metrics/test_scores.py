@@ -289,6 +289,29 @@ def test_scores_refuse_prompts_that_they_cannot_judge_before_any_picture():
     RewardScore(Brightness()).check(bare)
 
 
+@pytest.mark.parametrize("clause", [{"class": "mauve"}, {"class": "circle", "color": "mauve"}])
+def test_geneval_score_refuses_names_that_its_detector_does_not_know(clause):
+    with pytest.raises(UserError, match=r"^score 'geneval': .*'mauve'"):
+        GenEvalScore().check([Prompt("text", {"include": [{"count": 1, **clause}]})])
+
+
+def test_geneval_score_prepares_and_places_its_detector():
+    class Noted(FindsRedCircle):
+        ready, device = False, None
+
+        def prepare(self):
+            self.ready = True
+
+        def to(self, device):
+            self.device = device
+
+    detector, cpu = Noted(), torch.device("cpu")
+    score = GenEvalScore(detector)
+    score.prepare()
+    score.place(cpu)
+    assert (detector.ready, detector.device) == (True, cpu)
+
+
 def test_score_refuses_an_empty_test_set():
     with pytest.raises(UserError, match=r"^score 'brightness': there are no prompts$"):
         RewardScore(Brightness()).begin([])

@@ -1846,6 +1846,7 @@ MUTATIONS = [
         "rewards/geneval.py",
         ("geneval/test_geneval_reward.py",),
         ("grading ignored", 'if self.grading == "graded":', "if True:"),
+        ("colors of a reward's detector not asked", ", colors=self.detector.colors)", ")"),
     ),
     *errors(
         "data/evaluation_prompts.py",
@@ -3367,5 +3368,9 @@ MUTATIONS = [
         "metrics/scores.py",
         ("metrics/test_scores.py",),
         ("arguments of a score left out", "found if arguments is None else", "found if True else"),
+        ("colors of a score's detector not asked", ", colors=self.detector.colors)", ")"),
+        ("classes of a score's detector not asked", "classes=self.detector.classes, ", ""),
+        ("detector of a score not loaded", "        self.reward.prepare()", "        pass"),
+        ("detector of a score not moved", "        self.reward.to(device)", "        pass"),
     ),
 ]
