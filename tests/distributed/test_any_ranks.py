@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DATA, build
-from test_deepspeed import LOSS, OTHERS, UPDATES, alone, assert_same_run, pipeline, run_cases
+from test_deepspeed import LOSS, OTHERS, UPDATES, alone, assert_same_run, loss_limit, pipeline, run_cases
 from together import train_together
 
 __all__ = ["alone", "pipeline"]  # fixtures
@@ -22,8 +22,7 @@ def test_every_method_is_the_same_run_on_two_ranks(pipeline):
     found = run_cases(pipeline, **cases)
     for (method, module), each in zip(modules.items(), found.values(), strict=True):
         expected = train_together(lambda m=method, own=module: build(pipeline, m, **own), UPDATES, **DATA)
-        # Ratios of probabilities amplify the last digits.
-        assert_same_run(each, expected, 1e-5 if method in ("flow_grpo", "rtdmd") else LOSS)
+        assert_same_run(each, expected, loss_limit(method))
 
 
 @pytest.mark.slow
