@@ -60,7 +60,7 @@ def check_source(module: RoleModule, data: Any) -> None:
 
 
 def check_fed(module: RoleModule, batch: Any) -> None:
-    """Fail if the method cannot learn from a batch of this rank; only a user's own loader yields such.
+    """Fail if the method cannot learn from a batch of this rank, which a loader of the user may yield.
 
     Raises:
         UserError: If it cannot.
