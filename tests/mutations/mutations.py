@@ -2838,6 +2838,16 @@ MUTATIONS = [
     ),
     *errors(
         "methods/feeding.py",
+        ("callbacks/test_spread.py",),
+        (
+            "batches without an effect train",
+            "        module.check_batch(data.samples * module.world_size",
+            "        print(data.samples * module.world_size",
+        ),
+        ("first prompts not checked", "        module.check_prompts(data", "        print(data"),
+    ),
+    *errors(
+        "methods/feeding.py",
         ("methods/test_own_loaders.py",),
         ("any batch trains", "if not isinstance(batch, PromptBatch):", "if False:"),
         (
